@@ -1,0 +1,6 @@
+//! kernel
+#![no_std]
+#![forbid(unsafe_code)]
+#[cfg(feature = "alloc")]
+extern crate alloc;
+pub mod rng;
