@@ -8,5 +8,7 @@ extern crate alloc;
 pub mod backend;
 pub mod config;
 pub mod error;
+pub mod float;
 pub mod layout;
+pub mod reference;
 pub mod rng;
