@@ -92,7 +92,6 @@ impl<B: Backend> Selector<B> {
     }
 
     /// Scores `x`, writes the picked indices to `picked`, and follows the positions.
-    #[expect(clippy::too_many_arguments, reason = "what a stage needs")]
     pub(super) fn select(
         &mut self,
         backend: &mut B,
