@@ -1,1 +1,4 @@
 //! train
+
+pub mod checkpoint;
+pub mod durable;
