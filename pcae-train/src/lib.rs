@@ -2,3 +2,5 @@
 
 pub mod checkpoint;
 pub mod durable;
+pub mod metrics;
+pub mod run_dir;
