@@ -2,5 +2,7 @@
 
 pub mod checkpoint;
 pub mod durable;
+pub mod interrupt;
 pub mod metrics;
+pub mod progress;
 pub mod run_dir;
