@@ -1,1 +1,4 @@
-//! Reports.
+//! Pictures of what a run did.
+
+pub mod curves;
+mod font;
