@@ -4,6 +4,7 @@
 //! Everything random here is keyed by (seed, epoch, sample, purpose), so batches do not depend on the number of workers
 //! or on where a run was resumed.
 
+pub mod augment;
 mod error;
 mod folder;
 pub mod idx;
