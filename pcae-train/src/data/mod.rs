@@ -9,6 +9,7 @@ mod error;
 mod folder;
 pub mod idx;
 mod idx_folder;
+pub mod loader;
 
 use std::collections::BTreeSet;
 use std::path::Path;
