@@ -1,6 +1,7 @@
-//! train
+//! Pre-training of vision transformers on unlabelled pictures.
 
 pub mod checkpoint;
+pub mod data;
 pub mod durable;
 pub mod interrupt;
 pub mod metrics;
