@@ -520,19 +520,29 @@ impl Reduction {
         }
     }
 
+    /// Gives `visit` the number of tokens before and after each stage of an encoder of `depth` that starts with `n`.
+    pub fn for_each_stage(&self, n: usize, depth: usize, mut visit: impl FnMut(usize, usize)) {
+        let mut tokens = n;
+        for block in core::iter::once(None).chain((0..depth).map(Some)) {
+            if let Some(keep) = self.stage(block, tokens) {
+                visit(tokens, keep);
+                tokens = keep;
+            }
+        }
+    }
+
     /// Tokens left of `n` after `depth` blocks.
     pub fn remaining(&self, n: usize, depth: usize) -> usize {
-        let at_input = self.stage(None, n).unwrap_or(n);
-        (0..depth).fold(at_input, |n, block| self.stage(Some(block), n).unwrap_or(n))
+        let mut left = n;
+        self.for_each_stage(n, depth, |_, keep| left = keep);
+        left
     }
 
     /// Number of stages in `depth` blocks.
     pub fn stages(&self, depth: usize) -> usize {
-        let at_input = usize::from(self.stage(None, 1).is_some());
-        at_input
-            + (0..depth)
-                .filter(|&block| self.stage(Some(block), 1).is_some())
-                .count()
+        let mut count = 0;
+        self.for_each_stage(1, depth, |_, _| count += 1);
+        count
     }
 
     /// Checks that the blocks exist and that some of `n` tokens stay.

@@ -1,2 +1,7 @@
-//! bin
-fn main() {}
+//! The command `pcae`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    pcae_train::cli::main()
+}

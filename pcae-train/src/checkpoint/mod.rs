@@ -1,3 +1,197 @@
-//! Checkpoints.
+//! Checkpoints: a run's whole state in one safetensors file.
+//!
+//! | tensor | what |
+//! |---|---|
+//! | `<name>` | student (encoder and decoder), by its name in timm/MAE `state_dict`s |
+//! | `teacher.<name>` | the encoder that follows it |
+//! | `adamw.exp_avg.<name>`, `adamw.exp_avg_sq.<name>` | moments of what is trained |
+//!
+//! Metadata: `format` (`pcae`), `version` (`1`), `step`, `batches` (micro-batches consumed: the position in the data),
+//! `config` (the recipe as JSON, without the machine's settings). Nothing in it depends on the machine or on time, so
+//! equal runs have equal files.
 
 pub mod file;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use pcae_kernel::backend::TrainBackend;
+use pcae_kernel::layout::{Layout, Tensor};
+use pcae_kernel::model::TrainState;
+
+use crate::error::Error;
+use crate::settings::Settings;
+use file::{FileError, Reader};
+
+const FORMAT: &str = "pcae";
+const VERSION: &str = "1";
+const TEACHER: &str = "teacher.";
+const EXP_AVG: &str = "adamw.exp_avg.";
+const EXP_AVG_SQ: &str = "adamw.exp_avg_sq.";
+
+/// Where a run is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Micro-batches consumed.
+    pub batches: u64,
+}
+
+/// Saves the whole state, atomically: a kill at any moment leaves the old file or the new one.
+///
+/// # Errors
+/// [`Error::Backend`], or [`Error::File`] if the disk fails; the previous checkpoint is then intact.
+pub fn save<B: TrainBackend>(
+    path: &Path,
+    backend: &mut B,
+    state: &TrainState<B>,
+    settings: &Settings,
+    position: Position,
+) -> Result<(), Error> {
+    let metadata = BTreeMap::from([
+        ("format".to_owned(), FORMAT.to_owned()),
+        ("version".to_owned(), VERSION.to_owned()),
+        ("step".to_owned(), position.step.to_string()),
+        ("batches".to_owned(), position.batches.to_string()),
+        ("config".to_owned(), settings.recipe_json()),
+    ]);
+    let failed = |error: B::Error| Error::backend(format!("{:?}", settings.machine.backend), error);
+    let tensors = tensors(&state.layout);
+    let mut stored: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
+    let mut store = |prefix: &str, tensor: &Tensor, values| {
+        stored.push((format!("{prefix}{}", tensor.name), tensor.shape().to_vec(), values));
+    };
+    for tensor in &tensors {
+        let mut values = vec![0.0; tensor.span.len];
+        backend.read_params(&mut values, &state.student, tensor.span).map_err(failed)?;
+        store("", tensor, values.clone());
+        if let Some(teacher) = state.teacher.as_ref().filter(|_| tensor.span.end() <= state.layout.encoder_len()) {
+            backend.read_params(&mut values, teacher, tensor.span).map_err(failed)?;
+            store(TEACHER, tensor, values.clone());
+        }
+        if tensor.is_trained() {
+            for (prefix, vector) in [(EXP_AVG, &state.exp_avg), (EXP_AVG_SQ, &state.exp_avg_sq)] {
+                backend.read_vector(&mut values, vector, tensor.span.start).map_err(failed)?;
+                store(prefix, tensor, values.clone());
+            }
+        }
+    }
+    let views: Vec<file::Tensor<'_>> = stored
+        .iter()
+        .map(|(name, shape, values)| file::Tensor {
+            name: name.clone(),
+            shape: shape.clone(),
+            data: file::TensorData::F32(values),
+        })
+        .collect();
+    Ok(file::write(path, &metadata, &views)?)
+}
+
+/// The values of a checkpoint, in the order of the layout.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Values {
+    /// Where the run was.
+    pub position: Position,
+    student: Vec<f32>,
+    teacher: Option<Vec<f32>>,
+    exp_avg: Vec<f32>,
+    exp_avg_sq: Vec<f32>,
+}
+
+impl Values {
+    /// A state on `backend`, as it was saved.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn into_state<B: TrainBackend>(
+        self,
+        backend: &mut B,
+        layout: Layout,
+        weight_decay: f64,
+    ) -> Result<TrainState<B>, B::Error> {
+        let mut state = TrainState::new(backend, layout, &self.student, self.teacher.as_deref(), weight_decay)?;
+        backend.write_vector(&mut state.exp_avg, 0, &self.exp_avg)?;
+        backend.write_vector(&mut state.exp_avg_sq, 0, &self.exp_avg_sq)?;
+        Ok(state)
+    }
+}
+
+/// Loads what [`save`] wrote, strictly: the architecture of `layout`, all of its tensors and no others.
+///
+/// # Errors
+/// [`Error::File`] if the file is damaged, [`Error::Checkpoint`] if it is another run's or another architecture's.
+pub fn load(path: &Path, layout: &Layout, has_teacher: bool, settings: &Settings) -> Result<Values, Error> {
+    let mut reader = Reader::open(path)?;
+    let wrong = |reason: String| Error::Checkpoint { path: path.to_owned(), reason };
+    let metadata: BTreeMap<String, String> =
+        reader.metadata().into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+    let entry = |key: &str| {
+        let missing = || wrong(format!("expected metadata {key:?}, found none; give a checkpoint of `pcae pretrain`"));
+        metadata.get(key).ok_or_else(missing)
+    };
+    let version = (entry("format")?.as_str(), entry("version")?.as_str());
+    if version != (FORMAT, VERSION) {
+        let (format, version) = version;
+        let advice = "use the program that wrote it";
+        return Err(wrong(format!("expected format {FORMAT} {VERSION}, found {format} {version}; {advice}")));
+    }
+    let number = |key: &str| -> Result<u64, Error> {
+        let text = entry(key)?;
+        text.parse().map_err(|_| wrong(format!("expected a number as metadata {key:?}, found {text:?}")))
+    };
+    let position = Position { step: number("step")?, batches: number("batches")? };
+
+    let tensors = tensors(layout);
+    let encoder_len = if has_teacher { layout.encoder_len() } else { 0 };
+    let mut expected: Vec<(String, usize, usize)> = Vec::new();
+    for (index, tensor) in tensors.iter().enumerate() {
+        expected.push((tensor.name.to_string(), 0, index));
+        if tensor.span.end() <= encoder_len {
+            expected.push((format!("{TEACHER}{}", tensor.name), 1, index));
+        }
+        if tensor.is_trained() {
+            expected.push((format!("{EXP_AVG}{}", tensor.name), 2, index));
+            expected.push((format!("{EXP_AVG_SQ}{}", tensor.name), 3, index));
+        }
+    }
+    let names = reader.names();
+    let missing: Vec<_> = expected.iter().filter(|(name, ..)| names.binary_search(name).is_err()).collect();
+    let unknown: Vec<_> = names.iter().filter(|name| !expected.iter().any(|(other, ..)| other == *name)).collect();
+    if let Some(name) = missing.first().map(|(name, ..)| name).or(unknown.first().copied()) {
+        let problem = if missing.is_empty() { "unexpected" } else { "missing" };
+        let (total, found) = (expected.len(), expected.len() - missing.len());
+        return Err(wrong(format!(
+            "{found} of {total} tensors of the architecture found, {} unexpected; the first {problem} is {name}; the \
+             checkpoint is of another architecture or task: give its own settings",
+            unknown.len()
+        )));
+    }
+    let mut groups = [layout.len(), encoder_len, layout.len(), layout.len()].map(|len| vec![0.0; len]);
+    for (name, group, index) in &expected {
+        let tensor = &tensors[*index];
+        let values = reader.tensor_f32(name, tensor.shape()).map_err(|error| match error {
+            FileError::WrongShape { name, expected, found, .. } => wrong(format!(
+                "tensor {name}: expected shape {expected:?}, found {found:?}; the checkpoint is of another \
+                 architecture: give its own settings"
+            )),
+            other => other.into(),
+        })?;
+        groups[*group][tensor.span.start..tensor.span.end()].copy_from_slice(&values);
+    }
+    if entry("config")? != &settings.recipe_json() {
+        return Err(wrong(
+            "expected the settings of the run's config.toml, found others; restore config.toml or start a new run"
+                .to_owned(),
+        ));
+    }
+    let [student, teacher, exp_avg, exp_avg_sq] = groups;
+    let teacher = has_teacher.then_some(teacher);
+    Ok(Values { position, student, teacher, exp_avg, exp_avg_sq })
+}
+
+fn tensors(layout: &Layout) -> Vec<Tensor> {
+    let mut tensors = Vec::new();
+    layout.for_each(|tensor| tensors.push(tensor));
+    tensors
+}

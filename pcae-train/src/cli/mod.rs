@@ -1,0 +1,96 @@
+//! The command line.
+
+mod args;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::error::Error;
+use crate::settings::{Machine, Settings};
+use crate::{backends, inspect, pretrain};
+use args::{Args, Command, ParityArgs, PretrainArgs};
+
+/// Parses the command line, does what it says, and returns the exit code: 0 for success, 1 for a failure, 2 for a command
+/// that was typed wrong, 130 for a run that a signal ended early.
+pub fn main() -> ExitCode {
+    // clap itself exits with 2 on what it cannot parse.
+    let args = Args::parse();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp(None).init();
+    let done = match args.command {
+        Command::Pretrain(args) => pretrain_command(&args),
+        Command::Parity(args) => parity_command(&args),
+        Command::Inspect(args) => inspect::inspect(&args.path).map(|text| {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        ExitCode::from(if error.is_usage() { 2 } else { 1 })
+    })
+}
+
+fn pretrain_command(args: &PretrainArgs) -> Result<ExitCode, Error> {
+    let overrides = args.overrides()?;
+    let summary = match &args.resume {
+        Some(out) => {
+            let is_machine = |key: &str| key != "out" && Machine::KEYS.contains(&key);
+            if args.config.is_some() || overrides.iter().any(|(key, _)| !is_machine(key)) {
+                let reason = "expected alone, or with --backend, --precision, --threads, --workers or --set isa: the run \
+                              keeps its settings";
+                return Err(Error::Setting { name: "--resume".to_owned(), reason: reason.to_owned() });
+            }
+            pretrain::resume(out, &overrides)?
+        }
+        None => pretrain::start(Settings::load(args.config.as_deref(), &overrides)?)?,
+    };
+    if args.json {
+        println!("{}", serde_json::to_string(&summary).unwrap_or_default());
+    } else {
+        print!("{}", closing(&summary));
+    }
+    Ok(if summary.interrupted { ExitCode::from(130) } else { ExitCode::SUCCESS })
+}
+
+/// The last lines of a run: its figures, and what to type next.
+fn closing(summary: &pretrain::Summary) -> String {
+    let out = summary.out.display();
+    let pretrain::Summary { step, steps, loss, images_per_s, .. } = *summary;
+    if summary.interrupted {
+        return format!("stopped at step {step} of {steps}, saved; continue with:\n  pcae pretrain --resume {out}\n");
+    }
+    let mut text = format!("done: {steps} steps, last loss {loss:.4}, {images_per_s:.0} images/s\n");
+    let percent = |top1: Option<f64>| top1.map_or_else(|| "-".to_owned(), |top1| format!("{:.1} %", 100.0 * top1));
+    if summary.knn_top1.is_some() {
+        text += &format!(
+            "kNN top-1: trained {}, untrained {}, raw pixels {}\n",
+            percent(summary.knn_top1),
+            percent(summary.knn_top1_untrained),
+            percent(summary.knn_top1_pixels)
+        );
+    }
+    text += &format!(
+        "curves      {out}/curves.png\ncheckpoint  {out}/checkpoints/last.safetensors\nnext:\n  pcae inspect {out}\n  \
+         tensorboard --logdir {out}/tensorboard\n  pcae pretrain --method mae --out {out}-mae    # the baseline, same code\n"
+    );
+    text
+}
+
+fn parity_command(args: &ParityArgs) -> Result<ExitCode, Error> {
+    struct Replay<'a>(&'a std::path::Path);
+    impl backends::Job for Replay<'_> {
+        type Output = crate::parity::Report;
+
+        fn run<B: pcae_kernel::backend::TrainBackend>(
+            self,
+            backend: &mut B,
+            _name: &str,
+        ) -> Result<Self::Output, Error> {
+            Ok(crate::parity::replay(backend, self.0)?)
+        }
+    }
+    let report = backends::run(&args.machine(), Replay(&args.fixture))?;
+    println!("{report}");
+    Ok(if report.passes() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,79 @@
+//! What a checkpoint, a data set or a run directory holds.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use crate::checkpoint::file::Reader;
+use crate::data;
+use crate::error::Error;
+use crate::metrics::read_metrics;
+
+/// Describes what is at `path`: a run directory, a safetensors file, or else a data set.
+///
+/// # Errors
+/// [`Error`] if it cannot be read as that.
+pub fn inspect(path: &Path) -> Result<String, Error> {
+    if path.join("config.toml").is_file() {
+        run(path)
+    } else if path.is_file() {
+        tensors(path)
+    } else {
+        data_set(path)
+    }
+}
+
+fn run(path: &Path) -> Result<String, Error> {
+    let mut text = format!("run directory {}\n", path.display());
+    let records = read_metrics(&path.join("metrics.jsonl"))?;
+    if let Some(last) = records.last() {
+        let (step, epoch, time) = (last.step, last.epoch, last.time_s);
+        let _ = writeln!(text, "last record: step {step}, epoch {epoch:.1}, {time:.0} s of training");
+        for (name, value) in &last.scalars {
+            let _ = writeln!(text, "  {name:<24} {value:.6}");
+        }
+    }
+    let checkpoint = path.join("checkpoints").join("last.safetensors");
+    if checkpoint.is_file() {
+        text.push_str(&tensors(&checkpoint)?);
+    } else {
+        text.push_str("no checkpoint yet\n");
+    }
+    Ok(text)
+}
+
+fn tensors(path: &Path) -> Result<String, Error> {
+    let reader = Reader::open(path)?;
+    let names = reader.names();
+    let mut text = format!("safetensors file {}\n", path.display());
+    for (key, value) in reader.metadata() {
+        let _ = writeln!(text, "  {key}: {value}");
+    }
+    let mut elements = 0;
+    let mut lines = String::new();
+    for name in &names {
+        let (Some(shape), Some(dtype)) = (reader.shape(name), reader.dtype(name)) else { continue };
+        elements += shape.iter().product::<usize>();
+        let _ = writeln!(lines, "  {name:<56} {dtype:?} {shape:?}");
+    }
+    let _ = writeln!(text, "{} tensors, {elements} elements", names.len());
+    Ok(text + &lines)
+}
+
+fn data_set(path: &Path) -> Result<String, Error> {
+    let splits = data::open(Some(path), None)?;
+    let mut text = String::new();
+    for (part, dataset) in [("train", &splits.train), ("held out", &splits.held_out)] {
+        let _ = writeln!(text, "{part}: {}", dataset.describe());
+        let mut counts = vec![0_usize; dataset.num_classes()];
+        for label in (0..dataset.len()).filter_map(|i| dataset.label(i)) {
+            if let Some(count) = counts.get_mut(label as usize) {
+                *count += 1;
+            }
+        }
+        for (class, count) in (0_u32..).zip(&counts) {
+            let name = dataset.class_name(class).map_or_else(|| class.to_string(), str::to_owned);
+            let _ = writeln!(text, "  {name:<32} {count}");
+        }
+    }
+    Ok(text)
+}
