@@ -641,10 +641,6 @@ mod train {
         ///
         /// # Errors
         /// If a buffer or span is too short.
-        #[expect(
-            clippy::too_many_arguments,
-            reason = "one layer: its sizes, its outputs, its inputs"
-        )]
         fn linear_gelu_saving(
             &mut self,
             dims: LinearDims,
@@ -663,10 +659,6 @@ mod train {
         ///
         /// # Errors
         /// If a buffer or span is too short or `rows_per_scale` does not divide `rows`.
-        #[expect(
-            clippy::too_many_arguments,
-            reason = "one layer: its sizes, its outputs, its inputs"
-        )]
         fn linear_residual(
             &mut self,
             dims: LinearDims,
@@ -701,10 +693,6 @@ mod train {
         ///
         /// # Errors
         /// If a buffer or span is too short.
-        #[expect(
-            clippy::too_many_arguments,
-            reason = "one layer: its sizes, its outputs, its inputs"
-        )]
         fn linear_backward_input(
             &mut self,
             dims: LinearDims,
@@ -738,10 +726,6 @@ mod train {
         ///
         /// # Errors
         /// If a buffer or span is too short.
-        #[expect(
-            clippy::too_many_arguments,
-            reason = "one layer: its sizes, its outputs, its inputs"
-        )]
         fn layer_norm_saving(
             &mut self,
             dims: RowDims,
@@ -761,10 +745,6 @@ mod train {
         ///
         /// # Errors
         /// If a buffer or span is too short.
-        #[expect(
-            clippy::too_many_arguments,
-            reason = "one layer: its sizes, its outputs, its inputs"
-        )]
         fn layer_norm_backward(
             &mut self,
             dims: RowDims,
@@ -838,10 +818,6 @@ mod train {
         ///
         /// # Errors
         /// If a buffer or span is too short or an id has no position.
-        #[expect(
-            clippy::too_many_arguments,
-            reason = "one layer: its sizes, its outputs, its inputs"
-        )]
         fn decoder_tokens(
             &mut self,
             dims: DecoderDims,
@@ -984,10 +960,6 @@ mod train {
         ///
         /// # Errors
         /// If a buffer is too short or there is no row.
-        #[expect(
-            clippy::too_many_arguments,
-            reason = "one layer: its sizes, its outputs, its inputs"
-        )]
         fn cosine_loss(
             &mut self,
             dims: RowDims,
@@ -1006,10 +978,6 @@ mod train {
         ///
         /// # Errors
         /// If a buffer is too short or there is no element.
-        #[expect(
-            clippy::too_many_arguments,
-            reason = "one layer: its sizes, its outputs, its inputs"
-        )]
         fn mse_loss(
             &mut self,
             dims: RowDims,
@@ -1029,10 +997,6 @@ mod train {
         ///
         /// # Errors
         /// If a buffer is too short or there is no row.
-        #[expect(
-            clippy::too_many_arguments,
-            reason = "one layer: its sizes, its outputs, its inputs"
-        )]
         fn cross_entropy(
             &mut self,
             dims: RowDims,
@@ -1086,7 +1050,6 @@ mod train {
         ///
         /// # Errors
         /// If a segment leaves one of the vectors.
-        #[expect(clippy::too_many_arguments, reason = "the whole optimizer state")]
         fn adamw_ema(
             &mut self,
             student: &mut Self::Params,

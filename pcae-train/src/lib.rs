@@ -1,1 +1,10 @@
-//! train
+//! Pre-training of vision transformers on unlabelled pictures.
+
+pub mod checkpoint;
+pub mod data;
+pub mod durable;
+pub mod interrupt;
+pub mod metrics;
+pub mod progress;
+pub mod report;
+pub mod run_dir;

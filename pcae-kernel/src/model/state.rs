@@ -1,0 +1,161 @@
+//! Everything that a training run carries from step to step.
+
+use alloc::vec::Vec;
+
+use crate::backend::{AdamW, Clip, Segment, TrainBackend};
+use crate::config::VitConfig;
+use crate::error::{Error, expect_len};
+use crate::layout::Layout;
+
+/// Student, teacher, gradients and moments, each one flat vector in the order of the layout.
+pub struct TrainState<B: TrainBackend> {
+    /// Where each tensor lies.
+    pub layout: Layout,
+    /// What is trained.
+    pub student: B::Params,
+    /// The encoder that follows it, if the task has one.
+    pub teacher: Option<B::Params>,
+    /// Sum of the micro-batches' gradients; zero after an update.
+    pub grads: B::Vector,
+    /// AdamW's mean gradient.
+    pub exp_avg: B::Vector,
+    /// AdamW's mean squared gradient.
+    pub exp_avg_sq: B::Vector,
+    /// See [`Scalars`].
+    pub scalars: B::Vector,
+    segments: Vec<Segment>,
+}
+
+/// The numbers that a step leaves on the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Scalars {
+    /// Loss, the mean over micro-batches.
+    pub loss: f32,
+    /// Spread of the targets, see [`TrainBackend::feature_spread`]; 0 where there is no teacher.
+    pub spread: f32,
+    /// Norm of the gradient before clipping; 0 before the first update.
+    pub grad_norm: f32,
+}
+
+impl Scalars {
+    pub(super) const LOSS: usize = 0;
+    pub(super) const SPREAD: usize = 1;
+    const GRAD_NORM: usize = 2;
+}
+
+impl<B: TrainBackend> TrainState<B> {
+    /// A state at step 0: moments zero. With `teacher`, the front of that vector is the encoder that follows the student.
+    ///
+    /// # Shapes
+    /// `student: [layout.len()]`, `teacher: [layout.encoder_len()]`.
+    ///
+    /// # Errors
+    /// If a vector is too short or memory is.
+    pub fn new(
+        backend: &mut B,
+        layout: Layout,
+        student: &[f32],
+        teacher: Option<&[f32]>,
+        weight_decay: f64,
+    ) -> Result<Self, B::Error> {
+        expect_len("TrainState::new", "student", student.len(), layout.len())?;
+        let teacher = match teacher {
+            Some(values) => {
+                expect_len(
+                    "TrainState::new",
+                    "teacher",
+                    values.len(),
+                    layout.encoder_len(),
+                )?;
+                Some(backend.params(&Self::teacher_layout(&layout.vit), values)?)
+            }
+            None => None,
+        };
+        let mut segments = Vec::new();
+        layout.for_each(|tensor| {
+            if tensor.is_trained() {
+                segments.push(Segment {
+                    span: tensor.span,
+                    weight_decay: if tensor.decays() { weight_decay } else { 0.0 },
+                    lr_scale: 1.0,
+                    ema: tensor.span.end() <= layout.encoder_len(),
+                });
+            }
+        });
+        Ok(Self {
+            student: backend.params(&layout, student)?,
+            teacher,
+            grads: backend.vector(layout.len())?,
+            exp_avg: backend.vector(layout.len())?,
+            exp_avg_sq: backend.vector(layout.len())?,
+            scalars: backend.vector(3)?,
+            segments,
+            layout,
+        })
+    }
+
+    /// Layout of the teacher's parameters.
+    pub const fn teacher_layout(vit: &VitConfig) -> Layout {
+        Layout::encoder(vit)
+    }
+
+    /// Applies the summed gradients and sets them to zero; clips their norm to `max_norm` if that is given.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn update(
+        &mut self,
+        backend: &mut B,
+        step: &AdamW,
+        max_norm: Option<f64>,
+    ) -> Result<(), B::Error> {
+        backend.norm(&mut self.scalars, Scalars::GRAD_NORM, &self.grads)?;
+        let clip = max_norm.map(|max_norm| Clip {
+            norms: &self.scalars,
+            at: Scalars::GRAD_NORM,
+            max_norm,
+        });
+        backend.adamw_ema(
+            &mut self.student,
+            self.teacher.as_mut(),
+            &mut self.grads,
+            &mut self.exp_avg,
+            &mut self.exp_avg_sq,
+            &self.segments,
+            step,
+            clip,
+        )
+    }
+
+    /// Reads the scalars; on a device, this waits for it.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn scalars(&self, backend: &mut B) -> Result<Scalars, B::Error> {
+        let mut values = [0.0; 3];
+        backend.read_vector(&mut values, &self.scalars, 0)?;
+        let [loss, spread, grad_norm] = values;
+        Ok(Scalars {
+            loss,
+            spread,
+            grad_norm,
+        })
+    }
+
+    /// Sets the scalars to zero before the first micro-batch of a step.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn begin_step(&mut self, backend: &mut B) -> Result<(), B::Error> {
+        backend.zero(&mut self.scalars)
+    }
+}
+
+/// For tasks whose layout lacks what they need.
+pub(super) fn wrong_layout(op: &'static str) -> Error {
+    Error::Dimensions {
+        op,
+        expected: "the layout of this task",
+        found: 0,
+    }
+}

@@ -1,0 +1,3 @@
+//! Checkpoints.
+
+pub mod file;

@@ -1,0 +1,4 @@
+//! Pictures of what a run did.
+
+pub mod curves;
+mod font;
