@@ -226,8 +226,7 @@ impl<'a> Attention<'a> {
                 rows::softmax_from(self.isa, p, scale, *lse);
                 let at = start + token * dim;
                 // sum over j of p[j] * d_p[j], since out is p @ v.
-                let delta =
-                    rows::dot(self.isa, &d_out[at..][..head_dim], &out[at..][..head_dim]);
+                let delta = rows::dot(self.isa, &d_out[at..][..head_dim], &out[at..][..head_dim]);
                 rows::softmax_backward(self.isa, d_p, p, scale, delta);
             }
             let (p, d_s) = (

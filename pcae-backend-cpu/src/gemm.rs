@@ -361,9 +361,19 @@ mod tests {
 
     #[test]
     fn bits_do_not_depend_on_the_number_of_threads() {
-        let counts: &[usize] = if cfg!(feature = "rayon") { &[1, 2, 3, 7] } else { &[1] };
+        let counts: &[usize] = if cfg!(feature = "rayon") {
+            &[1, 2, 3, 7]
+        } else {
+            &[1]
+        };
         let pools: Vec<Threads> = counts.iter().map(|&n| Threads::new(n).unwrap()).collect();
-        for (m, n, k) in [(131, 517, 300), (1, 4000, 700), (1030, 70, 513), (257, 33, 1), (700, 1200, 17)] {
+        for (m, n, k) in [
+            (131, 517, 300),
+            (1, 4000, 700),
+            (1030, 70, 513),
+            (257, 33, 1),
+            (700, 1200, 17),
+        ] {
             let (a, b, start) = (values(m * k, 3), values(n * k, 4), values(m * n, 5));
             let (a, b) = (Matrix::new(&a, k, m).t(), Matrix::new(&b, n, k).t());
             for add in [false, true] {
@@ -379,14 +389,21 @@ mod tests {
                     assert!(seen.iter().all(|&times| times == 1.0));
                     match &first {
                         None => first = Some(c),
-                        Some(first) => assert!(first.iter().zip(&c).all(|(a, b)| a.to_bits() == b.to_bits())),
+                        Some(first) => assert!(
+                            first
+                                .iter()
+                                .zip(&c)
+                                .all(|(a, b)| a.to_bits() == b.to_bits())
+                        ),
                     }
                 }
                 let mut c = start.clone();
                 gemm(&pools[0], &mut c, &mut [], a, b, add, |_, _, _, _| {});
                 let mut want = product(a, b);
                 if add {
-                    want.iter_mut().zip(&start).for_each(|(want, start)| *want += start);
+                    want.iter_mut()
+                        .zip(&start)
+                        .for_each(|(want, start)| *want += start);
                 }
                 assert_close(&c, &want, k);
             }

@@ -4,11 +4,11 @@ use core::fmt;
 use core::str::FromStr;
 
 use crate::error::Error;
-use crate::simd::{Portable, Simd};
 #[cfg(target_arch = "aarch64")]
 use crate::simd::Neon;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
+use crate::simd::{Portable, Simd};
 
 /// An instruction set that this processor has: holding one is the proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

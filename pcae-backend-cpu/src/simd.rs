@@ -70,7 +70,6 @@ pub(crate) trait Simd: Copy + Send + Sync {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::isa::{Isa, kernel};
 
     kernel! {
@@ -98,24 +97,44 @@ mod tests {
                 let mut out = vec![vec![0.0; len]; 11];
                 let (sum, max, _) = all(isa, &mut out, &x, &y);
                 let expected = x.iter().sum::<f32>();
-                assert!((sum - expected).abs() <= 1e-5, "{isa} {len}: {sum} {expected}");
+                assert!(
+                    (sum - expected).abs() <= 1e-5,
+                    "{isa} {len}: {sum} {expected}"
+                );
                 assert_eq!(max, x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
                 for i in 0..len {
                     let (a, b) = (x[i], y[i]);
                     let want = [
-                        a + b, a - b, a * b, a / b, a * b + a, a.max(b), a.min(b), b.sqrt(),
-                        a.round_ties_even(), a * b.round_ties_even().exp2(), a - a * b,
+                        a + b,
+                        a - b,
+                        a * b,
+                        a / b,
+                        a * b + a,
+                        a.max(b),
+                        a.min(b),
+                        b.sqrt(),
+                        a.round_ties_even(),
+                        a * b.round_ties_even().exp2(),
+                        a - a * b,
                     ];
                     for (op, want) in want.into_iter().enumerate() {
                         // Fused or not, the operations with a product differ by its rounding.
                         let got = out[op][i];
-                        assert!((got - want).abs() <= 1e-6 * want.abs().max(1.0), "{isa} {len} {op}: {got} {want}");
+                        assert!(
+                            (got - want).abs() <= 1e-6 * want.abs().max(1.0),
+                            "{isa} {len} {op}: {got} {want}"
+                        );
                     }
                 }
             }
             // NaN comes through from the second operand, and the extremes of the exponent are reached.
             let mut out = vec![vec![0.0; 3]; 11];
-            all(isa, &mut out, &[1.0, f32::NAN, 1.5], &[f32::NAN, 2.0, -149.0]);
+            all(
+                isa,
+                &mut out,
+                &[1.0, f32::NAN, 1.5],
+                &[f32::NAN, 2.0, -149.0],
+            );
             assert!(out[5][0].is_nan() && out[6][0].is_nan(), "{isa}");
             assert_eq!((out[5][1], out[6][1]), (2.0, 2.0), "{isa}");
             assert_eq!(out[9][2], 2.0 * f32::from_bits(1), "{isa}");
