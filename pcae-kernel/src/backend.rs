@@ -1023,11 +1023,11 @@ mod train {
             ids: &Self::Ids,
         ) -> Result<(), Self::Error>;
 
-        /// Sets every element to zero.
+        /// Sets the elements of `span` to zero.
         ///
         /// # Errors
-        /// If the device fails.
-        fn zero(&mut self, x: &mut Self::Vector) -> Result<(), Self::Error>;
+        /// If the span leaves the vector.
+        fn zero(&mut self, x: &mut Self::Vector, span: Span) -> Result<(), Self::Error>;
 
         /// `out[at] = sqrt(sum of x[i]^2)`.
         ///

@@ -7,12 +7,17 @@ use indicatif::{FormattedDuration, ProgressBar, ProgressDrawTarget, ProgressStyl
 
 /// Time between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
-const BAR_TEMPLATE: &str = "{bar:30} {pos}/{len} steps  {msg}  ETA {eta_precise}";
+const BAR_TEMPLATE: &str = "{bar:30} {pos}/{len} steps  {msg}";
 
 /// The progress of a loop over steps.
-pub struct Progress(Style);
+pub struct Progress {
+    started: Instant,
+    start: u64,
+    steps: u64,
+    output: Output,
+}
 
-enum Style {
+enum Output {
     Bar(ProgressBar),
     Lines(Lines),
 }
@@ -20,108 +25,112 @@ enum Style {
 impl Progress {
     /// Starts at step `start` (of a resumed run; else 0) on the way to `steps`.
     pub fn new(start: u64, steps: u64) -> Self {
-        if !std::io::stderr().is_terminal() {
-            let out = Box::new(std::io::stderr());
-            return Self(Style::Lines(Lines::new(out, start, steps)));
+        let output = if std::io::stderr().is_terminal() {
+            // The default style is good enough should the template not parse.
+            let style = ProgressStyle::with_template(BAR_TEMPLATE)
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
+            Output::Bar(bar.with_style(style).with_position(start))
+        } else {
+            Output::Lines(Lines::new(Box::new(std::io::stderr())))
+        };
+        Self::with_output(start, steps, output)
+    }
+
+    fn with_output(start: u64, steps: u64, output: Output) -> Self {
+        Self {
+            started: Instant::now(),
+            start,
+            steps,
+            output,
         }
-        // The default style is good enough should the template not parse.
-        let style = ProgressStyle::with_template(BAR_TEMPLATE)
-            .unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr())
-            .with_style(style)
-            .with_position(start);
-        // Else the steps of earlier processes would count as done in no time.
-        bar.reset_eta();
-        Self(Style::Bar(bar))
     }
 
     /// Shows that `step` steps are done, the throughput in images per second, and the loss.
     pub fn set(&mut self, step: u64, images_per_s: f64, loss: f32) {
-        match &mut self.0 {
-            Style::Bar(bar) => {
-                bar.set_message(message(images_per_s, loss));
+        self.set_at(Instant::now(), step, images_per_s, loss);
+    }
+
+    fn set_at(&mut self, now: Instant, step: u64, images_per_s: f64, loss: f32) {
+        // Slow models need the decimal, fast ones would only flicker in it.
+        let decimals = usize::from(images_per_s < 100.0);
+        let mut message = format!("{images_per_s:.decimals$} images/s  loss {loss:.4}");
+        if let Some(left) = self.time_left(now, step) {
+            message += &format!("  ETA {}", FormattedDuration(left));
+        }
+        match &mut self.output {
+            Output::Bar(bar) => {
+                bar.set_message(message);
                 bar.set_position(step);
             }
-            Style::Lines(lines) => lines.set(Instant::now(), step, images_per_s, loss),
+            Output::Lines(lines) => {
+                let steps = self.steps;
+                lines.set(now, format!("step {step}/{steps}  {message}"));
+            }
         }
+    }
+
+    /// From the average time of a step so far. The bar's own estimate takes the steps of earlier processes for done
+    /// in no time.
+    fn time_left(&self, now: Instant, step: u64) -> Option<Duration> {
+        let done = step.checked_sub(self.start).filter(|&done| done > 0)?;
+        let left = self.steps.checked_sub(step).filter(|&left| left > 0)?;
+        let per_step = (now - self.started).as_secs_f64() / done as f64;
+        Duration::try_from_secs_f64(per_step * left as f64).ok()
     }
 
     /// Writes a line of its own, above the bar.
     pub fn println(&mut self, line: &str) {
-        match &mut self.0 {
-            Style::Bar(bar) => bar.println(line),
-            Style::Lines(lines) => lines.println(line),
+        match &mut self.output {
+            Output::Bar(bar) => bar.println(line),
+            Output::Lines(lines) => lines.write(line),
         }
     }
 
     /// Leaves the last state on the screen. Call it also when the loop ends early.
     pub fn finish(mut self) {
-        match &mut self.0 {
-            Style::Bar(bar) => bar.abandon(),
-            Style::Lines(lines) => lines.finish(),
+        match &mut self.output {
+            Output::Bar(bar) => bar.abandon(),
+            Output::Lines(lines) => lines.finish(),
         }
     }
-}
-
-fn message(images_per_s: f64, loss: f32) -> String {
-    // Slow models need the decimal, fast ones would only flicker in it.
-    let decimals = usize::from(images_per_s < 100.0);
-    format!("{images_per_s:.decimals$} images/s  loss {loss:.4}")
 }
 
 struct Lines {
     out: Box<dyn Write + Send>,
-    started: Instant,
-    start: u64,
-    steps: u64,
-    /// When the next line is due.
-    due: Instant,
-    /// The newest state, if it was not written.
+    /// When the next line is due; at once if none was written.
+    due: Option<Instant>,
+    /// The newest line, if it was not written.
     pending: Option<String>,
 }
 
 impl Lines {
-    fn new(out: Box<dyn Write + Send>, start: u64, steps: u64) -> Self {
-        let now = Instant::now();
+    fn new(out: Box<dyn Write + Send>) -> Self {
         Self {
             out,
-            started: now,
-            start,
-            steps,
-            due: now,
+            due: None,
             pending: None,
         }
     }
 
-    fn set(&mut self, now: Instant, step: u64, images_per_s: f64, loss: f32) {
-        let steps = self.steps;
-        let mut line = format!("step {step}/{steps}  {}", message(images_per_s, loss));
-        let done = step.saturating_sub(self.start);
-        if done > 0 && step < steps {
-            let per_step = (now - self.started).as_secs_f64() / done as f64;
-            // Whole seconds; a time too long for `Duration` is not worth showing.
-            let left = (per_step * (steps - step) as f64).round();
-            if let Ok(left) = Duration::try_from_secs_f64(left) {
-                line += &format!("  ETA {}", FormattedDuration(left));
-            }
-        }
-        if now < self.due {
+    fn set(&mut self, now: Instant, line: String) {
+        if self.due.is_some_and(|due| now < due) {
             self.pending = Some(line);
         } else {
             self.pending = None;
-            self.println(&line);
-            self.due = now + LINE_INTERVAL;
+            self.write(&line);
+            self.due = Some(now + LINE_INTERVAL);
         }
     }
 
-    fn println(&mut self, line: &str) {
+    fn write(&mut self, line: &str) {
         // Training must not end because nobody reads its progress.
         let _ = writeln!(self.out, "{line}");
     }
 
     fn finish(&mut self) {
         if let Some(line) = self.pending.take() {
-            self.println(&line);
+            self.write(&line);
         }
     }
 }
@@ -145,43 +154,51 @@ mod tests {
         }
     }
 
+    fn progress(start: u64, steps: u64) -> (Shared, Progress) {
+        let out = Shared::default();
+        let lines = Output::Lines(Lines::new(Box::new(out.clone())));
+        (out, Progress::with_output(start, steps, lines))
+    }
+
+    fn text(out: &Shared) -> String {
+        String::from_utf8(out.0.lock().unwrap().clone()).unwrap()
+    }
+
     #[test]
     fn lines_come_at_intervals_and_at_the_end() {
-        let out = Shared::default();
-        let mut lines = Lines::new(Box::new(out.clone()), 100, 200);
+        let (out, mut progress) = progress(100, 200);
         let second = Duration::from_secs(1);
-        let started = lines.started;
+        let started = progress.started;
         for i in 1..=10 {
-            lines.set(started + second * i, 100 + u64::from(i), 850.4, 0.5);
+            progress.set_at(started + second * i, 100 + u64::from(i), 850.4, 0.5);
         }
-        lines.println("saved");
-        lines.finish();
-        lines.finish();
-        let text = String::from_utf8(out.0.lock().unwrap().clone()).unwrap();
+        progress.println("saved");
+        progress.finish();
         let want = "\
             step 101/200  850 images/s  loss 0.5000  ETA 00:01:39\n\
             step 106/200  850 images/s  loss 0.5000  ETA 00:01:34\n\
             saved\n\
             step 110/200  850 images/s  loss 0.5000  ETA 00:01:30\n";
-        assert_eq!(text, want);
+        assert_eq!(text(&out), want);
     }
 
     #[test]
-    fn the_last_step_and_odd_values_are_shown() {
-        let out = Shared::default();
-        let mut lines = Lines::new(Box::new(out.clone()), 0, 1);
-        lines.set(lines.started, 1, f64::NAN, f32::NAN);
-        let text = String::from_utf8(out.0.lock().unwrap().clone()).unwrap();
-        assert_eq!(text, "step 1/1  NaN images/s  loss NaN\n");
+    fn a_line_that_was_written_is_not_repeated_at_the_end() {
+        let (out, mut progress) = progress(0, 3);
+        progress.set(3, 2.345, 1.0);
+        progress.finish();
+        assert_eq!(text(&out), "step 3/3  2.3 images/s  loss 1.0000\n");
+    }
+
+    #[test]
+    fn odd_values_are_shown() {
+        let (out, mut progress) = progress(5, 3);
+        progress.set(4, f64::NAN, f32::NAN);
+        assert_eq!(text(&out), "step 4/3  NaN images/s  loss NaN\n");
     }
 
     #[test]
     fn the_template_of_the_bar_parses() {
         ProgressStyle::with_template(BAR_TEMPLATE).unwrap();
-    }
-
-    #[test]
-    fn slow_throughput_has_a_decimal() {
-        assert_eq!(message(2.345, 1.0), "2.3 images/s  loss 1.0000");
     }
 }

@@ -69,7 +69,10 @@ pub enum RunDirError {
         owner: String,
     },
     /// The file system failed.
-    #[error("cannot {action} in run directory '{}': {cause}; check permissions and free space, or choose another --out", path.display())]
+    #[error(
+        "run directory '{}': cannot {action}: {cause}; check permissions and free space, or choose another --out",
+        path.display()
+    )]
     Io {
         /// The directory.
         path: PathBuf,
@@ -111,7 +114,7 @@ impl RunDir {
                 path: path.to_owned(),
             });
         }
-        fs::create_dir_all(path).context(path, "make the directory")?;
+        fs::create_dir_all(path).context(path, "make it")?;
         // Before the lock, which would leave its file among the user's, and after it, against a rival.
         refuse_content(path)?;
         let lock = lock(path)?;
@@ -123,12 +126,12 @@ impl RunDir {
         };
         remove_leftovers(path).context(path, "remove temporary files")?;
         for folder in [run.checkpoints(), run.tensorboard()] {
-            fs::create_dir_all(folder).context(path, "make folders")?;
+            fs::create_dir_all(folder).context(path, "make folders in it")?;
         }
         // Last, because it makes the directory a run. Its sync covers the folders made above.
         atomic_write(&run.config(), |out| out.write_all(config.as_bytes()))
             .context(path, "write config.toml")?;
-        sync_folder(&path.join("..")).context(path, "sync the parent")?;
+        sync_folder(&path.join("..")).context(path, "sync its parent")?;
         Ok(run)
     }
 
@@ -147,7 +150,7 @@ impl RunDir {
             _lock: lock(path)?,
         };
         for folder in [run.checkpoints(), run.tensorboard()] {
-            fs::create_dir_all(&folder).context(path, "make folders")?;
+            fs::create_dir_all(&folder).context(path, "make folders in it")?;
             remove_leftovers(&folder).context(path, "remove temporary files")?;
         }
         remove_leftovers(path).context(path, "remove temporary files")?;
@@ -220,8 +223,8 @@ fn refuse_content(path: &Path) -> Result<(), RunDirError> {
             path: path.to_owned(),
         });
     }
-    for entry in fs::read_dir(path).context(path, "list files")? {
-        let entry = entry.context(path, "list files")?;
+    for entry in fs::read_dir(path).context(path, "list it")? {
+        let entry = entry.context(path, "list it")?;
         let name = entry.file_name().to_string_lossy().into_owned();
         let ours = match name.as_str() {
             LOCK => true,

@@ -39,7 +39,10 @@ pub struct Pretrainer<B: TrainBackend> {
 }
 
 /// Where targets come from.
-#[expect(clippy::large_enum_variant, reason = "there is one, and a box would cost more")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one, and a box would cost more"
+)]
 enum Source<B: TrainBackend> {
     Teacher { vit: Vit<B>, has_stages: bool },
     Pixels { raw: Option<B::Buf> },

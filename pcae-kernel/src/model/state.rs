@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use crate::backend::{AdamW, Clip, Segment, TrainBackend};
+use crate::backend::{AdamW, Clip, Segment, Span, TrainBackend};
 use crate::config::VitConfig;
 use crate::error::{Error, expect_len};
 use crate::layout::Layout;
@@ -147,7 +147,7 @@ impl<B: TrainBackend> TrainState<B> {
     /// # Errors
     /// What the backend reports.
     pub fn begin_step(&mut self, backend: &mut B) -> Result<(), B::Error> {
-        backend.zero(&mut self.scalars)
+        backend.zero(&mut self.scalars, Span { start: 0, len: 3 })
     }
 }
 

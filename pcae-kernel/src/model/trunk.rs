@@ -4,7 +4,9 @@ use alloc::vec::Vec;
 use core::mem::swap;
 
 use super::vit::{Scorer, Selector, linear_dims};
-use crate::backend::{Accum, AttentionDims, Backend, Epilogue, RowDims, TokenDims, TrainBackend};
+use crate::backend::{
+    Accum, AttentionDims, Backend, Epilogue, RowDims, Span, TokenDims, TrainBackend,
+};
 use crate::config::Reduction;
 use crate::error::{Error, expect_len, product};
 use crate::layout::Blocks;
@@ -463,6 +465,15 @@ impl<B: TrainBackend> SavedBlock<B> {
             &self.lse,
         )?;
         backend.linear_backward_params(linear(d, 3 * d), grads, block.qkv, wide, &self.norm1)?;
+        // A softmax is the same when all scores of a row move alike, so the key's bias has no gradient. AdamW would
+        // make full steps of the rounding errors that are there instead.
+        backend.zero(
+            grads,
+            Span {
+                start: block.qkv.bias.start + d,
+                len: d,
+            },
+        )?;
         backend.linear_backward_input(linear(d, 3 * d), b, wide, params, block.qkv, None)?;
         backend.layer_norm_backward(
             rows,

@@ -707,8 +707,9 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
         )
     }
 
-    fn zero(&mut self, x: &mut Vec<T>) -> Result<(), Error> {
-        x.fill(T::ZERO);
+    fn zero(&mut self, x: &mut Vec<T>, span: Span) -> Result<(), Error> {
+        expect_len("zero", "x", x.len(), span.end())?;
+        x[span.start..span.end()].fill(T::ZERO);
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 pub use safetensors::tensor::Dtype;
@@ -280,7 +281,8 @@ impl Serialize for Header<'_> {
 #[derive(Debug)]
 pub struct Reader<R = File> {
     path: PathBuf,
-    source: R,
+    /// Behind a lock, so that metadata and shapes can stay borrowed while tensors are read.
+    source: Mutex<R>,
     header: Metadata,
     /// Where the tensors start in `source`.
     data_start: u64,
@@ -356,7 +358,7 @@ impl<R: Read + Seek> Reader<R> {
         }
         Ok(Self {
             path: path.to_owned(),
-            source,
+            source: Mutex::new(source),
             header,
             data_start,
         })
@@ -392,11 +394,7 @@ impl<R: Read + Seek> Reader<R> {
     /// # Errors
     /// [`FileError::MissingTensor`], [`FileError::WrongShape`] if its shape is not `expected_shape`,
     /// [`FileError::WrongDtype`], or [`FileError::Read`].
-    pub fn tensor_f32(
-        &mut self,
-        name: &str,
-        expected_shape: &[usize],
-    ) -> Result<Vec<f32>, FileError> {
+    pub fn tensor_f32(&self, name: &str, expected_shape: &[usize]) -> Result<Vec<f32>, FileError> {
         let info = self.info(name)?;
         if info.shape != expected_shape {
             return Err(FileError::WrongShape {
@@ -419,7 +417,7 @@ impl<R: Read + Seek> Reader<R> {
     ///
     /// # Errors
     /// [`FileError::MissingTensor`], [`FileError::WrongDtype`] or [`FileError::Read`].
-    pub fn tensor_i64(&mut self, name: &str) -> Result<Vec<i64>, FileError> {
+    pub fn tensor_i64(&self, name: &str) -> Result<Vec<i64>, FileError> {
         let info = self.info(name)?;
         match info.dtype {
             Dtype::I64 => self.values(&info, i64::from_le_bytes),
@@ -431,7 +429,7 @@ impl<R: Read + Seek> Reader<R> {
     ///
     /// # Errors
     /// [`FileError::MissingTensor`], [`FileError::WrongDtype`] or [`FileError::Read`].
-    pub fn tensor_u64(&mut self, name: &str) -> Result<Vec<u64>, FileError> {
+    pub fn tensor_u64(&self, name: &str) -> Result<Vec<u64>, FileError> {
         let info = self.info(name)?;
         match info.dtype {
             Dtype::U64 => self.values(&info, u64::from_le_bytes),
@@ -458,7 +456,7 @@ impl<R: Read + Seek> Reader<R> {
     }
 
     fn values<T, const SIZE: usize>(
-        &mut self,
+        &self,
         info: &TensorInfo,
         from_le_bytes: impl Fn([u8; SIZE]) -> T,
     ) -> Result<Vec<T>, FileError> {
@@ -466,13 +464,14 @@ impl<R: Read + Seek> Reader<R> {
         // The header was checked: the range lies in the file and is a multiple of the element size.
         let mut values = Vec::with_capacity((end - start) / SIZE);
         let mut read = || -> io::Result<()> {
-            self.source
-                .seek(SeekFrom::Start(self.data_start + start as u64))?;
+            // Every read seeks first, so the state a panicking thread left does not matter.
+            let mut source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
+            source.seek(SeekFrom::Start(self.data_start + start as u64))?;
             let mut block = vec![0; BLOCK_BYTES.min(end - start)];
             let mut left = end - start;
             while left > 0 {
                 let block = &mut block[..BLOCK_BYTES.min(left)];
-                self.source.read_exact(block)?;
+                source.read_exact(block)?;
                 let (elements, _) = block.as_chunks::<SIZE>();
                 values.extend(elements.iter().map(|bytes| from_le_bytes(*bytes)));
                 left -= block.len();
@@ -572,7 +571,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.safetensors");
         write(&path, &metadata(), &content()).unwrap();
-        let mut reader = Reader::open(&path).unwrap();
+        let reader = Reader::open(&path).unwrap();
 
         let names = ["blocks.0.weight", "empty", "ids_keep", "loss", "step"];
         assert_eq!(reader.names(), names);
@@ -688,7 +687,7 @@ mod tests {
     #[test]
     fn errors_name_file_tensor_expected_and_found() {
         let bytes = written(&metadata(), &content());
-        let mut reader = reader(&bytes).unwrap();
+        let reader = reader(&bytes).unwrap();
         let messages = [
             reader.tensor_f32("absent\n", &[]).unwrap_err().to_string(),
             reader.tensor_f32("loss", &[1]).unwrap_err().to_string(),
@@ -781,13 +780,13 @@ mod tests {
 
     /// Reads everything a file claims to hold; the oracle is that nothing panics.
     fn read_all(bytes: &[u8]) {
-        let Ok(mut reader) = reader(bytes) else {
+        let Ok(reader) = reader(bytes) else {
             return;
         };
         reader.metadata();
         for name in reader.names() {
-            let shape = reader.shape(&name).unwrap().to_vec();
-            let _ = reader.tensor_f32(&name, &shape);
+            let shape = reader.shape(&name).unwrap();
+            let _ = reader.tensor_f32(&name, shape);
             let _ = reader.tensor_i64(&name);
         }
     }

@@ -1,13 +1,13 @@
 //! Data sets in folders of pictures.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::BufReader;
+use std::fs;
+use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, ImageDecoder, ImageReader, Limits};
+use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
 use super::{Classes, DataError, Picture, Source, Splits, join, luma, split, whole};
 
@@ -238,12 +238,15 @@ fn try_decode(
     channels: usize,
     picture: &mut Picture,
 ) -> Result<(), Box<dyn std::error::Error>> {
-    let file = File::open(path)?;
-    let bytes = file.metadata()?.len();
+    let bytes = fs::metadata(path)?.len();
     if bytes > MAX_BYTES {
         return Err(format!("a file of {bytes} bytes, more than {MAX_BYTES}").into());
     }
-    let mut reader = ImageReader::new(BufReader::new(file)).with_guessed_format()?;
+    let file = fs::read(path)?;
+    let mut reader = ImageReader::new(Cursor::new(&file)).with_guessed_format()?;
+    if reader.format() == Some(ImageFormat::Jpeg) && is_cut_short(&file) {
+        return Err("a JPEG file without its end".into());
+    }
     let mut limits = Limits::default();
     limits.max_alloc = Some(2 * MAX_BYTES);
     reader.limits(limits);
@@ -281,6 +284,26 @@ fn try_decode(
         }
     }
     Ok(())
+}
+
+/// Whether a JPEG file lacks the marker of its end, as after a broken download. The decoder would fill in grey.
+fn is_cut_short(jpeg: &[u8]) -> bool {
+    let mut rest = jpeg.get(2..).unwrap_or_default();
+    loop {
+        rest = match rest {
+            [0xff, 0xff, ..] => &rest[1..],
+            // The first scan: all before it, which may hold a thumbnail with an end of its own, is skipped by now.
+            [0xff, 0xda, scan @ ..] => return !scan.windows(2).rev().any(|w| w == [0xff, 0xd9]),
+            [0xff, 0x01 | 0xd0..=0xd8, tail @ ..] => tail,
+            [0xff, _, high, low, ..] => {
+                let length = usize::from(u16::from_be_bytes([*high, *low]));
+                rest.get(2 + length..).unwrap_or_default()
+            }
+            [] => return true,
+            // Not for this function to judge.
+            _ => return false,
+        };
+    }
 }
 
 /// `v` with opacity `alpha` over white, rounded to the nearest.
@@ -460,6 +483,34 @@ mod tests {
         assert_eq!((picture.width, picture.height), (8, 16));
         assert!(picture.pixels[..4].iter().all(|&v| v < 16));
         assert!(picture.pixels[8 * 15..].iter().all(|&v| v > 240));
+    }
+
+    /// Cut anywhere, with a thumbnail's end in the header and other data after the end.
+    #[test]
+    fn truncated_files_are_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut picture = Picture::default();
+        for name in ["x.jpg", "x.png", "x.webp"] {
+            let path = dir.path().join(name);
+            RgbImage::from_fn(40, 30, |x, y| Rgb([(x * y) as u8, x as u8, y as u8]))
+                .save(&path)
+                .unwrap();
+            let mut whole = fs::read(&path).unwrap();
+            if name == "x.jpg" {
+                whole.splice(2..2, *b"\xff\xe7\0\x06\xff\xd9\xff\xda");
+            }
+            for length in 0..whole.len() {
+                // The last bytes of a PNG and a WebP carry no pixels.
+                if name == "x.jpg" || length < whole.len() * 9 / 10 {
+                    fs::write(&path, &whole[..length]).unwrap();
+                    let decoded = decode(&path, 3, &mut picture);
+                    assert!(decoded.is_err(), "{length} bytes of {name}");
+                }
+            }
+            whole.extend(b"\xff\xda and more");
+            fs::write(&path, &whole).unwrap();
+            decode(&path, 3, &mut picture).unwrap();
+        }
     }
 
     /// A small file that claims 60,000 x 60,000 pixels costs an error, not memory.

@@ -1,7 +1,7 @@
 //! TensorBoard event files with scalars.
 //!
-//! Of the crates for this, `tensorboard-rs` and `syntaxdot-summary` are no longer maintained and `tboard` needs
-//! `protoc`; none can mark a restart. The part of the format we need is the four messages below.
+//! Written here, because of the crates for it `tboard` needs `protoc` to build, `tensorboard-rs` protobuf 2 and
+//! `syntaxdot-summary` prost 0.9, and scalars need no more of the format than the four messages below.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
