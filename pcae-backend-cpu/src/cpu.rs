@@ -1,0 +1,667 @@
+//! The backend: its construction and what inference needs.
+
+use core::cmp::Ordering;
+
+use pcae_kernel::backend::{
+    AttentionDims, Backend, EmbedParams, Epilogue, Linear, LinearDims, NORM_EPS, Norm, PatchDims,
+    RowDims, SCORE_EPS, Span, TokenDims,
+};
+use pcae_kernel::error::{Error as KernelError, expect_len, product};
+
+use crate::attention::Attention;
+use crate::error::Error;
+use crate::gemm::{Matrix, gemm};
+use crate::isa::Isa;
+use crate::rows;
+use crate::threads::{Pieces, Threads};
+
+/// The CPU backend: f32 throughout, vector instructions chosen at run time, an own pool of threads.
+///
+/// Results depend on the instruction set, not on the number of threads. Working memory grows to what the largest
+/// operation needs and is kept, so that after the first step only the matrix products allocate (`matrixmultiply` packs
+/// into a buffer of its own per call).
+#[derive(Debug)]
+pub struct Cpu {
+    pub(crate) isa: Isa,
+    pub(crate) threads: Threads,
+    pub(crate) scratch: Scratch,
+}
+
+/// Working memory, kept from operation to operation.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    floats: Vec<f32>,
+    doubles: Vec<f64>,
+    indices: Vec<u32>,
+}
+
+/// All parameters of a model.
+#[derive(Clone, Debug)]
+pub struct Params(pub(crate) Vec<f32>);
+
+impl Cpu {
+    /// The widest instruction set and all threads that this machine has; one thread where a pool cannot be started.
+    pub fn new() -> Self {
+        let isa = Isa::detect();
+        let count = if cfg!(feature = "rayon") {
+            std::thread::available_parallelism().map_or(1, usize::from)
+        } else {
+            1
+        };
+        let threads = Threads::new(count).unwrap_or_else(|_| Threads::one());
+        Self::build(isa, threads)
+    }
+
+    /// The given instruction set and number of threads. The matrix products of linear layers choose their instructions
+    /// by themselves.
+    ///
+    /// # Errors
+    /// [`Error::Threads`] for 0 threads, for more than 1 without the feature `rayon`, and if they cannot be started.
+    pub fn with(isa: Isa, threads: usize) -> Result<Self, Error> {
+        Ok(Self::build(isa, Threads::new(threads)?))
+    }
+
+    fn build(isa: Isa, threads: Threads) -> Self {
+        Self {
+            isa,
+            threads,
+            scratch: Scratch::default(),
+        }
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The number of threads in use.
+    pub fn threads(&self) -> usize {
+        self.threads.count()
+    }
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Scratch {
+    pub(crate) fn floats(&mut self, len: usize) -> Result<&mut [f32], Error> {
+        grown(&mut self.floats, len)
+    }
+
+    pub(crate) fn doubles(&mut self, len: usize) -> Result<&mut [f64], Error> {
+        grown(&mut self.doubles, len)
+    }
+
+    pub(crate) fn indices(&mut self, len: usize) -> Result<&mut [u32], Error> {
+        grown(&mut self.indices, len)
+    }
+}
+
+/// The front of `owned`, which grows where it is shorter.
+fn grown<T: Clone + Default>(owned: &mut Vec<T>, len: usize) -> Result<&mut [T], Error> {
+    if owned.len() < len {
+        owned
+            .try_reserve_exact(len - owned.len())
+            .map_err(|_| Error::OutOfMemory { elements: len })?;
+        owned.resize(len, T::default());
+    }
+    Ok(&mut owned[..len])
+}
+
+/// `len` zeros.
+pub(crate) fn zeroed<T: Clone + Default>(len: usize) -> Result<Vec<T>, Error> {
+    let mut owned = Vec::new();
+    grown(&mut owned, len)?;
+    Ok(owned)
+}
+
+/// The first `len` elements.
+pub(crate) fn front<'a, T>(
+    op: &'static str,
+    what: &'static str,
+    x: &'a [T],
+    len: usize,
+) -> Result<&'a [T], KernelError> {
+    expect_len(op, what, x.len(), len)?;
+    Ok(&x[..len])
+}
+
+/// The first `len` elements.
+pub(crate) fn front_mut<'a, T>(
+    op: &'static str,
+    what: &'static str,
+    x: &'a mut [T],
+    len: usize,
+) -> Result<&'a mut [T], KernelError> {
+    expect_len(op, what, x.len(), len)?;
+    Ok(&mut x[..len])
+}
+
+/// Where the first `len` elements of `span` lie in a vector of `total`.
+pub(crate) fn check_span(
+    op: &'static str,
+    what: &'static str,
+    total: usize,
+    span: Span,
+    len: usize,
+) -> Result<core::ops::Range<usize>, KernelError> {
+    expect_len(op, what, span.len, len)?;
+    expect_len(op, what, total, span.end())?;
+    Ok(span.start..span.start + len)
+}
+
+impl Params {
+    /// The first `len` parameters of `span`.
+    pub(crate) fn part(
+        &self,
+        op: &'static str,
+        what: &'static str,
+        span: Span,
+        len: usize,
+    ) -> Result<&[f32], KernelError> {
+        Ok(&self.0[check_span(op, what, self.0.len(), span, len)?])
+    }
+
+    /// The table of positions and how many patches have one; row 0 is the class token's.
+    pub(crate) fn positions(
+        &self,
+        op: &'static str,
+        span: Span,
+        dim: usize,
+    ) -> Result<(&[f32], usize), KernelError> {
+        let table = self.part(op, "pos_embed", span, span.len)?;
+        Ok((table, (table.len() / dim.max(1)).saturating_sub(1)))
+    }
+}
+
+/// The first `len` ids, all below `limit`.
+pub(crate) fn checked_ids<'a>(
+    op: &'static str,
+    what: &'static str,
+    ids: &'a [u32],
+    len: usize,
+    limit: usize,
+) -> Result<&'a [u32], KernelError> {
+    let ids = front(op, what, ids, len)?;
+    match ids.iter().find(|&&id| id as usize >= limit) {
+        Some(&id) => Err(KernelError::IndexOutOfRange {
+            op,
+            what,
+            limit,
+            found: id as usize,
+        }),
+        None => Ok(ids),
+    }
+}
+
+/// Calls `place(channel, row of the patch, pixels, piece of out)` for every row of pixels of every wanted patch.
+pub(crate) fn copy_patches(
+    op: &'static str,
+    threads: &Threads,
+    dims: PatchDims,
+    out: &mut [f32],
+    images: &[f32],
+    ids: Option<&[u32]>,
+    place: impl Fn(usize, usize, &[f32], &mut [f32]) + Sync,
+) -> Result<(), Error> {
+    dims.check(op, ids.is_some())?;
+    let out = front_mut(op, "out", out, dims.patches_len())?;
+    let images = front(op, "images", images, dims.images_len())?;
+    let count = product(&[dims.batch, dims.taken]);
+    let ids = match ids {
+        Some(ids) => Some(checked_ids(op, "ids", ids, count, dims.num_patches())?),
+        None => None,
+    };
+    if out.is_empty() {
+        return Ok(());
+    }
+    let (p, len) = (dims.patch_size, dims.patch_len());
+    threads.for_each(count, 2 * len, Pieces::new(out, len), |patch, out| {
+        let at = ids.map_or(patch % dims.taken, |ids| ids[patch] as usize);
+        let (top, left) = (at / (dims.width / p) * p, at % (dims.width / p) * p);
+        for channel in 0..dims.channels {
+            let plane = patch / dims.taken * dims.channels + channel;
+            for row in 0..p {
+                let start = (plane * dims.height + top + row) * dims.width + left;
+                place(channel, row, &images[start..][..p], out);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Input, weight and bias of a linear layer, of the lengths that `dims` ask.
+pub(crate) fn linear_inputs<'a>(
+    op: &'static str,
+    dims: LinearDims,
+    x: &'a [f32],
+    params: &'a Params,
+    layer: Linear,
+) -> Result<(Matrix<'a>, Matrix<'a>, &'a [f32]), KernelError> {
+    let x = front(op, "x", x, dims.in_len())?;
+    let weight = params.part(op, "weight", layer.weight, dims.weight_len())?;
+    let bias = params.part(op, "bias", layer.bias, dims.out_features)?;
+    let x = Matrix::new(x, dims.rows, dims.in_features);
+    let weight = Matrix::new(weight, dims.out_features, dims.in_features);
+    Ok((x, weight.t(), bias))
+}
+
+impl Cpu {
+    /// Layer norm, saving mean and reciprocal standard deviation of each row where `stats` is given.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one layer: its sizes, its outputs, its inputs"
+    )]
+    pub(crate) fn layer_norm_rows(
+        &self,
+        op: &'static str,
+        dims: RowDims,
+        out: &mut [f32],
+        stats: Option<&mut [f32]>,
+        x: &[f32],
+        params: &Params,
+        norm: Norm,
+    ) -> Result<(), Error> {
+        let out = front_mut(op, "out", out, dims.len())?;
+        let x = front(op, "x", x, dims.len())?;
+        let weight = params.part(op, "weight", norm.weight, dims.dim)?;
+        let bias = params.part(op, "bias", norm.bias, dims.dim)?;
+        let stats = match stats {
+            Some(stats) => Some(front_mut(op, "stats", stats, product(&[dims.rows, 2]))?),
+            None => None,
+        };
+        if dims.is_empty() {
+            return Ok(());
+        }
+        let parts = (
+            Pieces::new(out, dims.dim),
+            stats.map(|stats| Pieces::new(stats, 2)),
+        );
+        self.threads
+            .for_each(dims.rows, 2 * dims.dim, parts, |row, (out, stats)| {
+                let x = &x[row * dims.dim..][..dims.dim];
+                let (mean, rstd) = rows::layer_norm(self.isa, out, x, weight, bias, NORM_EPS);
+                if let Some(stats) = stats {
+                    stats.copy_from_slice(&[mean, rstd]);
+                }
+            });
+        Ok(())
+    }
+
+    /// Attention, saving the log-sum-exp where `lse` is given.
+    pub(crate) fn attention_forward(
+        &mut self,
+        op: &'static str,
+        dims: AttentionDims,
+        out: &mut [f32],
+        lse: Option<&mut [f32]>,
+        qkv: &[f32],
+    ) -> Result<(), Error> {
+        let qkv = front(op, "qkv", qkv, dims.qkv_len())?;
+        let out = front_mut(op, "out", out, dims.out_len())?;
+        let lse = match lse {
+            Some(lse) => Some(front_mut(op, "lse", lse, dims.lse_len())?),
+            None => None,
+        };
+        if out.is_empty() {
+            return Ok(());
+        }
+        let attention = Attention::new(self.isa, &self.threads, dims, qkv);
+        let scratch = self.scratch.floats(attention.forward_scratch())?;
+        attention.forward(out, lse, scratch);
+        Ok(())
+    }
+}
+
+impl Backend for Cpu {
+    type Error = Error;
+    type Buf = Vec<f32>;
+    type Ids = Vec<u32>;
+    type Params = Params;
+
+    fn buf(&mut self, len: usize) -> Result<Vec<f32>, Error> {
+        zeroed(len)
+    }
+
+    fn ids(&mut self, len: usize) -> Result<Vec<u32>, Error> {
+        zeroed(len)
+    }
+
+    fn write(&mut self, to: &mut Vec<f32>, from: &[f32]) -> Result<(), Error> {
+        front_mut("write", "to", to, from.len())?.copy_from_slice(from);
+        Ok(())
+    }
+
+    fn read(&mut self, to: &mut [f32], from: &Vec<f32>) -> Result<(), Error> {
+        to.copy_from_slice(front("read", "from", from, to.len())?);
+        Ok(())
+    }
+
+    fn write_ids(&mut self, to: &mut Vec<u32>, from: &[u32]) -> Result<(), Error> {
+        front_mut("write_ids", "to", to, from.len())?.copy_from_slice(from);
+        Ok(())
+    }
+
+    fn read_ids(&mut self, to: &mut [u32], from: &Vec<u32>) -> Result<(), Error> {
+        to.copy_from_slice(front("read_ids", "from", from, to.len())?);
+        Ok(())
+    }
+
+    fn gather_patches(
+        &mut self,
+        dims: PatchDims,
+        out: &mut Vec<f32>,
+        images: &Vec<f32>,
+        ids: Option<&Vec<u32>>,
+    ) -> Result<(), Error> {
+        let ids = ids.map(Vec::as_slice);
+        let p = dims.patch_size;
+        copy_patches(
+            "gather_patches",
+            &self.threads,
+            dims,
+            out,
+            images,
+            ids,
+            |channel, row, pixels, out| {
+                out[(channel * p + row) * p..][..p].copy_from_slice(pixels);
+            },
+        )
+    }
+
+    fn embed_tokens(
+        &mut self,
+        dims: TokenDims,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+        ids: Option<&Vec<u32>>,
+        params: &Params,
+        embed: EmbedParams,
+    ) -> Result<(), Error> {
+        const OP: &str = "embed_tokens";
+        check_prefix(OP, dims, embed)?;
+        let out = front_mut(OP, "out", out, dims.len())?;
+        let x = front(OP, "x", x, TokenDims { prefix: 0, ..dims }.len())?;
+        let (table, positions) = params.positions(OP, embed.pos_embed, dims.dim)?;
+        let cls_token = match embed.cls_token {
+            Some(span) => {
+                expect_len(OP, "pos_embed", table.len(), dims.dim)?;
+                Some(params.part(OP, "cls_token", span, dims.dim)?)
+            }
+            None => None,
+        };
+        let ids = match ids {
+            Some(ids) => {
+                let count = product(&[dims.batch, dims.tokens]);
+                Some(checked_ids(OP, "ids", ids, count, positions)?)
+            }
+            None => {
+                expect_len(OP, "pos_embed", positions, dims.tokens)?;
+                None
+            }
+        };
+        if out.is_empty() {
+            return Ok(());
+        }
+        let (d, tokens) = (dims.dim, dims.tokens);
+        let len = (dims.prefix + tokens) * d;
+        self.threads
+            .for_each(dims.batch, 2 * len, Pieces::new(out, len), |b, out| {
+                let (prefix, patches) = out.split_at_mut(dims.prefix * d);
+                if let Some(cls_token) = cls_token {
+                    rows::add_to(self.isa, prefix, cls_token, &table[..d]);
+                }
+                for (j, out) in patches.chunks_exact_mut(d).enumerate() {
+                    let patch = b * tokens + j;
+                    let position = 1 + ids.map_or(j, |ids| ids[patch] as usize);
+                    let position = &table[position * d..][..d];
+                    rows::add_to(self.isa, out, &x[patch * d..][..d], position);
+                }
+            });
+        Ok(())
+    }
+
+    fn linear(
+        &mut self,
+        dims: LinearDims,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+        params: &Params,
+        layer: Linear,
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        const OP: &str = "linear";
+        let out = front_mut(OP, "out", out, dims.out_len())?;
+        let (x, weight, bias) = linear_inputs(OP, dims, x, params, layer)?;
+        let isa = self.isa;
+        let add = epilogue == Epilogue::BiasResidual;
+        gemm(
+            &self.threads,
+            out,
+            &mut [],
+            x,
+            weight,
+            add,
+            |_, col, out, _| {
+                let bias = &bias[col..][..out.len()];
+                match epilogue {
+                    Epilogue::Bias | Epilogue::BiasResidual => rows::add(isa, out, bias),
+                    Epilogue::BiasGelu => rows::bias_gelu(isa, out, bias),
+                }
+            },
+        );
+        Ok(())
+    }
+
+    fn layer_norm(
+        &mut self,
+        dims: RowDims,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+        params: &Params,
+        norm: Norm,
+    ) -> Result<(), Error> {
+        self.layer_norm_rows("layer_norm", dims, out, None, x, params, norm)
+    }
+
+    fn attention(
+        &mut self,
+        dims: AttentionDims,
+        out: &mut Vec<f32>,
+        qkv: &Vec<f32>,
+    ) -> Result<(), Error> {
+        self.attention_forward("attention", dims, out, None, qkv)
+    }
+
+    fn mean_similarity(
+        &mut self,
+        dims: TokenDims,
+        scores: &mut Vec<f32>,
+        x: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "mean_similarity";
+        let (d, tokens) = (dims.dim, dims.tokens);
+        let scores = front_mut(OP, "scores", scores, product(&[dims.batch, tokens]))?;
+        let x = front(OP, "x", x, dims.len())?;
+        if scores.is_empty() || d == 0 {
+            scores.fill(0.0);
+            return Ok(());
+        }
+        let scratch = self.scratch.doubles(product(&[dims.batch, d + tokens]))?;
+        let parts = (
+            Pieces::new(scores, tokens),
+            Pieces::new(scratch, d + tokens),
+        );
+        self.threads
+            .for_each(dims.batch, 4 * tokens * d, parts, |b, (scores, scratch)| {
+                let (mean, inverse) = scratch.split_at_mut(d);
+                let x = patch_tokens(dims, x, b);
+                rows::mean_similarity(self.isa, scores, x, mean, inverse, SCORE_EPS);
+            });
+        Ok(())
+    }
+
+    fn select(
+        &mut self,
+        batch: usize,
+        tokens: usize,
+        keep: usize,
+        picked: &mut Vec<u32>,
+        scores: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "select";
+        if keep > tokens {
+            return Err(Error::Kernel(KernelError::Dimensions {
+                op: OP,
+                expected: "at most as many tokens kept as there are",
+                found: keep,
+            }));
+        }
+        let scores = front(OP, "scores", scores, product(&[batch, tokens]))?;
+        let picked = front_mut(OP, "picked", picked, product(&[batch, keep]))?;
+        check_numbers(OP, "scores", scores)?;
+        if picked.is_empty() {
+            return Ok(());
+        }
+        let order = self.scratch.indices(batch * tokens)?;
+        let parts = (Pieces::new(picked, keep), Pieces::new(order, tokens));
+        // Sorting n elements compares some n log2 n times, each dearer than reading an element.
+        self.threads
+            .for_each(batch, 16 * tokens, parts, |b, (picked, order)| {
+                let scores = &scores[b * tokens..][..tokens];
+                for (i, token) in order.iter_mut().enumerate() {
+                    *token = i as u32;
+                }
+                order.sort_unstable_by(|&i, &j| {
+                    let (a, b) = (scores[i as usize], scores[j as usize]);
+                    a.partial_cmp(&b).unwrap_or(Ordering::Equal).then(i.cmp(&j))
+                });
+                picked.copy_from_slice(&order[..keep]);
+            });
+        Ok(())
+    }
+
+    fn gather_tokens(
+        &mut self,
+        dims: TokenDims,
+        keep: usize,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+        picked: &Vec<u32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "gather_tokens";
+        let out = front_mut(OP, "out", out, dims.with_tokens(keep).len())?;
+        let x = front(OP, "x", x, dims.len())?;
+        let count = product(&[dims.batch, keep]);
+        let picked = checked_ids(OP, "picked", picked, count, dims.tokens)?;
+        if out.is_empty() {
+            return Ok(());
+        }
+        let d = dims.dim;
+        let (len, kept) = ((dims.prefix + dims.tokens) * d, (dims.prefix + keep) * d);
+        self.threads
+            .for_each(dims.batch, 2 * kept, Pieces::new(out, kept), |b, out| {
+                let (x_prefix, x) = x[b * len..][..len].split_at(dims.prefix * d);
+                let (prefix, patches) = out.split_at_mut(dims.prefix * d);
+                prefix.copy_from_slice(x_prefix);
+                let picked = &picked[b * keep..][..keep];
+                for (out, &token) in patches.chunks_exact_mut(d).zip(picked) {
+                    out.copy_from_slice(&x[token as usize * d..][..d]);
+                }
+            });
+        Ok(())
+    }
+
+    fn gather_ids(
+        &mut self,
+        batch: usize,
+        tokens: usize,
+        keep: usize,
+        out: &mut Vec<u32>,
+        ids: Option<&Vec<u32>>,
+        picked: &Vec<u32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "gather_ids";
+        let count = product(&[batch, keep]);
+        let out = front_mut(OP, "out", out, count)?;
+        let picked = checked_ids(OP, "picked", picked, count, tokens)?;
+        match ids {
+            None => out.copy_from_slice(picked),
+            Some(ids) => {
+                let ids = front(OP, "ids", ids, product(&[batch, tokens]))?;
+                for (i, (out, &token)) in out.iter_mut().zip(picked).enumerate() {
+                    *out = ids[i / keep * tokens + token as usize];
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn mean_pool(
+        &mut self,
+        dims: TokenDims,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "mean_pool";
+        let (d, tokens) = (dims.dim, dims.tokens);
+        if tokens == 0 {
+            return Err(Error::Kernel(KernelError::Dimensions {
+                op: OP,
+                expected: "at least one patch token",
+                found: 0,
+            }));
+        }
+        let out = front_mut(OP, "out", out, product(&[dims.batch, d]))?;
+        let x = front(OP, "x", x, dims.len())?;
+        if out.is_empty() {
+            return Ok(());
+        }
+        self.threads
+            .for_each(dims.batch, tokens * d, Pieces::new(out, d), |b, out| {
+                out.fill(0.0);
+                rows::sum_rows(self.isa, out, patch_tokens(dims, x, b), tokens, d);
+                for out in out {
+                    *out /= tokens as f32;
+                }
+            });
+        Ok(())
+    }
+}
+
+/// The prefix is 1 with a class token and 0 without.
+pub(crate) fn check_prefix(
+    op: &'static str,
+    dims: TokenDims,
+    embed: EmbedParams,
+) -> Result<(), KernelError> {
+    if dims.prefix == usize::from(embed.cls_token.is_some()) {
+        return Ok(());
+    }
+    Err(KernelError::Dimensions {
+        op,
+        expected: "a prefix of 1 with a class token, of 0 without",
+        found: dims.prefix,
+    })
+}
+
+/// No element is NaN.
+pub(crate) fn check_numbers(
+    op: &'static str,
+    what: &'static str,
+    x: &[f32],
+) -> Result<(), KernelError> {
+    match x.iter().position(|x| x.is_nan()) {
+        Some(at) => Err(KernelError::NotANumber { op, what, at }),
+        None => Ok(()),
+    }
+}
+
+/// The patch tokens of sequence `b`: `[tokens, dim]`.
+pub(crate) fn patch_tokens(dims: TokenDims, x: &[f32], b: usize) -> &[f32] {
+    let start = (b * (dims.prefix + dims.tokens) + dims.prefix) * dims.dim;
+    &x[start..][..dims.tokens * dims.dim]
+}

@@ -1,0 +1,71 @@
+//! What can go wrong in this backend.
+
+use core::fmt;
+
+/// A refused operation or constructor. Nothing was written when it is returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Error {
+    /// An operation was called with arguments that do not fit.
+    Kernel(pcae_kernel::error::Error),
+    /// There is no memory left for a buffer.
+    OutOfMemory {
+        /// Elements asked for.
+        elements: usize,
+    },
+    /// No instruction set has this name.
+    UnknownIsa,
+    /// This processor lacks an instruction set.
+    MissingIsa {
+        /// Its name.
+        name: &'static str,
+    },
+    /// The threads cannot be had.
+    Threads {
+        /// How many were asked for.
+        asked: usize,
+    },
+}
+
+impl From<pcae_kernel::error::Error> for Error {
+    fn from(error: pcae_kernel::error::Error) -> Self {
+        Self::Kernel(error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kernel(error) => error.fmt(f),
+            Self::OutOfMemory { elements } => {
+                write!(
+                    f,
+                    "no memory for {elements} elements; try a smaller batch or model"
+                )
+            }
+            Self::UnknownIsa => f.write_str(
+                "unknown instruction set; expected `avx512`, `avx2`, `neon` or `portable`",
+            ),
+            Self::MissingIsa { name } => {
+                write!(
+                    f,
+                    "this processor lacks `{name}`; `portable` works everywhere"
+                )
+            }
+            Self::Threads { asked: 0 } => f.write_str("expected at least 1 thread"),
+            Self::Threads { asked } => write!(
+                f,
+                "cannot start {asked} threads; try fewer, or build with the feature `rayon`"
+            ),
+        }
+    }
+}
+
+impl core::error::Error for Error {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            Self::Kernel(error) => Some(error),
+            _ => None,
+        }
+    }
+}

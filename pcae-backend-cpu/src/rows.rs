@@ -1,0 +1,451 @@
+//! Kernels on rows: what is not a matrix product.
+
+use crate::isa::kernel;
+use crate::math::{exp, gelu, gelu_grad};
+use crate::simd::Simd;
+
+/// Sum of a row in vectors, two at a time to hide the latency of an addition.
+#[inline(always)]
+fn sum<S: Simd>(s: S, x: &[f32]) -> f32 {
+    let (mut even, mut odd) = (s.splat(0.0), s.splat(0.0));
+    for pair in x.chunks(2 * S::LANES) {
+        let (first, second) = pair.split_at(S::LANES.min(pair.len()));
+        even = s.add(even, s.load(first));
+        odd = s.add(odd, s.load(second));
+    }
+    s.sum(s.add(even, odd))
+}
+
+/// `sum of (x[i] - mean)^2`
+///
+/// # Accuracy
+/// Relative error at most `(dim + 3) * f32::EPSILON / 2`: the difference is rounded once and squared, the rest adds
+/// non-negative terms.
+#[inline(always)]
+fn sum_squares_about<S: Simd>(s: S, x: &[f32], mean: f32) -> f32 {
+    let mean = s.splat(mean);
+    let (mut even, mut odd) = (s.splat(0.0), s.splat(0.0));
+    for pair in x.chunks(2 * S::LANES) {
+        let (first, second) = pair.split_at(S::LANES.min(pair.len()));
+        let a = s.sub(s.load_or(first, mean), mean);
+        let b = s.sub(s.load_or(second, mean), mean);
+        even = s.mul_add(a, a, even);
+        odd = s.mul_add(b, b, odd);
+    }
+    s.sum(s.add(even, odd))
+}
+
+/// Mean and `1 / sqrt(sum of squares / count + eps)`.
+#[inline(always)]
+fn moments<S: Simd>(s: S, x: &[f32], count: usize, eps: f64) -> (f32, f32) {
+    let mean = sum(s, x) / x.len() as f32;
+    let var = f64::from(sum_squares_about(s, x, mean)) / count as f64;
+    (mean, (1.0 / (var + eps).sqrt()) as f32)
+}
+
+/// Lanes of the sums in f64, the same for every instruction set.
+const WIDE: usize = 8;
+
+/// `sum of f(a[i], b[i])` in f64, in a fixed order.
+#[inline(always)]
+fn sum_wide(a: &[f32], b: &[f32], f: impl Fn(f64, f64) -> f64) -> f64 {
+    let (a, a_rest) = a.as_chunks::<WIDE>();
+    let (b, b_rest) = b.as_chunks::<WIDE>();
+    let mut sums = [0.0; WIDE];
+    for (a, b) in a.iter().zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += f(f64::from(*a), f64::from(*b));
+        }
+    }
+    for ((sum, a), b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
+        *sum += f(f64::from(*a), f64::from(*b));
+    }
+    sums.iter().sum()
+}
+
+kernel! {
+    /// Layer norm of one row; gives mean and reciprocal standard deviation.
+    fn layer_norm<'a, S>(s; out: &'a mut [f32], x: &'a [f32], weight: &'a [f32], bias: &'a [f32], eps: f64) -> (f32, f32) {
+        let (mean, rstd) = moments(s, x, x.len(), eps);
+        let (m, r) = (s.splat(mean), s.splat(rstd));
+        let params = weight.chunks(S::LANES).zip(bias.chunks(S::LANES));
+        for ((out, x), (weight, bias)) in out.chunks_mut(S::LANES).zip(x.chunks(S::LANES)).zip(params) {
+            let h = s.mul(s.sub(s.load(x), m), r);
+            s.store(out, s.mul_add(h, s.load(weight), s.load(bias)));
+        }
+        (mean, rstd)
+    }
+
+    /// Gradients of layer norm for one row: `d_x` is overwritten, or added to where `add` is set; `d_weight` and
+    /// `d_bias` are added to.
+    fn layer_norm_backward<'a, S>(
+        s;
+        d_x: &'a mut [f32], add: bool, d_weight: &'a mut [f32], d_bias: &'a mut [f32],
+        d_y: &'a [f32], x: &'a [f32], weight: &'a [f32], mean: f32, rstd: f32,
+    ) -> () {
+        let (m, r) = (s.splat(mean), s.splat(rstd));
+        let (mut sum_g, mut sum_gh) = (s.splat(0.0), s.splat(0.0));
+        let grads = d_weight.chunks_mut(S::LANES).zip(d_bias.chunks_mut(S::LANES));
+        let inputs = d_y.chunks(S::LANES).zip(x.chunks(S::LANES)).zip(weight.chunks(S::LANES));
+        for ((d_weight, d_bias), ((d_y, x), weight)) in grads.zip(inputs) {
+            let d_y = s.load(d_y);
+            let h = s.mul(s.sub(s.load(x), m), r);
+            // Past the end of the row `d_y` is 0, and so is all that is added.
+            let g = s.mul(d_y, s.load(weight));
+            sum_g = s.add(sum_g, g);
+            sum_gh = s.mul_add(g, h, sum_gh);
+            s.store(d_weight, s.mul_add(d_y, h, s.load(d_weight)));
+            s.store(d_bias, s.add(d_y, s.load(d_bias)));
+        }
+        let mean_g = s.splat(s.sum(sum_g) / x.len() as f32);
+        let mean_gh = s.splat(s.sum(sum_gh) / x.len() as f32);
+        let inputs = d_y.chunks(S::LANES).zip(x.chunks(S::LANES)).zip(weight.chunks(S::LANES));
+        for (d_x, ((d_y, x), weight)) in d_x.chunks_mut(S::LANES).zip(inputs) {
+            let g = s.mul(s.load(d_y), s.load(weight));
+            let h = s.mul(s.sub(s.load(x), m), r);
+            let d = s.mul(r, s.neg_mul_add(h, mean_gh, s.sub(g, mean_g)));
+            let d = if add { s.add(s.load(d_x), d) } else { d };
+            s.store(d_x, d);
+        }
+    }
+
+    /// `(x - mean) / sqrt(var + eps)` of one row, with the unbiased variance.
+    fn standardise<'a, S>(s; out: &'a mut [f32], x: &'a [f32], eps: f64) -> () {
+        let (mean, rstd) = moments(s, x, x.len().saturating_sub(1), eps);
+        let (m, r) = (s.splat(mean), s.splat(rstd));
+        for (out, x) in out.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
+            s.store(out, s.mul(s.sub(s.load(x), m), r));
+        }
+    }
+
+    /// `x = softmax(scale * x)`; gives the logarithm of the sum of `exp(scale * x)`.
+    fn softmax<'a, S>(s; x: &'a mut [f32], scale: f32) -> f32 {
+        let lowest = s.splat(f32::NEG_INFINITY);
+        let mut max = lowest;
+        for x in x.chunks(S::LANES) {
+            max = s.max(max, s.load_or(x, lowest));
+        }
+        // `scale` is positive. A NaN that the maximum passed over comes back with its own exponential.
+        let max = s.max_lane(max) * scale;
+        let (scale, shift) = (s.splat(scale), s.splat(max));
+        let mut total = s.splat(0.0);
+        for x in x.chunks_mut(S::LANES) {
+            let shifted = s.sub(s.mul(s.load_or(x, lowest), scale), shift);
+            let e = exp(s, shifted);
+            total = s.add(total, e);
+            s.store(x, e);
+        }
+        let total = s.sum(total);
+        let rescale = s.splat(1.0 / total);
+        for x in x.chunks_mut(S::LANES) {
+            s.store(x, s.mul(s.load(x), rescale));
+        }
+        max + total.ln()
+    }
+
+    /// `p = exp(scale * p - lse)`, the softmax again from its saved log-sum-exp.
+    fn softmax_from<'a, S>(s; p: &'a mut [f32], scale: f32, lse: f32) -> () {
+        let (scale, lse) = (s.splat(scale), s.splat(lse));
+        for p in p.chunks_mut(S::LANES) {
+            let e = exp(s, s.sub(s.mul(s.load(p), scale), lse));
+            s.store(p, e);
+        }
+    }
+
+    /// `d_p = scale * p * (d_p - delta)`, the backward of the softmax.
+    fn softmax_backward<'a, S>(s; d_p: &'a mut [f32], p: &'a [f32], scale: f32, delta: f32) -> () {
+        let (scale, delta) = (s.splat(scale), s.splat(delta));
+        for (d_p, p) in d_p.chunks_mut(S::LANES).zip(p.chunks(S::LANES)) {
+            let d = s.mul(s.mul(s.load(p), scale), s.sub(s.load(d_p), delta));
+            s.store(d_p, d);
+        }
+    }
+
+    /// `sum of a[i] * b[i]`
+    fn dot<'a, S>(s; a: &'a [f32], b: &'a [f32]) -> f32 {
+        let mut total = s.splat(0.0);
+        for (a, b) in a.chunks(S::LANES).zip(b.chunks(S::LANES)) {
+            total = s.mul_add(s.load(a), s.load(b), total);
+        }
+        s.sum(total)
+    }
+
+    /// `out += x`
+    fn add<'a, S>(s; out: &'a mut [f32], x: &'a [f32]) -> () {
+        for (out, x) in out.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
+            s.store(out, s.add(s.load(out), s.load(x)));
+        }
+    }
+
+    /// `out = a + b`
+    fn add_to<'a, S>(s; out: &'a mut [f32], a: &'a [f32], b: &'a [f32]) -> () {
+        for ((out, a), b) in out.chunks_mut(S::LANES).zip(a.chunks(S::LANES)).zip(b.chunks(S::LANES)) {
+            s.store(out, s.add(s.load(a), s.load(b)));
+        }
+    }
+
+    /// `out = scale * x`
+    fn scale<'a, S>(s; out: &'a mut [f32], x: &'a [f32], scale: f32) -> () {
+        let scale = s.splat(scale);
+        for (out, x) in out.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
+            s.store(out, s.mul(scale, s.load(x)));
+        }
+    }
+
+    /// `out = residual + scale * (out + bias)`
+    fn bias_scale_residual<'a, S>(s; out: &'a mut [f32], bias: &'a [f32], residual: &'a [f32], scale: f32) -> () {
+        let scale = s.splat(scale);
+        let inputs = bias.chunks(S::LANES).zip(residual.chunks(S::LANES));
+        for (out, (bias, residual)) in out.chunks_mut(S::LANES).zip(inputs) {
+            let y = s.add(s.load(out), s.load(bias));
+            s.store(out, s.mul_add(scale, y, s.load(residual)));
+        }
+    }
+
+    /// `out = gelu(out + bias)`
+    fn bias_gelu<'a, S>(s; out: &'a mut [f32], bias: &'a [f32]) -> () {
+        for (out, bias) in out.chunks_mut(S::LANES).zip(bias.chunks(S::LANES)) {
+            s.store(out, gelu(s, s.add(s.load(out), s.load(bias))));
+        }
+    }
+
+    /// `pre_gelu += bias`, `out = gelu(pre_gelu)`
+    fn bias_gelu_saving<'a, S>(s; out: &'a mut [f32], pre_gelu: &'a mut [f32], bias: &'a [f32]) -> () {
+        let outputs = out.chunks_mut(S::LANES).zip(pre_gelu.chunks_mut(S::LANES));
+        for ((out, pre_gelu), bias) in outputs.zip(bias.chunks(S::LANES)) {
+            let y = s.add(s.load(pre_gelu), s.load(bias));
+            s.store(pre_gelu, y);
+            s.store(out, gelu(s, y));
+        }
+    }
+
+    /// `d *= gelu'(pre_gelu)`
+    fn mul_gelu_grad<'a, S>(s; d: &'a mut [f32], pre_gelu: &'a [f32]) -> () {
+        for (d, pre_gelu) in d.chunks_mut(S::LANES).zip(pre_gelu.chunks(S::LANES)) {
+            s.store(d, s.mul(s.load(d), gelu_grad(s, s.load(pre_gelu))));
+        }
+    }
+
+    /// `total += sum over rows of x[row * stride..]`, as wide as `total`.
+    ///
+    /// # Accuracy
+    /// Rows are added in groups of 32, whose sums are then added: the error grows as the number of groups, not of rows.
+    fn sum_rows<'a, S>(s; total: &'a mut [f32], x: &'a [f32], rows: usize, stride: usize) -> () {
+        for (lane, total) in total.chunks_mut(S::LANES).enumerate() {
+            let at = lane * S::LANES;
+            let mut all = s.splat(0.0);
+            for first in (0..rows).step_by(32) {
+                let mut group = s.splat(0.0);
+                for row in first..(first + 32).min(rows) {
+                    group = s.add(group, s.load(&x[row * stride + at..][..total.len()]));
+                }
+                all = s.add(all, group);
+            }
+            s.store(total, s.add(s.load(total), all));
+        }
+    }
+
+    /// Cosine of one row, and its gradient times `factor`; norms are at least `eps`.
+    fn cosine<'a, S>(s; d_pred: &'a mut [f32], pred: &'a [f32], target: &'a [f32], eps: f64, factor: f64) -> f64 {
+        let norm_pred = sum_wide(pred, pred, |a, b| a * b).sqrt();
+        let norm_target = sum_wide(target, target, |a, b| a * b).sqrt().max(eps);
+        let product = 1.0 / (norm_pred.max(eps) * norm_target);
+        let cosine = sum_wide(pred, target, |a, b| a * b) * product;
+        // A norm at its lower bound is a constant.
+        let own = if norm_pred > eps { cosine / (norm_pred * norm_pred) } else { 0.0 };
+        let (toward, own) = (s.splat((factor * product) as f32), s.splat((factor * own) as f32));
+        let inputs = pred.chunks(S::LANES).zip(target.chunks(S::LANES));
+        for (d, (pred, target)) in d_pred.chunks_mut(S::LANES).zip(inputs) {
+            s.store(d, s.neg_mul_add(own, s.load(pred), s.mul(toward, s.load(target))));
+        }
+        cosine
+    }
+
+    /// Sum of `(pred - target)^2`, and `d_pred = factor * (pred - target)`.
+    fn squared_error<'a, S>(s; d_pred: &'a mut [f32], pred: &'a [f32], target: &'a [f32], factor: f32) -> f64 {
+        let factor = s.splat(factor);
+        let inputs = pred.chunks(S::LANES).zip(target.chunks(S::LANES));
+        for (d, (pred, target)) in d_pred.chunks_mut(S::LANES).zip(inputs) {
+            s.store(d, s.mul(factor, s.sub(s.load(pred), s.load(target))));
+        }
+        sum_wide(pred, target, |a, b| (a - b) * (a - b))
+    }
+
+    /// Cross-entropy of one row, and `d_logits = factor * (softmax(logits) * sum(target) - target)`.
+    fn cross_entropy<'a, S>(s; d_logits: &'a mut [f32], logits: &'a [f32], target: &'a [f32], factor: f32) -> f64 {
+        let lowest = s.splat(f32::NEG_INFINITY);
+        let mut max = lowest;
+        for x in logits.chunks(S::LANES) {
+            max = s.max(max, s.load_or(x, lowest));
+        }
+        let max = s.max_lane(max);
+        let shift = s.splat(max);
+        let mut total = s.splat(0.0);
+        for (d, x) in d_logits.chunks_mut(S::LANES).zip(logits.chunks(S::LANES)) {
+            let e = exp(s, s.sub(s.load_or(x, lowest), shift));
+            total = s.add(total, e);
+            s.store(d, e);
+        }
+        let total = s.sum(total);
+        let mass = sum_wide(target, target, |t, _| t);
+        let (probability, factor) = (s.splat((mass / f64::from(total)) as f32), s.splat(factor));
+        for (d, t) in d_logits.chunks_mut(S::LANES).zip(target.chunks(S::LANES)) {
+            let difference = s.sub(s.mul(s.load(d), probability), s.load(t));
+            s.store(d, s.mul(factor, difference));
+        }
+        let (log_total, max) = (f64::from(total).ln(), f64::from(max));
+        sum_wide(logits, target, |x, t| t * (log_total - (x - max)))
+    }
+
+    /// Redundancy of each token of one sequence, in f64 throughout: selection must not see rounding.
+    /// `mean: [dim]` and `inverse: [tokens]` are scratch.
+    fn mean_similarity<'a, S>(_s; scores: &'a mut [f32], x: &'a [f32], mean: &'a mut [f64], inverse: &'a mut [f64], eps: f64) -> () {
+        let dim = mean.len();
+        mean.fill(0.0);
+        for (x, inverse) in x.chunks(dim).zip(&mut *inverse) {
+            *inverse = 1.0 / sum_wide(x, x, |a, b| a * b).sqrt().max(eps);
+            for (mean, x) in mean.iter_mut().zip(x) {
+                *mean += f64::from(*x) * *inverse;
+            }
+        }
+        let count = inverse.len() as f64;
+        for ((score, x), inverse) in scores.iter_mut().zip(x.chunks(dim)).zip(&*inverse) {
+            let mut sums = [0.0; WIDE];
+            for (x, mean) in x.chunks(WIDE).zip(mean.chunks(WIDE)) {
+                for ((sum, x), mean) in sums.iter_mut().zip(x).zip(mean) {
+                    *sum += f64::from(*x) * mean;
+                }
+            }
+            *score = (sums.iter().sum::<f64>() * inverse / count) as f32;
+        }
+    }
+
+    /// Order of the tokens of one sequence in a pivoted QR decomposition. `residual: [tokens, dim]` and
+    /// `direction: [dim]` are scratch.
+    fn pivoted_qr<'a, S>(_s; scores: &'a mut [f32], x: &'a [f32], residual: &'a mut [f64], direction: &'a mut [f64]) -> () {
+        let dim = direction.len();
+        for (residual, x) in residual.iter_mut().zip(x) {
+            *residual = f64::from(*x);
+        }
+        scores.fill(-1.0);
+        for rank in 0..scores.len() {
+            let mut best: Option<(usize, f64)> = None;
+            for (token, row) in residual.chunks(dim).enumerate() {
+                let length = sum_squares_wide(row);
+                if scores[token] < 0.0 && best.is_none_or(|(_, longest)| length > longest) {
+                    best = Some((token, length));
+                }
+            }
+            let Some((token, length)) = best else { return };
+            scores[token] = rank as f32;
+            if length == 0.0 {
+                continue;
+            }
+            direction.copy_from_slice(&residual[token * dim..][..dim]);
+            for (row, score) in residual.chunks_mut(dim).zip(&*scores) {
+                if *score < 0.0 {
+                    let along = dot_wide(row, direction) / length;
+                    for (r, d) in row.iter_mut().zip(&*direction) {
+                        *r -= along * d;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sum over the columns of the standard deviation of each: `columns` columns from `x[at]`, rows `stride` apart.
+    fn sum_of_spreads<'a, S>(_s; x: &'a [f32], rows: usize, stride: usize, columns: usize) -> f64 {
+        let mut total = 0.0;
+        let mut at = 0;
+        while at < columns {
+            let width = WIDE.min(columns - at);
+            let mut mean = [0.0; WIDE];
+            for row in x.chunks(stride).take(rows) {
+                for (mean, x) in mean.iter_mut().zip(&row[at..][..width]) {
+                    *mean += f64::from(*x) / rows as f64;
+                }
+            }
+            let mut var = [0.0; WIDE];
+            for row in x.chunks(stride).take(rows) {
+                for ((var, x), mean) in var.iter_mut().zip(&row[at..][..width]).zip(mean) {
+                    *var += (f64::from(*x) - mean) * (f64::from(*x) - mean);
+                }
+            }
+            total += var.iter().map(|var| (var / rows as f64).sqrt()).sum::<f64>();
+            at += width;
+        }
+        total
+    }
+
+    /// `sum of x[i]^2` in f64.
+    fn sum_squares<'a, S>(_s; x: &'a [f32]) -> f64 {
+        sum_wide(x, x, |a, b| a * b)
+    }
+
+    /// AdamW, the teacher's moving average and zeroing of the gradient, in one pass.
+    fn adamw<'a, S>(
+        s;
+        student: &'a mut [f32], teacher: Option<&'a mut [f32]>, grads: &'a mut [f32],
+        exp_avg: &'a mut [f32], exp_avg_sq: &'a mut [f32], c: AdamWConstants,
+    ) -> () {
+        let [beta1, one_minus_beta1, beta2, one_minus_beta2] =
+            [c.beta1, 1.0 - c.beta1, c.beta2, 1.0 - c.beta2].map(|x| s.splat(x as f32));
+        let [clip, decay, step, unbias2, eps] =
+            [c.clip, c.decay, c.step, c.unbias2, c.eps].map(|x| s.splat(x as f32));
+        let one_minus_momentum = s.splat(c.one_minus_momentum as f32);
+        let moments = exp_avg.chunks_mut(S::LANES).zip(exp_avg_sq.chunks_mut(S::LANES));
+        let outputs = student.chunks_mut(S::LANES).zip(grads.chunks_mut(S::LANES)).zip(moments);
+        let mut teacher = teacher.map(|teacher| teacher.chunks_mut(S::LANES));
+        for ((w_out, g_out), (m_out, v_out)) in outputs {
+            let g = s.mul(s.load(g_out), clip);
+            let m = s.mul_add(beta1, s.load(m_out), s.mul(one_minus_beta1, g));
+            let v = s.mul_add(beta2, s.load(v_out), s.mul(one_minus_beta2, s.mul(g, g)));
+            let root = s.add(s.sqrt(s.mul(v, unbias2)), eps);
+            let w = s.load(w_out);
+            let w = s.neg_mul_add(decay, w, w);
+            let w = s.neg_mul_add(step, s.div(m, root), w);
+            s.store(m_out, m);
+            s.store(v_out, v);
+            s.store(w_out, w);
+            s.store(g_out, s.splat(0.0));
+            if let Some(teacher) = teacher.as_mut().and_then(Iterator::next) {
+                let t = s.load(teacher);
+                s.store(teacher, s.mul_add(one_minus_momentum, s.sub(w, t), t));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn sum_squares_wide(x: &[f64]) -> f64 {
+    dot_wide(x, x)
+}
+
+/// `sum of a[i] * b[i]`, in a fixed order.
+#[inline(always)]
+fn dot_wide(a: &[f64], b: &[f64]) -> f64 {
+    let mut sums = [0.0; WIDE];
+    for (a, b) in a.chunks(WIDE).zip(b.chunks(WIDE)) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum()
+}
+
+/// What [`adamw`] does to every element of a segment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AdamWConstants {
+    pub(crate) beta1: f64,
+    pub(crate) beta2: f64,
+    pub(crate) eps: f64,
+    /// Factor on the gradient.
+    pub(crate) clip: f64,
+    /// `lr' * weight_decay`
+    pub(crate) decay: f64,
+    /// `lr' / (1 - beta1^t)`
+    pub(crate) step: f64,
+    /// `1 / (1 - beta2^t)`
+    pub(crate) unbias2: f64,
+    pub(crate) one_minus_momentum: f64,
+}

@@ -1,0 +1,143 @@
+//! One vector of f32 lanes per instruction set: only the operations that the kernels need.
+//!
+//! The methods are safe because `self` proves that the processor has the instructions; they are fast only inside a
+//! function that enables them, which [`crate::isa::Isa::run`] provides.
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
+pub(crate) use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+/// Vector operations of one instruction set.
+pub(crate) trait Simd: Copy + Send + Sync {
+    /// One vector.
+    type V: Copy;
+    /// Its lanes.
+    const LANES: usize;
+    /// Vectors that fit in the registers.
+    const REGISTERS: usize;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::V;
+    /// The first lanes from `x`, up to its length; `fill` in the rest.
+    fn load_or(self, x: &[f32], fill: Self::V) -> Self::V;
+    /// The first lanes to `to`, up to its length.
+    fn store(self, to: &mut [f32], v: Self::V);
+    /// `a + b`
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`, correctly rounded.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once where the instruction set can, else twice.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger one; `b` where either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller one; `b` where either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Square root, correctly rounded.
+    fn sqrt(self, a: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even, for `|a| < 2^22`.
+    fn round(self, a: Self::V) -> Self::V;
+    /// `a * 2^n` for integers `-252 <= n <= 254`, rounded once.
+    fn scale_exp2(self, a: Self::V, n: Self::V) -> Self::V;
+    /// Sum of the lanes, always in the same order.
+    fn sum(self, a: Self::V) -> f32;
+    /// The largest lane, if none is NaN.
+    fn max_lane(self, a: Self::V) -> f32;
+
+    /// [`Simd::load_or`] with zeros.
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> Self::V {
+        self.load_or(x, self.splat(0.0))
+    }
+
+    /// `c - a * b`
+    #[inline(always)]
+    fn neg_mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        self.mul_add(self.sub(self.splat(0.0), a), b, c)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::isa::{Isa, kernel};
+
+    kernel! {
+        /// Each operation on `x` and `y`, one row of `out` per operation.
+        fn all<'a, S>(s; out: &'a mut [Vec<f32>], x: &'a [f32], y: &'a [f32]) -> (f32, f32, usize) {
+            let (a, b) = (s.load(x), s.load_or(y, s.splat(1.0)));
+            let results = [
+                s.add(a, b), s.sub(a, b), s.mul(a, b), s.div(a, b), s.mul_add(a, b, a), s.max(a, b), s.min(a, b),
+                s.sqrt(b), s.round(a), s.scale_exp2(a, s.round(b)), s.neg_mul_add(a, b, a),
+            ];
+            for (row, v) in out.iter_mut().zip(results) {
+                s.store(row, v);
+            }
+            (s.sum(a), s.max_lane(s.load_or(x, s.splat(f32::NEG_INFINITY))), S::LANES)
+        }
+    }
+
+    #[test]
+    fn operations_match_scalars_at_every_length() {
+        for isa in Isa::available() {
+            let lanes = all(isa, &mut [], &[], &[]).2;
+            for len in 0..=lanes {
+                let x: Vec<f32> = (0..len).map(|i| 1.5 - i as f32 * 0.37).collect();
+                let y: Vec<f32> = (0..len).map(|i| 0.25 + i as f32 * 0.61).collect();
+                let mut out = vec![vec![0.0; len]; 11];
+                let (sum, max, _) = all(isa, &mut out, &x, &y);
+                let expected = x.iter().sum::<f32>();
+                assert!(
+                    (sum - expected).abs() <= 1e-5,
+                    "{isa} {len}: {sum} {expected}"
+                );
+                assert_eq!(max, x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+                for i in 0..len {
+                    let (a, b) = (x[i], y[i]);
+                    let want = [
+                        a + b,
+                        a - b,
+                        a * b,
+                        a / b,
+                        a * b + a,
+                        a.max(b),
+                        a.min(b),
+                        b.sqrt(),
+                        a.round_ties_even(),
+                        a * b.round_ties_even().exp2(),
+                        a - a * b,
+                    ];
+                    for (op, want) in want.into_iter().enumerate() {
+                        // Fused or not, the operations with a product differ by its rounding.
+                        let got = out[op][i];
+                        assert!(
+                            (got - want).abs() <= 1e-6 * want.abs().max(1.0),
+                            "{isa} {len} {op}: {got} {want}"
+                        );
+                    }
+                }
+            }
+            // NaN comes through from the second operand, and the extremes of the exponent are reached.
+            let mut out = vec![vec![0.0; 3]; 11];
+            all(
+                isa,
+                &mut out,
+                &[1.0, f32::NAN, 1.5],
+                &[f32::NAN, 2.0, -149.0],
+            );
+            assert!(out[5][0].is_nan() && out[6][0].is_nan(), "{isa}");
+            assert_eq!((out[5][1], out[6][1]), (2.0, 2.0), "{isa}");
+            assert_eq!(out[9][2], 2.0 * f32::from_bits(1), "{isa}");
+        }
+    }
+}

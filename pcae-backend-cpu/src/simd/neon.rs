@@ -1,0 +1,108 @@
+//! NEON: 4 lanes.
+
+use core::arch::aarch64::*;
+
+use super::Simd;
+
+/// Proof of NEON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Neon {
+    _private: (),
+}
+
+impl Neon {
+    /// `None` where the processor lacks it.
+    pub(crate) fn new() -> Option<Self> {
+        std::arch::is_aarch64_feature_detected!("neon").then_some(Self { _private: () })
+    }
+}
+
+/// Forwards methods to intrinsics.
+macro_rules! forward {
+    ($($name:ident($($arg:ident),*) = $value:expr;)*) => {$(
+        #[inline(always)]
+        fn $name(self, $($arg: float32x4_t),*) -> float32x4_t {
+            // SAFETY: `self` proves that the processor has the instruction.
+            unsafe { $value }
+        }
+    )*};
+}
+
+impl Simd for Neon {
+    type V = float32x4_t;
+    const LANES: usize = 4;
+    const REGISTERS: usize = 32;
+
+    forward! {
+        add(a, b) = vaddq_f32(a, b);
+        sub(a, b) = vsubq_f32(a, b);
+        mul(a, b) = vmulq_f32(a, b);
+        div(a, b) = vdivq_f32(a, b);
+        mul_add(a, b, c) = vfmaq_f32(c, a, b);
+        neg_mul_add(a, b, c) = vfmsq_f32(c, a, b);
+        max(a, b) = vbslq_f32(vcgtq_f32(a, b), a, b);
+        min(a, b) = vbslq_f32(vcltq_f32(a, b), a, b);
+        sqrt(a) = vsqrtq_f32(a);
+        round(a) = vrndnq_f32(a);
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> float32x4_t {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { vdupq_n_f32(x) }
+    }
+
+    #[inline(always)]
+    fn load_or(self, x: &[f32], fill: float32x4_t) -> float32x4_t {
+        if x.len() >= 4 {
+            // SAFETY: `x` has the 4 elements that are read; `self` proves NEON.
+            return unsafe { vld1q_f32(x.as_ptr()) };
+        }
+        let mut lanes = [0.0; 4];
+        // SAFETY: `lanes` has the 4 elements that are written; `self` proves NEON.
+        unsafe { vst1q_f32(lanes.as_mut_ptr(), fill) };
+        lanes[..x.len()].copy_from_slice(x);
+        // SAFETY: `lanes` has the 4 elements that are read; `self` proves NEON.
+        unsafe { vld1q_f32(lanes.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32], v: float32x4_t) {
+        if to.len() >= 4 {
+            // SAFETY: `to` has the 4 elements that are written; `self` proves NEON.
+            return unsafe { vst1q_f32(to.as_mut_ptr(), v) };
+        }
+        let mut lanes = [0.0; 4];
+        // SAFETY: `lanes` has the 4 elements that are written; `self` proves NEON.
+        unsafe { vst1q_f32(lanes.as_mut_ptr(), v) };
+        let len = to.len();
+        to.copy_from_slice(&lanes[..len]);
+    }
+
+    // In two factors: 2^n alone may be beyond what f32 holds while the product is not.
+    #[inline(always)]
+    fn scale_exp2(self, a: float32x4_t, n: float32x4_t) -> float32x4_t {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let n = vcvtnq_s32_f32(n);
+            let half = vshrq_n_s32::<1>(n);
+            let bias = vdupq_n_s32(127);
+            let first = vshlq_n_s32::<23>(vaddq_s32(half, bias));
+            let second = vshlq_n_s32::<23>(vaddq_s32(vsubq_s32(n, half), bias));
+            let a = vmulq_f32(a, vreinterpretq_f32_s32(first));
+            vmulq_f32(a, vreinterpretq_f32_s32(second))
+        }
+    }
+
+    #[inline(always)]
+    fn sum(self, a: float32x4_t) -> f32 {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { vaddvq_f32(a) }
+    }
+
+    #[inline(always)]
+    fn max_lane(self, a: float32x4_t) -> f32 {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { vmaxvq_f32(a) }
+    }
+}

@@ -1,0 +1,121 @@
+//! Eight lanes in plain Rust, for every processor.
+
+use super::Simd;
+
+/// Plain Rust.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Portable;
+
+type V = [f32; 8];
+
+/// Adding and subtracting it rounds to an integer: its last bit is worth 1.
+const ROUND: f32 = 12_582_912.0;
+
+#[inline(always)]
+fn zip(a: V, b: V, op: impl Fn(f32, f32) -> f32) -> V {
+    core::array::from_fn(|i| op(a[i], b[i]))
+}
+
+/// `2^n` for `-126 <= n <= 127`.
+#[inline(always)]
+fn exp2(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+}
+
+impl Simd for Portable {
+    type V = V;
+    const LANES: usize = 8;
+    const REGISTERS: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> V {
+        [x; 8]
+    }
+
+    #[inline(always)]
+    fn load_or(self, x: &[f32], fill: V) -> V {
+        if let Some(x) = x.first_chunk() {
+            return *x;
+        }
+        let mut v = fill;
+        v[..x.len()].copy_from_slice(x);
+        v
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32], v: V) {
+        if let Some(to) = to.first_chunk_mut() {
+            *to = v;
+        } else {
+            let len = to.len();
+            to.copy_from_slice(&v[..len]);
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn sub(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    fn mul(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    fn div(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| a / b)
+    }
+
+    // Not `f32::mul_add`: without the instruction that is a call into libm.
+    #[inline(always)]
+    fn mul_add(self, a: V, b: V, c: V) -> V {
+        self.add(self.mul(a, b), c)
+    }
+
+    #[inline(always)]
+    fn max(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn min(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn sqrt(self, a: V) -> V {
+        a.map(f32::sqrt)
+    }
+
+    #[inline(always)]
+    fn round(self, a: V) -> V {
+        a.map(|a| (a + ROUND) - ROUND)
+    }
+
+    // In two factors: 2^n alone may be beyond what f32 holds while the product is not.
+    #[inline(always)]
+    fn scale_exp2(self, a: V, n: V) -> V {
+        zip(a, n, |a, n| {
+            let n = n as i32;
+            let half = n >> 1;
+            a * exp2(half) * exp2(n - half)
+        })
+    }
+
+    #[inline(always)]
+    fn sum(self, a: V) -> f32 {
+        let [a, b, c, d, e, f, g, h] = a;
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+
+    #[inline(always)]
+    fn max_lane(self, a: V) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}

@@ -1,0 +1,200 @@
+//! AVX2 with FMA: 8 lanes. AVX-512: 16 lanes.
+
+use core::arch::x86_64::*;
+
+use super::Simd;
+
+/// Proof of AVX2 and FMA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Avx2 {
+    _private: (),
+}
+
+/// Proof of AVX-512F, AVX2 and FMA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Avx512 {
+    _private: (),
+}
+
+impl Avx2 {
+    /// `None` where the processor lacks it.
+    pub(crate) fn new() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"))
+            .then_some(Self { _private: () })
+    }
+}
+
+impl Avx512 {
+    /// `None` where the processor lacks it.
+    pub(crate) fn new() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f") && Avx2::new().is_some())
+            .then_some(Self { _private: () })
+    }
+}
+
+/// Forwards methods to intrinsics.
+macro_rules! forward {
+    ($V:ty: $($name:ident($($arg:ident),*) = $value:expr;)*) => {$(
+        #[inline(always)]
+        fn $name(self, $($arg: $V),*) -> $V {
+            // SAFETY: `self` proves that the processor has the instruction.
+            unsafe { $value }
+        }
+    )*};
+}
+
+/// `MASKS[8 - n..]` has its first `n` lanes set.
+static MASKS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// Mask of the first `len` lanes, `len <= 8`.
+#[inline(always)]
+fn mask(_: Avx2, len: usize) -> __m256i {
+    let lanes = &MASKS[8 - len..][..8];
+    // SAFETY: the slice has the 8 elements that are read; the token proves AVX2.
+    unsafe { _mm256_loadu_si256(lanes.as_ptr().cast()) }
+}
+
+impl Simd for Avx2 {
+    type V = __m256;
+    const LANES: usize = 8;
+    const REGISTERS: usize = 16;
+
+    forward! { __m256:
+        add(a, b) = _mm256_add_ps(a, b);
+        sub(a, b) = _mm256_sub_ps(a, b);
+        mul(a, b) = _mm256_mul_ps(a, b);
+        div(a, b) = _mm256_div_ps(a, b);
+        mul_add(a, b, c) = _mm256_fmadd_ps(a, b, c);
+        neg_mul_add(a, b, c) = _mm256_fnmadd_ps(a, b, c);
+        max(a, b) = _mm256_max_ps(a, b);
+        min(a, b) = _mm256_min_ps(a, b);
+        sqrt(a) = _mm256_sqrt_ps(a);
+        round(a) = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { _mm256_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load_or(self, x: &[f32], fill: __m256) -> __m256 {
+        if x.len() >= 8 {
+            // SAFETY: `x` has the 8 elements that are read; `self` proves AVX2.
+            return unsafe { _mm256_loadu_ps(x.as_ptr()) };
+        }
+        let mask = mask(self, x.len());
+        // SAFETY: only the lanes of the mask are read, and `x` has as many elements; `self` proves AVX2.
+        unsafe {
+            let v = _mm256_maskload_ps(x.as_ptr(), mask);
+            _mm256_blendv_ps(fill, v, _mm256_castsi256_ps(mask))
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32], v: __m256) {
+        if to.len() >= 8 {
+            // SAFETY: `to` has the 8 elements that are written; `self` proves AVX2.
+            return unsafe { _mm256_storeu_ps(to.as_mut_ptr(), v) };
+        }
+        let mask = mask(self, to.len());
+        // SAFETY: only the lanes of the mask are written, and `to` has as many elements; `self` proves AVX2.
+        unsafe { _mm256_maskstore_ps(to.as_mut_ptr(), mask, v) }
+    }
+
+    // In two factors: 2^n alone may be beyond what f32 holds while the product is not.
+    #[inline(always)]
+    fn scale_exp2(self, a: __m256, n: __m256) -> __m256 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let n = _mm256_cvtps_epi32(n);
+            let half = _mm256_srai_epi32::<1>(n);
+            let bias = _mm256_set1_epi32(127);
+            let first = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));
+            let second = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_sub_epi32(n, half), bias));
+            let a = _mm256_mul_ps(a, _mm256_castsi256_ps(first));
+            _mm256_mul_ps(a, _mm256_castsi256_ps(second))
+        }
+    }
+
+    #[inline(always)]
+    fn sum(self, a: __m256) -> f32 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let a = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)))
+        }
+    }
+
+    #[inline(always)]
+    fn max_lane(self, a: __m256) -> f32 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
+        }
+    }
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const LANES: usize = 16;
+    const REGISTERS: usize = 32;
+
+    forward! { __m512:
+        add(a, b) = _mm512_add_ps(a, b);
+        sub(a, b) = _mm512_sub_ps(a, b);
+        mul(a, b) = _mm512_mul_ps(a, b);
+        div(a, b) = _mm512_div_ps(a, b);
+        mul_add(a, b, c) = _mm512_fmadd_ps(a, b, c);
+        neg_mul_add(a, b, c) = _mm512_fnmadd_ps(a, b, c);
+        max(a, b) = _mm512_max_ps(a, b);
+        min(a, b) = _mm512_min_ps(a, b);
+        sqrt(a) = _mm512_sqrt_ps(a);
+        round(a) = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        scale_exp2(a, n) = _mm512_scalef_ps(a, n);
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load_or(self, x: &[f32], fill: __m512) -> __m512 {
+        if x.len() >= 16 {
+            // SAFETY: `x` has the 16 elements that are read; `self` proves AVX-512.
+            return unsafe { _mm512_loadu_ps(x.as_ptr()) };
+        }
+        let mask = (1u16 << x.len()) - 1;
+        // SAFETY: only the lanes of the mask are read, and `x` has as many elements; `self` proves AVX-512.
+        unsafe { _mm512_mask_loadu_ps(fill, mask, x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32], v: __m512) {
+        if to.len() >= 16 {
+            // SAFETY: `to` has the 16 elements that are written; `self` proves AVX-512.
+            return unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) };
+        }
+        let mask = (1u16 << to.len()) - 1;
+        // SAFETY: only the lanes of the mask are written, and `to` has as many elements; `self` proves AVX-512.
+        unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr(), mask, v) }
+    }
+
+    #[inline(always)]
+    fn sum(self, a: __m512) -> f32 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { _mm512_reduce_add_ps(a) }
+    }
+
+    #[inline(always)]
+    fn max_lane(self, a: __m512) -> f32 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+}

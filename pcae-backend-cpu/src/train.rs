@@ -1,0 +1,880 @@
+//! What training adds.
+
+use pcae_kernel::backend::{
+    Accum, AdamW, AttentionDims, COSINE_EPS, Clip, DecoderDims, EmbedParams, Linear, LinearDims,
+    NORM_EPS, Norm, PatchDims, RowDims, Segment, Span, TokenDims, TrainBackend,
+};
+use pcae_kernel::error::{Error as KernelError, expect_len, product};
+use pcae_kernel::layout::Layout;
+
+use crate::attention::Attention;
+use crate::cpu::{
+    Cpu, Params, check_numbers, check_prefix, check_span, checked_ids, copy_patches, front,
+    front_mut, linear_inputs, patch_tokens, zeroed,
+};
+use crate::error::Error;
+use crate::gemm::{Matrix, gemm};
+use crate::rows::{self, AdamWConstants};
+use crate::threads::Pieces;
+
+/// Elements of a piece of a flat vector.
+const PIECE: usize = 4096;
+/// Columns that one unit of a sum over rows takes: 256 bytes of each row.
+const COLUMNS: usize = 64;
+
+impl TrainBackend for Cpu {
+    type Vector = Vec<f32>;
+
+    fn vector(&mut self, len: usize) -> Result<Vec<f32>, Error> {
+        zeroed(len)
+    }
+
+    fn write_vector(&mut self, to: &mut Vec<f32>, at: usize, from: &[f32]) -> Result<(), Error> {
+        let end = at.saturating_add(from.len());
+        front_mut("write_vector", "to", to, end)?[at..].copy_from_slice(from);
+        Ok(())
+    }
+
+    fn read_vector(&mut self, to: &mut [f32], from: &Vec<f32>, at: usize) -> Result<(), Error> {
+        let end = at.saturating_add(to.len());
+        to.copy_from_slice(&front("read_vector", "from", from, end)?[at..]);
+        Ok(())
+    }
+
+    fn params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
+        let values = front("params", "values", values, layout.len())?;
+        let mut params = zeroed(layout.len())?;
+        params.copy_from_slice(values);
+        Ok(Params(params))
+    }
+
+    fn read_params(&mut self, to: &mut [f32], from: &Params, span: Span) -> Result<(), Error> {
+        const OP: &str = "read_params";
+        let values = from.part(OP, "span", span, span.len)?;
+        front_mut(OP, "to", to, span.len)?.copy_from_slice(values);
+        Ok(())
+    }
+
+    fn linear_gelu_saving(
+        &mut self,
+        dims: LinearDims,
+        out: &mut Vec<f32>,
+        pre_gelu: &mut Vec<f32>,
+        x: &Vec<f32>,
+        params: &Params,
+        layer: Linear,
+    ) -> Result<(), Error> {
+        const OP: &str = "linear_gelu_saving";
+        let out = front_mut(OP, "out", out, dims.out_len())?;
+        let pre_gelu = front_mut(OP, "pre_gelu", pre_gelu, dims.out_len())?;
+        let (x, weight, bias) = linear_inputs(OP, dims, x, params, layer)?;
+        gemm(
+            &self.threads,
+            pre_gelu,
+            out,
+            x,
+            weight,
+            false,
+            |_, col, pre_gelu, out| {
+                let bias = &bias[col..][..out.len()];
+                rows::bias_gelu_saving(self.isa, out, pre_gelu, bias);
+            },
+        );
+        Ok(())
+    }
+
+    fn linear_residual(
+        &mut self,
+        dims: LinearDims,
+        out: &mut Vec<f32>,
+        residual: &Vec<f32>,
+        x: &Vec<f32>,
+        params: &Params,
+        layer: Linear,
+        scale: Option<(&Vec<f32>, usize)>,
+    ) -> Result<(), Error> {
+        const OP: &str = "linear_residual";
+        let out = front_mut(OP, "out", out, dims.out_len())?;
+        let residual = front(OP, "residual", residual, dims.out_len())?;
+        let (x, weight, bias) = linear_inputs(OP, dims, x, params, layer)?;
+        if let Some((scale, per)) = scale {
+            check_scale(OP, dims.rows, scale, per)?;
+        }
+        gemm(
+            &self.threads,
+            out,
+            &mut [],
+            x,
+            weight,
+            false,
+            |row, col, out, _| {
+                let bias = &bias[col..][..out.len()];
+                let residual = &residual[row * dims.out_features + col..][..out.len()];
+                let scale = scale.map_or(1.0, |(scale, per)| scale[row / per]);
+                rows::bias_scale_residual(self.isa, out, bias, residual, scale);
+            },
+        );
+        Ok(())
+    }
+
+    fn scale_rows(
+        &mut self,
+        dims: RowDims,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+        scale: &Vec<f32>,
+        rows_per_scale: usize,
+    ) -> Result<(), Error> {
+        const OP: &str = "scale_rows";
+        let out = front_mut(OP, "out", out, dims.len())?;
+        let x = front(OP, "x", x, dims.len())?;
+        check_scale(OP, dims.rows, scale, rows_per_scale)?;
+        if dims.is_empty() {
+            return Ok(());
+        }
+        let d = dims.dim;
+        self.threads
+            .for_each(dims.rows, 2 * d, Pieces::new(out, d), |row, out| {
+                let scale = scale[row / rows_per_scale];
+                rows::scale(self.isa, out, &x[row * d..][..d], scale);
+            });
+        Ok(())
+    }
+
+    fn linear_backward_input(
+        &mut self,
+        dims: LinearDims,
+        d_x: &mut Vec<f32>,
+        d_y: &Vec<f32>,
+        params: &Params,
+        layer: Linear,
+        pre_gelu: Option<&Vec<f32>>,
+    ) -> Result<(), Error> {
+        const OP: &str = "linear_backward_input";
+        let d_x = front_mut(OP, "d_x", d_x, dims.in_len())?;
+        let d_y = front(OP, "d_y", d_y, dims.out_len())?;
+        let weight = params.part(OP, "weight", layer.weight, dims.weight_len())?;
+        let pre_gelu = match pre_gelu {
+            Some(pre_gelu) => Some(front(OP, "pre_gelu", pre_gelu, dims.in_len())?),
+            None => None,
+        };
+        let d_y = Matrix::new(d_y, dims.rows, dims.out_features);
+        let weight = Matrix::new(weight, dims.out_features, dims.in_features);
+        gemm(
+            &self.threads,
+            d_x,
+            &mut [],
+            d_y,
+            weight,
+            false,
+            |row, col, d_x, _| {
+                if let Some(pre_gelu) = pre_gelu {
+                    let pre_gelu = &pre_gelu[row * dims.in_features + col..][..d_x.len()];
+                    rows::mul_gelu_grad(self.isa, d_x, pre_gelu);
+                }
+            },
+        );
+        Ok(())
+    }
+
+    fn linear_backward_params(
+        &mut self,
+        dims: LinearDims,
+        grads: &mut Vec<f32>,
+        layer: Linear,
+        d_y: &Vec<f32>,
+        x: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "linear_backward_params";
+        let (total, width) = (grads.len(), dims.out_features);
+        let weight = check_span(OP, "weight", total, layer.weight, dims.weight_len())?;
+        let bias = check_span(OP, "bias", total, layer.bias, width)?;
+        let d_y = front(OP, "d_y", d_y, dims.out_len())?;
+        let x = front(OP, "x", x, dims.in_len())?;
+        gemm(
+            &self.threads,
+            &mut grads[weight],
+            &mut [],
+            Matrix::new(d_y, dims.rows, width).t(),
+            Matrix::new(x, dims.rows, dims.in_features),
+            true,
+            |_, _, _, _| {},
+        );
+        if d_y.is_empty() {
+            return Ok(());
+        }
+        let d_bias = Pieces::new(&mut grads[bias], COLUMNS);
+        self.threads.for_each(
+            width.div_ceil(COLUMNS),
+            COLUMNS * dims.rows,
+            d_bias,
+            |i, d_bias| {
+                rows::sum_rows(self.isa, d_bias, &d_y[i * COLUMNS..], dims.rows, width);
+            },
+        );
+        Ok(())
+    }
+
+    fn layer_norm_saving(
+        &mut self,
+        dims: RowDims,
+        out: &mut Vec<f32>,
+        stats: &mut Vec<f32>,
+        x: &Vec<f32>,
+        params: &Params,
+        norm: Norm,
+    ) -> Result<(), Error> {
+        self.layer_norm_rows("layer_norm_saving", dims, out, Some(stats), x, params, norm)
+    }
+
+    fn layer_norm_backward(
+        &mut self,
+        dims: RowDims,
+        d_x: &mut Vec<f32>,
+        accum: Accum,
+        grads: &mut Vec<f32>,
+        d_y: &Vec<f32>,
+        x: &Vec<f32>,
+        stats: &Vec<f32>,
+        params: &Params,
+        norm: Norm,
+    ) -> Result<(), Error> {
+        const OP: &str = "layer_norm_backward";
+        let d = dims.dim;
+        let d_x = front_mut(OP, "d_x", d_x, dims.len())?;
+        let d_y = front(OP, "d_y", d_y, dims.len())?;
+        let x = front(OP, "x", x, dims.len())?;
+        let stats = front(OP, "stats", stats, product(&[dims.rows, 2]))?;
+        let weight = params.part(OP, "weight", norm.weight, d)?;
+        let d_weight = check_span(OP, "grads of weight", grads.len(), norm.weight, d)?;
+        let d_bias = check_span(OP, "grads of bias", grads.len(), norm.bias, d)?;
+        if dims.is_empty() {
+            return Ok(());
+        }
+        // Groups of rows, each with its own sums for the parameters, which are then added in order. The groups depend
+        // on the number of rows alone: at most 64, so that their sums stay small beside the rows.
+        let per_group = dims.rows.div_ceil(64).max(32);
+        let groups = dims.rows.div_ceil(per_group);
+        let sums = self.scratch.floats(product(&[groups, 2, d]))?;
+        let parts = (
+            Pieces::new(d_x, per_group * d),
+            Pieces::new(&mut *sums, 2 * d),
+        );
+        let isa = self.isa;
+        self.threads
+            .for_each(groups, 3 * per_group * d, parts, |group, (d_x, sums)| {
+                sums.fill(0.0);
+                let (d_weight, d_bias) = sums.split_at_mut(d);
+                for (i, d_x) in d_x.chunks_exact_mut(d).enumerate() {
+                    let row = group * per_group + i;
+                    rows::layer_norm_backward(
+                        isa,
+                        d_x,
+                        accum == Accum::Add,
+                        d_weight,
+                        d_bias,
+                        &d_y[row * d..][..d],
+                        &x[row * d..][..d],
+                        weight,
+                        stats[2 * row],
+                        stats[2 * row + 1],
+                    );
+                }
+            });
+        rows::sum_rows(isa, &mut grads[d_weight], sums, groups, 2 * d);
+        rows::sum_rows(isa, &mut grads[d_bias], &sums[d..], groups, 2 * d);
+        Ok(())
+    }
+
+    fn attention_saving(
+        &mut self,
+        dims: AttentionDims,
+        out: &mut Vec<f32>,
+        lse: &mut Vec<f32>,
+        qkv: &Vec<f32>,
+    ) -> Result<(), Error> {
+        self.attention_forward("attention_saving", dims, out, Some(lse), qkv)
+    }
+
+    fn attention_backward(
+        &mut self,
+        dims: AttentionDims,
+        d_qkv: &mut Vec<f32>,
+        d_out: &Vec<f32>,
+        qkv: &Vec<f32>,
+        out: &Vec<f32>,
+        lse: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "attention_backward";
+        let d_qkv = front_mut(OP, "d_qkv", d_qkv, dims.qkv_len())?;
+        let d_out = front(OP, "d_out", d_out, dims.out_len())?;
+        let qkv = front(OP, "qkv", qkv, dims.qkv_len())?;
+        let out = front(OP, "out", out, dims.out_len())?;
+        let lse = front(OP, "lse", lse, dims.lse_len())?;
+        if out.is_empty() {
+            return Ok(());
+        }
+        let attention = Attention::new(self.isa, &self.threads, dims, qkv);
+        let scratch = self.scratch.floats(attention.backward_scratch())?;
+        attention.backward(d_qkv, d_out, out, lse, scratch);
+        Ok(())
+    }
+
+    fn embed_tokens_backward(
+        &mut self,
+        dims: TokenDims,
+        d_x: &mut Vec<f32>,
+        grads: &mut Vec<f32>,
+        d_out: &Vec<f32>,
+        embed: EmbedParams,
+    ) -> Result<(), Error> {
+        const OP: &str = "embed_tokens_backward";
+        check_prefix(OP, dims, embed)?;
+        expect_len(OP, "d_x", d_x.len(), TokenDims { prefix: 0, ..dims }.len())?;
+        expect_len(OP, "d_out", d_out.len(), dims.len())?;
+        if let Some(span) = embed.cls_token {
+            let d_cls = check_span(OP, "cls_token", grads.len(), span, dims.dim)?;
+            if !dims.is_empty() {
+                let stride = (1 + dims.tokens) * dims.dim;
+                rows::sum_rows(self.isa, &mut grads[d_cls], d_out, dims.batch, stride);
+            }
+        }
+        self.strip_prefix(dims, d_x, d_out)
+    }
+
+    fn decoder_tokens(
+        &mut self,
+        dims: DecoderDims,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+        ids_visible: &Vec<u32>,
+        ids_target: &Vec<u32>,
+        params: &Params,
+        mask_token: Span,
+        pos_embed: Span,
+    ) -> Result<(), Error> {
+        const OP: &str = "decoder_tokens";
+        let DecoderDims {
+            batch,
+            visible,
+            targets,
+            dim: d,
+        } = dims;
+        let out = front_mut(OP, "out", out, dims.len())?;
+        let x = front(OP, "x", x, dims.latent_len())?;
+        let mask_token = params.part(OP, "mask_token", mask_token, d)?;
+        let (table, positions) = params.positions(OP, pos_embed, d)?;
+        expect_len(OP, "pos_embed", table.len(), d)?;
+        let count = product(&[batch, visible]);
+        let ids_visible = checked_ids(OP, "ids_visible", ids_visible, count, positions)?;
+        let count = product(&[batch, targets]);
+        let ids_target = checked_ids(OP, "ids_target", ids_target, count, positions)?;
+        if out.is_empty() {
+            return Ok(());
+        }
+        let (latent, len) = ((1 + visible) * d, (1 + visible + targets) * d);
+        let position = |id: u32| &table[(1 + id as usize) * d..][..d];
+        self.threads
+            .for_each(batch, 2 * len, Pieces::new(out, len), |b, out| {
+                let x = &x[b * latent..][..latent];
+                let (out_latent, masks) = out.split_at_mut(latent);
+                let (cls, patches) = out_latent.split_at_mut(d);
+                rows::add_to(self.isa, cls, &x[..d], &table[..d]);
+                let ids = &ids_visible[b * visible..][..visible];
+                let inputs = x[d..].chunks_exact(d).zip(ids);
+                for (out, (x, &id)) in patches.chunks_exact_mut(d).zip(inputs) {
+                    rows::add_to(self.isa, out, x, position(id));
+                }
+                let ids = &ids_target[b * targets..][..targets];
+                for (out, &id) in masks.chunks_exact_mut(d).zip(ids) {
+                    rows::add_to(self.isa, out, mask_token, position(id));
+                }
+            });
+        Ok(())
+    }
+
+    fn decoder_tokens_backward(
+        &mut self,
+        dims: DecoderDims,
+        d_x: &mut Vec<f32>,
+        grads: &mut Vec<f32>,
+        d_out: &Vec<f32>,
+        mask_token: Span,
+    ) -> Result<(), Error> {
+        const OP: &str = "decoder_tokens_backward";
+        let d = dims.dim;
+        let d_x = front_mut(OP, "d_x", d_x, dims.latent_len())?;
+        let d_out = front(OP, "d_out", d_out, dims.len())?;
+        let d_mask = check_span(OP, "mask_token", grads.len(), mask_token, d)?;
+        if d_x.is_empty() {
+            return Ok(());
+        }
+        let (latent, len) = (
+            (1 + dims.visible) * d,
+            (1 + dims.visible + dims.targets) * d,
+        );
+        self.threads.for_each(
+            dims.batch,
+            2 * latent,
+            Pieces::new(d_x, latent),
+            |b, d_x| {
+                d_x.copy_from_slice(&d_out[b * len..][..latent]);
+            },
+        );
+        // Sequence by sequence, so that the order of the sum is fixed.
+        let d_mask = &mut grads[d_mask];
+        for d_out in d_out.chunks_exact(len) {
+            rows::sum_rows(self.isa, d_mask, &d_out[latent..], dims.targets, d);
+        }
+        Ok(())
+    }
+
+    fn strip_prefix(
+        &mut self,
+        dims: TokenDims,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "strip_prefix";
+        let out = front_mut(OP, "out", out, TokenDims { prefix: 0, ..dims }.len())?;
+        let x = front(OP, "x", x, dims.len())?;
+        if out.is_empty() {
+            return Ok(());
+        }
+        let len = dims.tokens * dims.dim;
+        self.threads
+            .for_each(dims.batch, 2 * len, Pieces::new(out, len), |b, out| {
+                out.copy_from_slice(patch_tokens(dims, x, b));
+            });
+        Ok(())
+    }
+
+    fn strip_prefix_backward(
+        &mut self,
+        dims: TokenDims,
+        d_x: &mut Vec<f32>,
+        d_out: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "strip_prefix_backward";
+        let patches_len = TokenDims { prefix: 0, ..dims }.len();
+        let d_out = front(OP, "d_out", d_out, patches_len)?;
+        let len = dims.tokens * dims.dim;
+        self.each_sequence(OP, dims, d_x, |b, prefix, patches| {
+            prefix.fill(0.0);
+            patches.copy_from_slice(&d_out[b * len..][..len]);
+        })
+    }
+
+    fn gather_tokens_backward(
+        &mut self,
+        dims: TokenDims,
+        keep: usize,
+        d_x: &mut Vec<f32>,
+        d_out: &Vec<f32>,
+        picked: &Vec<u32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "gather_tokens_backward";
+        let d = dims.dim;
+        let d_out = front(OP, "d_out", d_out, dims.with_tokens(keep).len())?;
+        let count = product(&[dims.batch, keep]);
+        let picked = checked_ids(OP, "picked", picked, count, dims.tokens)?;
+        self.each_sequence(OP, dims, d_x, |b, prefix, patches| {
+            let len = (dims.prefix + keep) * d;
+            let (d_prefix, d_patches) = d_out[b * len..][..len].split_at(dims.prefix * d);
+            prefix.copy_from_slice(d_prefix);
+            patches.fill(0.0);
+            let picked = &picked[b * keep..][..keep];
+            for (d_out, &token) in d_patches.chunks_exact(d).zip(picked) {
+                patches[token as usize * d..][..d].copy_from_slice(d_out);
+            }
+        })
+    }
+
+    fn mean_pool_backward(
+        &mut self,
+        dims: TokenDims,
+        d_x: &mut Vec<f32>,
+        d_out: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "mean_pool_backward";
+        let d = dims.dim;
+        let d_out = front(OP, "d_out", d_out, product(&[dims.batch, d]))?;
+        let share = 1.0 / dims.tokens as f32;
+        self.each_sequence(OP, dims, d_x, |b, prefix, patches| {
+            prefix.fill(0.0);
+            for d_x in patches.chunks_exact_mut(d) {
+                rows::scale(self.isa, d_x, &d_out[b * d..][..d], share);
+            }
+        })
+    }
+
+    fn pivoted_qr_scores(
+        &mut self,
+        dims: TokenDims,
+        scores: &mut Vec<f32>,
+        x: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "pivoted_qr_scores";
+        let (d, tokens) = (dims.dim, dims.tokens);
+        let scores = front_mut(OP, "scores", scores, product(&[dims.batch, tokens]))?;
+        let x = front(OP, "x", x, dims.len())?;
+        check_numbers(OP, "x", x)?;
+        if scores.is_empty() {
+            return Ok(());
+        }
+        // A residual for each token, and the direction that is being removed.
+        let len = product(&[tokens.saturating_add(1), d]);
+        let scratch = self.scratch.doubles(product(&[dims.batch, len]))?;
+        let parts = (Pieces::new(scores, tokens), Pieces::new(scratch, len));
+        let cost = len.saturating_mul(tokens);
+        self.threads
+            .for_each(dims.batch, cost, parts, |b, (scores, scratch)| {
+                let (direction, residual) = scratch.split_at_mut(d);
+                let x = patch_tokens(dims, x, b);
+                rows::pivoted_qr(self.isa, scores, x, residual, direction);
+            });
+        Ok(())
+    }
+
+    fn standardise(
+        &mut self,
+        dims: RowDims,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "standardise";
+        let d = dims.dim;
+        if d < 2 {
+            return Err(Error::Kernel(KernelError::Dimensions {
+                op: OP,
+                expected: "rows of at least 2 elements",
+                found: d,
+            }));
+        }
+        let out = front_mut(OP, "out", out, dims.len())?;
+        let x = front(OP, "x", x, dims.len())?;
+        self.threads
+            .for_each(dims.rows, 2 * d, Pieces::new(out, d), |row, out| {
+                rows::standardise(self.isa, out, &x[row * d..][..d], NORM_EPS);
+            });
+        Ok(())
+    }
+
+    fn feature_spread(
+        &mut self,
+        dims: RowDims,
+        out: &mut Vec<f32>,
+        at: usize,
+        x: &Vec<f32>,
+    ) -> Result<(), Error> {
+        const OP: &str = "feature_spread";
+        check_loss(OP, dims, out, at)?;
+        let x = front(OP, "x", x, dims.len())?;
+        let blocks = dims.dim.div_ceil(COLUMNS);
+        let sums = self.scratch.doubles(blocks)?;
+        self.threads.for_each(
+            blocks,
+            2 * COLUMNS * dims.rows,
+            Pieces::new(&mut *sums, 1),
+            |i, sum| {
+                let first = i * COLUMNS;
+                let columns = COLUMNS.min(dims.dim - first);
+                sum[0] = rows::sum_of_spreads(self.isa, &x[first..], dims.rows, dims.dim, columns);
+            },
+        );
+        out[at] = (sums.iter().sum::<f64>() / dims.dim as f64) as f32;
+        Ok(())
+    }
+
+    fn cosine_loss(
+        &mut self,
+        dims: RowDims,
+        d_pred: &mut Vec<f32>,
+        losses: &mut Vec<f32>,
+        at: usize,
+        pred: &Vec<f32>,
+        target: &Vec<f32>,
+        scale: f64,
+    ) -> Result<(), Error> {
+        let isa = self.isa;
+        let weight = scale / dims.rows as f64;
+        let total = self.loss_rows(
+            "cosine_loss",
+            dims,
+            d_pred,
+            (losses, at),
+            [pred, target],
+            |d_pred, pred, target| rows::cosine(isa, d_pred, pred, target, COSINE_EPS, -weight),
+        )?;
+        losses[at] = (f64::from(losses[at]) + scale - weight * total) as f32;
+        Ok(())
+    }
+
+    fn mse_loss(
+        &mut self,
+        dims: RowDims,
+        d_pred: &mut Vec<f32>,
+        losses: &mut Vec<f32>,
+        at: usize,
+        pred: &Vec<f32>,
+        target: &Vec<f32>,
+        scale: f64,
+    ) -> Result<(), Error> {
+        let isa = self.isa;
+        let weight = scale / dims.len() as f64;
+        let factor = (2.0 * weight) as f32;
+        let total = self.loss_rows(
+            "mse_loss",
+            dims,
+            d_pred,
+            (losses, at),
+            [pred, target],
+            |d_pred, pred, target| rows::squared_error(isa, d_pred, pred, target, factor),
+        )?;
+        losses[at] = (f64::from(losses[at]) + weight * total) as f32;
+        Ok(())
+    }
+
+    fn cross_entropy(
+        &mut self,
+        dims: RowDims,
+        d_logits: &mut Vec<f32>,
+        losses: &mut Vec<f32>,
+        at: usize,
+        logits: &Vec<f32>,
+        target: &Vec<f32>,
+        scale: f64,
+    ) -> Result<(), Error> {
+        let isa = self.isa;
+        let weight = scale / dims.rows as f64;
+        let total = self.loss_rows(
+            "cross_entropy",
+            dims,
+            d_logits,
+            (losses, at),
+            [logits, target],
+            |d_logits, logits, target| {
+                rows::cross_entropy(isa, d_logits, logits, target, weight as f32)
+            },
+        )?;
+        losses[at] = (f64::from(losses[at]) + weight * total) as f32;
+        Ok(())
+    }
+
+    fn pixel_targets(
+        &mut self,
+        dims: PatchDims,
+        out: &mut Vec<f32>,
+        images: &Vec<f32>,
+        ids: &Vec<u32>,
+    ) -> Result<(), Error> {
+        let (p, channels) = (dims.patch_size, dims.channels);
+        copy_patches(
+            "pixel_targets",
+            &self.threads,
+            dims,
+            out,
+            images,
+            Some(ids),
+            |channel, row, pixels, out| {
+                let out = out[row * p * channels + channel..].iter_mut();
+                for (out, pixel) in out.step_by(channels).zip(pixels) {
+                    *out = *pixel;
+                }
+            },
+        )
+    }
+
+    fn zero(&mut self, x: &mut Vec<f32>) -> Result<(), Error> {
+        self.zero_all(x);
+        Ok(())
+    }
+
+    fn norm(&mut self, out: &mut Vec<f32>, at: usize, x: &Vec<f32>) -> Result<(), Error> {
+        expect_len("norm", "out", out.len(), at.saturating_add(1))?;
+        let sums = self.scratch.doubles(x.len().div_ceil(PIECE))?;
+        self.threads
+            .for_each(sums.len(), PIECE, Pieces::new(&mut *sums, 1), |i, sum| {
+                let end = x.len().min((i + 1) * PIECE);
+                sum[0] = rows::sum_squares(self.isa, &x[i * PIECE..end]);
+            });
+        out[at] = sums.iter().sum::<f64>().sqrt() as f32;
+        Ok(())
+    }
+
+    fn adamw_ema(
+        &mut self,
+        student: &mut Params,
+        mut teacher: Option<&mut Params>,
+        grads: &mut Vec<f32>,
+        exp_avg: &mut Vec<f32>,
+        exp_avg_sq: &mut Vec<f32>,
+        segments: &[Segment],
+        step: &AdamW,
+        clip: Option<Clip<'_, Vec<f32>>>,
+    ) -> Result<(), Error> {
+        const OP: &str = "adamw_ema";
+        let student = &mut student.0;
+        for Segment { span, ema, .. } in segments {
+            for (what, len) in [
+                ("student", student.len()),
+                ("grads", grads.len()),
+                ("exp_avg", exp_avg.len()),
+                ("exp_avg_sq", exp_avg_sq.len()),
+            ] {
+                expect_len(OP, what, len, span.end())?;
+            }
+            if let Some(teacher) = &teacher
+                && *ema
+            {
+                expect_len(OP, "teacher", teacher.0.len(), span.end())?;
+            }
+        }
+        let mut factor = 1.0;
+        if let Some(clip) = clip {
+            expect_len(OP, "norms", clip.norms.len(), clip.at.saturating_add(1))?;
+            let norm = f64::from(clip.norms[clip.at]);
+            if norm > clip.max_norm {
+                factor = clip.max_norm / norm;
+            }
+        }
+        let count = step.step as f64;
+        for segment in segments {
+            let lr = step.lr * segment.lr_scale;
+            let constants = AdamWConstants {
+                beta1: step.beta1,
+                beta2: step.beta2,
+                eps: step.eps,
+                clip: factor,
+                decay: lr * segment.weight_decay,
+                step: lr / (1.0 - step.beta1.powf(count)),
+                unbias2: 1.0 / (1.0 - step.beta2.powf(count)),
+                one_minus_momentum: 1.0 - step.momentum,
+            };
+            let range = segment.span.start..segment.span.end();
+            let teacher = teacher.as_mut().filter(|_| segment.ema);
+            let pieces = |vector| Pieces::new(vector, PIECE);
+            let parts = (
+                (
+                    pieces(&mut student[range.clone()]),
+                    teacher.map(|teacher| pieces(&mut teacher.0[range.clone()])),
+                ),
+                (
+                    pieces(&mut grads[range.clone()]),
+                    (
+                        pieces(&mut exp_avg[range.clone()]),
+                        pieces(&mut exp_avg_sq[range]),
+                    ),
+                ),
+            );
+            self.threads.for_each(
+                segment.span.len.div_ceil(PIECE),
+                5 * PIECE,
+                parts,
+                |_, ((student, teacher), (grads, (exp_avg, exp_avg_sq)))| {
+                    rows::adamw(
+                        self.isa, student, teacher, grads, exp_avg, exp_avg_sq, constants,
+                    );
+                },
+            );
+        }
+        // The kernel has zeroed the gradients of the segments; what lies between them is left.
+        let mut at = 0;
+        for Segment { span, .. } in segments {
+            if span.start > at {
+                self.zero_all(&mut grads[at..span.start]);
+            }
+            at = at.max(span.end());
+        }
+        self.zero_all(&mut grads[at..]);
+        Ok(())
+    }
+}
+
+impl Cpu {
+    fn zero_all(&self, x: &mut [f32]) {
+        let pieces = x.len().div_ceil(PIECE);
+        self.threads
+            .for_each(pieces, PIECE, Pieces::new(x, PIECE), |_, x| x.fill(0.0));
+    }
+
+    /// Calls `work(b, prefix, patch tokens)` for every sequence of `d_x`.
+    fn each_sequence(
+        &self,
+        op: &'static str,
+        dims: TokenDims,
+        d_x: &mut [f32],
+        work: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    ) -> Result<(), Error> {
+        let d_x = front_mut(op, "d_x", d_x, dims.len())?;
+        if d_x.is_empty() {
+            return Ok(());
+        }
+        let len = (dims.prefix + dims.tokens) * dims.dim;
+        self.threads
+            .for_each(dims.batch, 2 * len, Pieces::new(d_x, len), |b, d_x| {
+                let (prefix, patches) = d_x.split_at_mut(dims.prefix * dims.dim);
+                work(b, prefix, patches);
+            });
+        Ok(())
+    }
+
+    /// The sum of `row_loss(d_pred, pred, target)` over the rows, in their order.
+    fn loss_rows(
+        &mut self,
+        op: &'static str,
+        dims: RowDims,
+        d_pred: &mut [f32],
+        (losses, at): (&[f32], usize),
+        [pred, target]: [&[f32]; 2],
+        row_loss: impl Fn(&mut [f32], &[f32], &[f32]) -> f64 + Sync,
+    ) -> Result<f64, Error> {
+        check_loss(op, dims, losses, at)?;
+        let d_pred = front_mut(op, "gradient", d_pred, dims.len())?;
+        let pred = front(op, "prediction", pred, dims.len())?;
+        let target = front(op, "target", target, dims.len())?;
+        let d = dims.dim;
+        let sums = self.scratch.doubles(dims.rows)?;
+        let parts = (Pieces::new(d_pred, d), Pieces::new(&mut *sums, 1));
+        self.threads
+            .for_each(dims.rows, 3 * d, parts, |row, (d_pred, sum)| {
+                let at = row * d;
+                sum[0] = row_loss(d_pred, &pred[at..][..d], &target[at..][..d]);
+            });
+        Ok(sums.iter().sum())
+    }
+}
+
+/// `rows_per_scale` divides `rows`, and there is a scale for each group.
+fn check_scale(
+    op: &'static str,
+    rows: usize,
+    scale: &[f32],
+    rows_per_scale: usize,
+) -> Result<(), KernelError> {
+    if rows_per_scale == 0 || !rows.is_multiple_of(rows_per_scale) {
+        return Err(KernelError::Dimensions {
+            op,
+            expected: "rows that `rows_per_scale` divides",
+            found: rows_per_scale,
+        });
+    }
+    expect_len(op, "scale", scale.len(), rows / rows_per_scale)
+}
+
+/// There is something to take the mean of, and room for the result.
+fn check_loss(
+    op: &'static str,
+    dims: RowDims,
+    losses: &[f32],
+    at: usize,
+) -> Result<(), KernelError> {
+    if dims.is_empty() {
+        return Err(KernelError::Dimensions {
+            op,
+            expected: "at least one row and column",
+            found: 0,
+        });
+    }
+    expect_len(op, "losses", losses.len(), at.saturating_add(1))
+}
