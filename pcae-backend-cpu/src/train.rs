@@ -685,8 +685,9 @@ impl TrainBackend for Cpu {
         )
     }
 
-    fn zero(&mut self, x: &mut Vec<f32>) -> Result<(), Error> {
-        self.zero_all(x);
+    fn zero(&mut self, x: &mut Vec<f32>, span: Span) -> Result<(), Error> {
+        expect_len("zero", "x", x.len(), span.end())?;
+        self.zero_all(&mut x[span.start..span.end()]);
         Ok(())
     }
 

@@ -24,7 +24,12 @@ pub trait Job {
 /// # Errors
 /// [`Error::Setting`] if there is no such backend on this machine, or the job's own.
 pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
-    let wrong = |name: &str, reason: String| Err(Error::Setting { name: name.to_owned(), reason });
+    let wrong = |name: &str, reason: String| {
+        Err(Error::Setting {
+            name: name.to_owned(),
+            reason,
+        })
+    };
     match (machine.backend, machine.precision) {
         (BackendKind::Cpu, Precision::F32) => {
             let isa = isa(machine)?;
@@ -39,28 +44,42 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
             let name = format!("cpu ({isa}, {}, f32)", count(backend.threads(), "thread"));
             job.run(&mut backend, &name)
         }
-        (BackendKind::Cpu, Precision::F64) => {
-            wrong("--precision", "expected f32 for --backend cpu, found f64; use --backend reference".to_owned())
-        }
-        (BackendKind::Reference, _) if machine.isa.is_some() => {
-            wrong("--set isa", "expected none for --backend reference, which is scalar; use --backend cpu".to_owned())
-        }
-        (BackendKind::Reference, Precision::F32) => {
-            job.run(&mut Reference::<f32, _>::owned(), "reference (1 thread, f32)")
-        }
-        (BackendKind::Reference, Precision::F64) => {
-            job.run(&mut Reference::<f64, _>::owned(), "reference (1 thread, f64)")
-        }
+        (BackendKind::Cpu, Precision::F64) => wrong(
+            "--precision",
+            "expected f32 for --backend cpu, found f64; use --backend reference".to_owned(),
+        ),
+        (BackendKind::Reference, _) if machine.isa.is_some() => wrong(
+            "--set isa",
+            "expected none for --backend reference, which is scalar; use --backend cpu".to_owned(),
+        ),
+        (BackendKind::Reference, Precision::F32) => job.run(
+            &mut Reference::<f32, _>::owned(),
+            "reference (1 thread, f32)",
+        ),
+        (BackendKind::Reference, Precision::F64) => job.run(
+            &mut Reference::<f64, _>::owned(),
+            "reference (1 thread, f64)",
+        ),
     }
 }
 
 fn isa(machine: &Machine) -> Result<Isa, Error> {
-    let Some(name) = &machine.isa else { return Ok(Isa::detect()) };
-    Isa::available().find(|isa| isa.to_string() == *name).ok_or_else(|| {
-        let available: Vec<String> = Isa::available().map(|isa| isa.to_string()).collect();
-        let reason = format!("expected one that this CPU has ({}), found {name}", available.join(", "));
-        Error::Setting { name: "--set isa".to_owned(), reason }
-    })
+    let Some(name) = &machine.isa else {
+        return Ok(Isa::detect());
+    };
+    Isa::available()
+        .find(|isa| isa.to_string() == *name)
+        .ok_or_else(|| {
+            let available: Vec<String> = Isa::available().map(|isa| isa.to_string()).collect();
+            let reason = format!(
+                "expected one that this CPU has ({}), found {name}",
+                available.join(", ")
+            );
+            Error::Setting {
+                name: "--set isa".to_owned(),
+                reason,
+            }
+        })
 }
 
 /// `1 thread`, `2 threads`.

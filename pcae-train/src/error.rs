@@ -93,32 +93,59 @@ impl Error {
     pub fn is_usage(&self) -> bool {
         match self {
             Self::Setting { .. } | Self::Config(_) | Self::ConfigFile { .. } => true,
-            Self::Data(error) => matches!(error, DataError::BatchSize { .. } | DataError::Setting { .. }),
+            Self::Data(error) => matches!(
+                error,
+                DataError::BatchSize { .. } | DataError::Setting { .. }
+            ),
             _ => false,
         }
     }
 
     /// Wraps what a backend reports.
     pub fn backend(name: impl Into<String>, error: impl std::fmt::Display) -> Self {
-        Self::Backend { backend: name.into(), reason: error.to_string() }
+        Self::Backend {
+            backend: name.into(),
+            reason: error.to_string(),
+        }
     }
 }
 
 /// Settings that have a flag of their own.
 const FLAGS: [&str; 17] = [
-    "data", "model", "method", "backend", "precision", "epochs", "steps", "batch_size", "accum", "lr", "mask_ratio",
-    "keep_ratio", "drop_layers", "threads", "workers", "seed", "out",
+    "data",
+    "model",
+    "method",
+    "backend",
+    "precision",
+    "epochs",
+    "steps",
+    "batch_size",
+    "accum",
+    "lr",
+    "mask_ratio",
+    "keep_ratio",
+    "drop_layers",
+    "threads",
+    "workers",
+    "seed",
+    "out",
 ];
 
 /// How the setting `key` is typed: its flag if it has one, else `--set key`.
 pub fn flag(key: &str) -> String {
-    if FLAGS.contains(&key) { format!("--{}", key.replace('_', "-")) } else { format!("--set {key}") }
+    if FLAGS.contains(&key) {
+        format!("--{}", key.replace('_', "-"))
+    } else {
+        format!("--set {key}")
+    }
 }
 
 /// A configuration error with the flag in place of the field.
 fn config_message(error: &ConfigError) -> String {
     let text = error.to_string();
-    let end = text.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(text.len());
+    let end = text
+        .find(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+        .unwrap_or(text.len());
     let (field, rest) = text.split_at(end);
     format!("{}{rest}", flag(field))
 }

@@ -27,7 +27,10 @@ fn run(path: &Path) -> Result<String, Error> {
     let records = read_metrics(&path.join("metrics.jsonl"))?;
     if let Some(last) = records.last() {
         let (step, epoch, time) = (last.step, last.epoch, last.time_s);
-        let _ = writeln!(text, "last record: step {step}, epoch {epoch:.1}, {time:.0} s of training");
+        let _ = writeln!(
+            text,
+            "last record: step {step}, epoch {epoch:.1}, {time:.0} s of training"
+        );
         for (name, value) in &last.scalars {
             let _ = writeln!(text, "  {name:<24} {value:.6}");
         }
@@ -51,7 +54,9 @@ fn tensors(path: &Path) -> Result<String, Error> {
     let mut elements = 0;
     let mut lines = String::new();
     for name in &names {
-        let (Some(shape), Some(dtype)) = (reader.shape(name), reader.dtype(name)) else { continue };
+        let (Some(shape), Some(dtype)) = (reader.shape(name), reader.dtype(name)) else {
+            continue;
+        };
         elements += shape.iter().product::<usize>();
         let _ = writeln!(lines, "  {name:<56} {dtype:?} {shape:?}");
     }
@@ -71,7 +76,9 @@ fn data_set(path: &Path) -> Result<String, Error> {
             }
         }
         for (class, count) in (0_u32..).zip(&counts) {
-            let name = dataset.class_name(class).map_or_else(|| class.to_string(), str::to_owned);
+            let name = dataset
+                .class_name(class)
+                .map_or_else(|| class.to_string(), str::to_owned);
             let _ = writeln!(text, "  {name:<32} {count}");
         }
     }

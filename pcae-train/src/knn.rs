@@ -40,7 +40,11 @@ pub fn top1(train: &Features, held_out: &Features, scaling: Scaling, k: usize) -
         Scaling::Standardised => column_stats(train.x.view()),
     };
     let bank = unit_rows(train.x.view(), &shift, &scale);
-    let classes = train.labels.iter().max().map_or(0, |&label| label as usize + 1);
+    let classes = train
+        .labels
+        .iter()
+        .max()
+        .map_or(0, |&label| label as usize + 1);
     let right: usize = (0..held_out.labels.len().div_ceil(BLOCK))
         .into_par_iter()
         .map(|block| {
@@ -49,11 +53,12 @@ pub fn top1(train: &Features, held_out: &Features, scaling: Scaling, k: usize) -
             let similarities = queries.dot(&bank.t());
             let pairs = similarities.axis_iter(Axis(0)).zip(&held_out.labels[range]);
             let mut order: Vec<u32> = Vec::with_capacity(train.labels.len());
-            pairs.filter(|(row, label)| {
-                let row = row.as_slice().unwrap_or_default();
-                vote(row, &train.labels, k, classes, &mut order) == **label
-            })
-            .count()
+            pairs
+                .filter(|(row, label)| {
+                    let row = row.as_slice().unwrap_or_default();
+                    vote(row, &train.labels, k, classes, &mut order) == **label
+                })
+                .count()
         })
         .sum();
     right as f64 / held_out.labels.len() as f64
@@ -64,9 +69,17 @@ fn column_stats(x: ArrayView2<'_, f32>) -> (Vec<f32>, Vec<f32>) {
     let count = x.nrows() as f64;
     let stats = x.axis_iter(Axis(1)).map(|column| {
         let mean = column.iter().map(|&x| f64::from(x)).sum::<f64>() / count;
-        let variance = column.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / count;
+        let variance = column
+            .iter()
+            .map(|&x| (f64::from(x) - mean).powi(2))
+            .sum::<f64>()
+            / count;
         // A constant column says nothing: it stays zero.
-        let scale = if variance > 1e-12 { variance.sqrt().recip() } else { 0.0 };
+        let scale = if variance > 1e-12 {
+            variance.sqrt().recip()
+        } else {
+            0.0
+        };
         (mean as f32, scale as f32)
     });
     stats.unzip()
@@ -84,20 +97,33 @@ fn unit_rows(x: ArrayView2<'_, f32>, shift: &[f32], scale: &[f32]) -> Array2<f32
     out
 }
 
-fn vote(similarities: &[f32], labels: &[u32], k: usize, classes: usize, order: &mut Vec<u32>) -> u32 {
+fn vote(
+    similarities: &[f32],
+    labels: &[u32],
+    k: usize,
+    classes: usize,
+    order: &mut Vec<u32>,
+) -> u32 {
     let k = k.clamp(1, similarities.len());
     order.clear();
     order.extend(0..similarities.len() as u32);
-    let most_similar_first =
-        |&a: &u32, &b: &u32| similarities[b as usize].total_cmp(&similarities[a as usize]).then(a.cmp(&b));
+    let most_similar_first = |&a: &u32, &b: &u32| {
+        similarities[b as usize]
+            .total_cmp(&similarities[a as usize])
+            .then(a.cmp(&b))
+    };
     order.select_nth_unstable_by(k - 1, most_similar_first);
     // In a fixed order, so that the sums do not depend on how the selection went.
     order[..k].sort_unstable_by(most_similar_first);
     let mut votes = vec![0.0_f32; classes];
     for &i in &order[..k] {
-        votes[labels[i as usize] as usize] += ((similarities[i as usize] - 1.0) / TEMPERATURE).exp();
+        votes[labels[i as usize] as usize] +=
+            ((similarities[i as usize] - 1.0) / TEMPERATURE).exp();
     }
-    let best = votes.iter().enumerate().max_by(|(i, a), (j, b)| a.total_cmp(b).then(j.cmp(i)));
+    let best = votes
+        .iter()
+        .enumerate()
+        .max_by(|(i, a), (j, b)| a.total_cmp(b).then(j.cmp(i)));
     best.map_or(0, |(class, _)| class as u32)
 }
 
@@ -116,7 +142,10 @@ mod tests {
                 labels.push(label as u32);
             }
         }
-        Features { x: Array2::from_shape_vec((labels.len(), 3), x).unwrap(), labels }
+        Features {
+            x: Array2::from_shape_vec((labels.len(), 3), x).unwrap(),
+            labels,
+        }
     }
 
     #[test]
@@ -145,7 +174,10 @@ mod tests {
         let (train, held_out) = (spoil(clusters(20, 0.0)), spoil(clusters(9, 1.0)));
         let raw = top1(&train, &held_out, Scaling::Raw, 5);
         let standardised = top1(&train, &held_out, Scaling::Standardised, 5);
-        assert!(standardised > 0.85 && standardised > raw, "{raw} {standardised}");
+        assert!(
+            standardised > 0.85 && standardised > raw,
+            "{raw} {standardised}"
+        );
     }
 
     /// More neighbours asked for than there are; a single one; nobody.
@@ -154,7 +186,10 @@ mod tests {
         let few = clusters(1, 0.0);
         assert!(top1(&few, &clusters(3, 1.0), Scaling::Raw, 100) > 0.0);
         assert_eq!(top1(&few, &few, Scaling::Raw, 1), 1.0);
-        let none = Features { x: Array2::zeros((0, 3)), labels: Vec::new() };
+        let none = Features {
+            x: Array2::zeros((0, 3)),
+            labels: Vec::new(),
+        };
         assert!(top1(&none, &few, Scaling::Raw, 1).is_nan());
     }
 }

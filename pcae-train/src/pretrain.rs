@@ -11,7 +11,9 @@ use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{CriterionScorer, MeanSimilarity, Pretrainer, Scalars, TrainState, Vit};
 use pcae_kernel::rng::{Purpose, Stream};
-use pcae_kernel::schedule::{drop_path_rate, drop_path_scale, learning_rate, momentum, random_masking};
+use pcae_kernel::schedule::{
+    drop_path_rate, drop_path_scale, learning_rate, momentum, random_masking,
+};
 
 use crate::backends::Job;
 use crate::checkpoint::{self, Position};
@@ -75,7 +77,15 @@ pub fn start(mut settings: Settings) -> Result<Summary, Error> {
     let splits = data::open(settings.data.as_deref(), settings.in_chans)?;
     let recipe = settings.resolve(&splits)?;
     let machine = settings.machine.clone();
-    backends::run(&machine, Run { settings, recipe, splits, resume: None })
+    backends::run(
+        &machine,
+        Run {
+            settings,
+            recipe,
+            splits,
+            resume: None,
+        },
+    )
 }
 
 /// Continues the run in `out`, on the same settings but for `machine`, which may choose anew what has no part in the
@@ -90,7 +100,15 @@ pub fn resume(out: &Path, machine: &[(String, String)]) -> Result<Summary, Error
     let splits = data::open(settings.data.as_deref(), settings.in_chans)?;
     let recipe = settings.resolve(&splits)?;
     let machine = settings.machine.clone();
-    backends::run(&machine, Run { settings, recipe, splits, resume: Some((run, state)) })
+    backends::run(
+        &machine,
+        Run {
+            settings,
+            recipe,
+            splits,
+            resume: Some((run, state)),
+        },
+    )
 }
 
 struct Run {
@@ -104,12 +122,20 @@ impl Job for Run {
     type Output = Summary;
 
     fn run<B: TrainBackend>(self, backend: &mut B, name: &str) -> Result<Summary, Error> {
-        let Self { settings, recipe, splits, resume } = self;
+        let Self {
+            settings,
+            recipe,
+            splits,
+            resume,
+        } = self;
         let failed = |error: B::Error| Error::backend(name, error);
         let task = recipe.task;
         let layout = Layout::pretrain(&task);
         let has_teacher = matches!(task.target, Target::Teacher(_));
-        interrupt::install().map_err(|error| Error::Io { what: "signal handlers".to_owned(), error })?;
+        interrupt::install().map_err(|error| Error::Io {
+            what: "signal handlers".to_owned(),
+            error,
+        })?;
 
         // Everything that can fail for want of memory or data comes before the run directory is touched.
         let mut step_model = StepModel::new(backend, &settings, &task).map_err(failed)?;
@@ -119,17 +145,30 @@ impl Job for Run {
             }
             _ => None,
         };
-        let position = restored.as_ref().map_or_else(Position::default, |values| values.position);
+        let position = restored
+            .as_ref()
+            .map_or_else(Position::default, |values| values.position);
         let mut state = match restored {
-            Some(values) => values.into_state(backend, layout, settings.weight_decay).map_err(failed)?,
+            Some(values) => values
+                .into_state(backend, layout, settings.weight_decay)
+                .map_err(failed)?,
             None => {
                 let mut student = vec![0.0; layout.len()];
-                init(&layout, settings.seed, &mut student).map_err(|error| Error::backend(name, error))?;
+                init(&layout, settings.seed, &mut student)
+                    .map_err(|error| Error::backend(name, error))?;
                 let teacher = has_teacher.then(|| student[..layout.encoder_len()].to_vec());
-                TrainState::new(backend, layout, &student, teacher.as_deref(), settings.weight_decay).map_err(failed)?
+                TrainState::new(
+                    backend,
+                    layout,
+                    &student,
+                    teacher.as_deref(),
+                    settings.weight_decay,
+                )
+                .map_err(failed)?
             }
         };
-        let mut evaluation = Evaluation::new(backend, &settings, &recipe, &splits).map_err(failed)?;
+        let mut evaluation =
+            Evaluation::new(backend, &settings, &recipe, &splits).map_err(failed)?;
         let config = LoaderConfig {
             batch_size: settings.batch_size,
             seed: settings.seed,
@@ -159,12 +198,18 @@ impl Job for Run {
             progress.println(&line);
         }
         if !is_new {
-            progress.println(&format!("resuming {} after step {}", run.path().display(), position.step));
+            progress.println(&format!(
+                "resuming {} after step {}",
+                run.path().display(),
+                position.step
+            ));
         }
         let earlier = read_metrics(&run.metrics())?;
         let mut clock = earlier.last().map_or(0.0, |record| record.time_s);
-        let mut first_spread =
-            series(&earlier, names::SPREAD).first().map(|&(_, spread)| spread as f32).filter(|spread| *spread > 0.0);
+        let mut first_spread = series(&earlier, names::SPREAD)
+            .first()
+            .map(|&(_, spread)| spread as f32)
+            .filter(|spread| *spread > 0.0);
         let mut warned = false;
         let mut last = Record::default();
         let mut step = position.step;
@@ -176,7 +221,12 @@ impl Job for Run {
             evaluation.pixels(&splits, &mut scalars)?;
             evaluation.student(backend, name, &state, &splits, &mut scalars)?;
             progress.println(&describe_knn("before training", &scalars));
-            metrics.log(&Record { step, epoch: 0.0, time_s: clock, scalars })?;
+            metrics.log(&Record {
+                step,
+                epoch: 0.0,
+                time_s: clock,
+                scalars,
+            })?;
         }
         while step < recipe.steps && !interrupt::requested() {
             let began = Instant::now();
@@ -188,7 +238,13 @@ impl Job for Run {
                 batches += 1;
             }
             let adamw = AdamW {
-                lr: learning_rate(step, recipe.steps, recipe.warmup_steps, recipe.lr, settings.min_lr),
+                lr: learning_rate(
+                    step,
+                    recipe.steps,
+                    recipe.warmup_steps,
+                    recipe.lr,
+                    settings.min_lr,
+                ),
                 beta1: settings.beta1,
                 beta2: settings.beta2,
                 eps: 1e-8,
@@ -197,7 +253,10 @@ impl Job for Run {
             };
             let Scalars { loss, spread, .. } = state.scalars(backend).map_err(failed)?;
             if !loss.is_finite() {
-                return Err(Error::Diverged { step: step + 1, loss });
+                return Err(Error::Diverged {
+                    step: step + 1,
+                    loss,
+                });
             }
             let max_norm = (settings.clip_grad > 0.0).then_some(settings.clip_grad);
             state.update(backend, &adamw, max_norm).map_err(failed)?;
@@ -230,33 +289,58 @@ impl Job for Run {
             }
             let done = step == recipe.steps;
             let evaluate = done
-                || (settings.eval_every > 0 && step.is_multiple_of(settings.eval_every * recipe.steps_per_epoch));
+                || (settings.eval_every > 0
+                    && step.is_multiple_of(settings.eval_every * recipe.steps_per_epoch));
             if evaluate {
                 evaluation.student(backend, name, &state, &splits, &mut scalars)?;
             }
             let epoch = batches as f64 / loader.batches_per_epoch() as f64;
-            last = Record { step, epoch, time_s: clock, scalars };
+            last = Record {
+                step,
+                epoch,
+                time_s: clock,
+                scalars,
+            };
             metrics.log(&last)?;
             progress.set(step, images as f64 / seconds, loss);
             if evaluate {
-                progress.println(&describe_knn(&format!("step {step}, epoch {epoch:.1}"), &last.scalars));
+                progress.println(&describe_knn(
+                    &format!("step {step}, epoch {epoch:.1}"),
+                    &last.scalars,
+                ));
             }
             if evaluate || done || step.is_multiple_of(recipe.save_every) {
                 metrics.sync()?;
-                checkpoint::save(&run.last_checkpoint(), backend, &state, &settings, Position { step, batches })?;
+                checkpoint::save(
+                    &run.last_checkpoint(),
+                    backend,
+                    &state,
+                    &settings,
+                    Position { step, batches },
+                )?;
                 draw(&run, &settings)?;
             }
         }
         let interrupted = step < recipe.steps;
         if interrupted {
             metrics.sync()?;
-            checkpoint::save(&run.last_checkpoint(), backend, &state, &settings, Position { step, batches })?;
+            checkpoint::save(
+                &run.last_checkpoint(),
+                backend,
+                &state,
+                &settings,
+                Position { step, batches },
+            )?;
         }
         progress.finish();
         let records = read_metrics(&run.metrics())?;
         draw(&run, &settings)?;
         let knn = series(&records, names::KNN);
-        let at = |wanted: u64| knn.iter().find(|(step, _)| *step == wanted).map(|&(_, value)| value);
+        let at = |wanted: u64| {
+            knn.iter()
+                .find(|(step, _)| *step == wanted)
+                .map(|&(_, value)| value)
+        };
         Ok(Summary {
             out: run.path().to_owned(),
             step,
@@ -265,27 +349,41 @@ impl Job for Run {
             images_per_s: images as f64 / seconds,
             knn_top1: at(recipe.steps),
             knn_top1_untrained: at(0),
-            knn_top1_pixels: series(&records, names::KNN_PIXELS).first().map(|&(_, value)| value),
+            knn_top1_pixels: series(&records, names::KNN_PIXELS)
+                .first()
+                .map(|&(_, value)| value),
             interrupted,
         })
     }
 }
 
 /// The first lines of a run: what is trained on what, where, and how much of everything that takes.
-fn introduction(settings: &Settings, recipe: &Recipe, splits: &Splits, layout: &Layout, backend: &str) -> [String; 4] {
+fn introduction(
+    settings: &Settings,
+    recipe: &Recipe,
+    splits: &Splits,
+    layout: &Layout,
+    backend: &str,
+) -> [String; 4] {
     let task = &recipe.task;
     let cost = pcae_kernel::flops::Step::new(task);
     let images = settings.batch_size as u64 * settings.accum;
     let reduction = match task.target {
         Target::Teacher(reduction) => {
             let mut counts = vec![task.masked().to_string()];
-            reduction.for_each_stage(task.masked(), task.vit.depth, |_, keep| counts.push(keep.to_string()));
+            reduction.for_each_stage(task.masked(), task.vit.depth, |_, keep| {
+                counts.push(keep.to_string())
+            });
             format!("teacher {}", counts.join(" -> "))
         }
         Target::Pixels { .. } => format!("pixels of {}", task.masked()),
     };
     [
-        format!("data      {}; held out {}", splits.train.describe(), splits.held_out.len()),
+        format!(
+            "data      {}; held out {}",
+            splits.train.describe(),
+            splits.held_out.len()
+        ),
         format!(
             "model     {} {:.2} M parameters, {:?}: {} patches, {} visible, {reduction}; {:.1} M multiply-adds an image",
             settings.model,
@@ -327,7 +425,13 @@ impl<B: TrainBackend> StepModel<B> {
         let batch = settings.batch_size;
         Ok(Self {
             model: Pretrainer::new(backend, task, batch, settings.drop_path > 0.0)?,
-            scorer: CriterionScorer::new(backend, &reduction, batch, task.masked(), task.vit.depth)?,
+            scorer: CriterionScorer::new(
+                backend,
+                &reduction,
+                batch,
+                task.masked(),
+                task.vit.depth,
+            )?,
             noise: vec![0.0; task.vit.num_patches()],
             order: vec![0; task.vit.num_patches()],
             ids_keep: Vec::with_capacity(batch * task.visible()),
@@ -347,18 +451,22 @@ impl<B: TrainBackend> StepModel<B> {
         batch: &Batch,
     ) -> Result<(), Error> {
         let failed = |error: B::Error| Error::backend(name, error);
-        let stream = |sample: u64, purpose| Stream::new(settings.seed, batch.epoch, sample, purpose);
+        let stream =
+            |sample: u64, purpose| Stream::new(settings.seed, batch.epoch, sample, purpose);
         self.ids_keep.clear();
         self.ids_remove.clear();
         for &sample in &batch.samples {
             let mut stream = stream(sample, Purpose::Mask);
             self.noise.fill_with(|| stream.uniform());
-            random_masking(&self.noise, &mut self.order).map_err(|error| Error::backend(name, error))?;
+            random_masking(&self.noise, &mut self.order)
+                .map_err(|error| Error::backend(name, error))?;
             let (keep, remove) = self.order.split_at(task.visible());
             self.ids_keep.extend_from_slice(keep);
             self.ids_remove.extend_from_slice(remove);
         }
-        self.model.load(backend, &batch.images, &self.ids_keep, &self.ids_remove).map_err(failed)?;
+        self.model
+            .load(backend, &batch.images, &self.ids_keep, &self.ids_remove)
+            .map_err(failed)?;
         if settings.drop_path > 0.0 {
             let count = batch.samples.len();
             for (i, &sample) in batch.samples.iter().enumerate() {
@@ -368,15 +476,20 @@ impl<B: TrainBackend> StepModel<B> {
                     self.drop_path[branch * count + i] = drop_path_scale(&mut stream, rate);
                 }
             }
-            self.model.set_drop_path(backend, &self.drop_path).map_err(failed)?;
+            self.model
+                .set_drop_path(backend, &self.drop_path)
+                .map_err(failed)?;
         }
         if let Target::Teacher(reduction) = task.target
             && reduction.criterion == Criterion::Random
         {
-            self.draw_selection(backend, &reduction, settings, task, batch).map_err(failed)?;
+            self.draw_selection(backend, &reduction, settings, task, batch)
+                .map_err(failed)?;
         }
         let scale = 1.0 / settings.accum as f64;
-        self.model.accumulate(backend, state, scale, &mut self.scorer).map_err(failed)
+        self.model
+            .accumulate(backend, state, scale, &mut self.scorer)
+            .map_err(failed)
     }
 
     /// Random scores for each stage.
@@ -389,7 +502,9 @@ impl<B: TrainBackend> StepModel<B> {
         batch: &Batch,
     ) -> Result<(), B::Error> {
         let mut stages = Vec::new();
-        reduction.for_each_stage(task.masked(), task.vit.depth, |tokens, _| stages.push(tokens));
+        reduction.for_each_stage(task.masked(), task.vit.depth, |tokens, _| {
+            stages.push(tokens)
+        });
         for (stage, tokens) in stages.into_iter().enumerate() {
             self.selection.clear();
             for &sample in &batch.samples {
@@ -424,8 +539,14 @@ fn describe_knn(when: &str, scalars: &BTreeMap<String, f64>) -> String {
     let Some(knn) = scalars.get(names::KNN) else {
         return format!("{when}: no labels, so no kNN");
     };
-    let pixels = scalars.get(names::KNN_PIXELS).map(|pixels| format!("; on raw pixels {:.1} %", 100.0 * pixels));
-    format!("{when}: kNN top-1 {:.1} %{}", 100.0 * knn, pixels.unwrap_or_default())
+    let pixels = scalars
+        .get(names::KNN_PIXELS)
+        .map(|pixels| format!("; on raw pixels {:.1} %", 100.0 * pixels));
+    format!(
+        "{when}: kNN top-1 {:.1} %{}",
+        100.0 * knn,
+        pixels.unwrap_or_default()
+    )
 }
 
 /// kNN of the student's features, averaged over the patches after the final norm.
@@ -443,18 +564,34 @@ struct Encoder<B: TrainBackend> {
 }
 
 impl<B: TrainBackend> Evaluation<B> {
-    fn new(backend: &mut B, settings: &Settings, recipe: &Recipe, splits: &Splits) -> Result<Self, B::Error> {
+    fn new(
+        backend: &mut B,
+        settings: &Settings,
+        recipe: &Recipe,
+        splits: &Splits,
+    ) -> Result<Self, B::Error> {
         let vit = &recipe.task.vit;
         let encoder = if splits.train.num_classes() < 2 || splits.held_out.is_empty() {
             None
         } else {
             Some(Encoder {
-                vit: Vit::new(backend, vit, EVAL_BATCH, vit.num_patches(), true, Reduction::NONE)?,
+                vit: Vit::new(
+                    backend,
+                    vit,
+                    EVAL_BATCH,
+                    vit.num_patches(),
+                    true,
+                    Reduction::NONE,
+                )?,
                 images: backend.buf(EVAL_BATCH * recipe.transform.output_len())?,
                 mean: backend.buf(EVAL_BATCH * vit.embed_dim)?,
             })
         };
-        Ok(Self { encoder, transform: recipe.transform.clone(), knn_k: settings.knn_k })
+        Ok(Self {
+            encoder,
+            transform: recipe.transform.clone(),
+            knn_k: settings.knn_k,
+        })
     }
 
     /// Adds the figure of the pixels.
@@ -462,7 +599,11 @@ impl<B: TrainBackend> Evaluation<B> {
         if self.encoder.is_none() {
             return Ok(());
         }
-        let mut features = |dataset| self.features(dataset, self.transform.output_len(), |images, _| Ok(images.to_vec()));
+        let features = |dataset| {
+            self.features(dataset, self.transform.output_len(), |images, _| {
+                Ok(images.to_vec())
+            })
+        };
         let (train, held_out) = (features(&splits.train)?, features(&splits.held_out)?);
         let top1 = knn::top1(&train, &held_out, Scaling::Raw, self.knn_k);
         scalars.insert(names::KNN_PIXELS.to_owned(), top1);
@@ -478,7 +619,9 @@ impl<B: TrainBackend> Evaluation<B> {
         splits: &Splits,
         scalars: &mut BTreeMap<String, f64>,
     ) -> Result<(), Error> {
-        let Some(mut encoder) = self.encoder.take() else { return Ok(()) };
+        let Some(mut encoder) = self.encoder.take() else {
+            return Ok(());
+        };
         let dim = state.layout.vit.embed_dim;
         let mut features = |dataset| {
             self.features(dataset, dim, |images, batch| {
@@ -507,8 +650,11 @@ impl<B: TrainBackend> Evaluation<B> {
             x.extend(encode(&batch.images, batch.samples.len())?);
             labels.extend(batch.labels.unwrap_or_default());
         }
-        let x = Array2::from_shape_vec((x.len() / dim, dim), x)
-            .map_err(|error| Error::Setting { name: "features".to_owned(), reason: error.to_string() })?;
+        let x =
+            Array2::from_shape_vec((x.len() / dim, dim), x).map_err(|error| Error::Setting {
+                name: "features".to_owned(),
+                reason: error.to_string(),
+            })?;
         Ok(Features { x, labels })
     }
 }
@@ -523,7 +669,14 @@ impl<B: TrainBackend> Encoder<B> {
         dim: usize,
     ) -> Result<Vec<f32>, B::Error> {
         backend.write(&mut self.images, images)?;
-        self.vit.forward(backend, params, batch, &self.images, None, &mut MeanSimilarity)?;
+        self.vit.forward(
+            backend,
+            params,
+            batch,
+            &self.images,
+            None,
+            &mut MeanSimilarity,
+        )?;
         let dims = self.vit.dims();
         let tokens = self.vit.final_norm(backend, params)?;
         backend.mean_pool(dims, &mut self.mean, tokens)?;

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use pcae_kernel::config::{
-    Budget, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig, Reduction, StageLayout, Target, VitConfig,
+    Budget, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig, Reduction, StageLayout,
+    Target, VitConfig,
 };
 use serde::{Deserialize, Serialize};
 
@@ -209,10 +210,15 @@ impl FromStr for DropLayersSpec {
             return Ok(Self::Blocks(Vec::new()));
         }
         if let Some((layout, stages)) = text.split_once(':') {
-            let (_, layout) = LAYOUTS.iter().find(|(name, _)| *name == layout).ok_or_else(wrong)?;
+            let (_, layout) = LAYOUTS
+                .iter()
+                .find(|(name, _)| *name == layout)
+                .ok_or_else(wrong)?;
             return Ok(Self::Preset(*layout, stages.parse().map_err(|_| wrong())?));
         }
-        let blocks = text.split(',').map(|block| block.trim().parse().map_err(|_| wrong()));
+        let blocks = text
+            .split(',')
+            .map(|block| block.trim().parse().map_err(|_| wrong()));
         Ok(Self::Blocks(blocks.collect::<Result<_, _>>()?))
     }
 }
@@ -221,7 +227,10 @@ impl fmt::Display for DropLayersSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Preset(layout, stages) => {
-                let name = LAYOUTS.iter().find(|(_, other)| other == layout).map_or("", |(name, _)| name);
+                let name = LAYOUTS
+                    .iter()
+                    .find(|(_, other)| other == layout)
+                    .map_or("", |(name, _)| name);
                 write!(f, "{name}:{stages}")
             }
             Self::Blocks(blocks) if blocks.is_empty() => f.write_str("none"),
@@ -242,7 +251,9 @@ impl FromStr for PlaceSpec {
             "input" => Ok(Self(Place::Input)),
             block => match block.parse() {
                 Ok(block) => Ok(Self(Place::OneStage(block))),
-                Err(_) => Err(format!("expected \"progressive\", \"input\" or the number of a block, found {text:?}")),
+                Err(_) => Err(format!(
+                    "expected \"progressive\", \"input\" or the number of a block, found {text:?}"
+                )),
             },
         }
     }
@@ -264,14 +275,21 @@ impl FromStr for CriterionSpec {
     fn from_str(text: &str) -> Result<Self, String> {
         match CRITERIA.iter().find(|(name, _)| *name == text) {
             Some((_, criterion)) => Ok(Self(*criterion)),
-            None => Err(format!("expected mean-similarity, random or pivoted-qr, found {text:?}")),
+            None => Err(format!(
+                "expected mean-similarity, random or pivoted-qr, found {text:?}"
+            )),
         }
     }
 }
 
 impl fmt::Display for CriterionSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(CRITERIA.iter().find(|(_, criterion)| *criterion == self.0).map_or("", |(name, _)| name))
+        f.write_str(
+            CRITERIA
+                .iter()
+                .find(|(_, criterion)| *criterion == self.0)
+                .map_or("", |(name, _)| name),
+        )
     }
 }
 
@@ -359,7 +377,8 @@ impl Default for Machine {
 
 impl Machine {
     /// The keys of these settings.
-    pub const KEYS: [&'static str; 6] = ["backend", "precision", "isa", "threads", "workers", "out"];
+    pub const KEYS: [&'static str; 6] =
+        ["backend", "precision", "isa", "threads", "workers", "out"];
 }
 
 /// What a run needs, all of it checked.
@@ -391,11 +410,16 @@ impl Settings {
     pub fn load(config: Option<&Path>, overrides: &[(String, String)]) -> Result<Self, Error> {
         let mut table = match config {
             Some(path) => {
-                let text = std::fs::read_to_string(path)
-                    .map_err(|error| Error::ConfigFile { path: path.to_owned(), reason: error.to_string() })?;
+                let text = std::fs::read_to_string(path).map_err(|error| Error::ConfigFile {
+                    path: path.to_owned(),
+                    reason: error.to_string(),
+                })?;
                 Self::parse(path, &text)?;
                 text.parse::<toml::Table>()
-                    .map_err(|error| Error::ConfigFile { path: path.to_owned(), reason: one_line(&error) })?
+                    .map_err(|error| Error::ConfigFile {
+                        path: path.to_owned(),
+                        reason: one_line(&error),
+                    })?
             }
             None => toml::Table::new(),
         };
@@ -407,7 +431,10 @@ impl Settings {
                 one.insert(key.clone(), toml::Value::String(text.clone()));
             }
             if let Err(error) = Self::deserialize(one.clone()) {
-                return Err(Error::Setting { name: flag(key), reason: one_line(&error) });
+                return Err(Error::Setting {
+                    name: flag(key),
+                    reason: one_line(&error),
+                });
             }
             // One of a pair takes the place of the other.
             for (a, b) in [("epochs", "steps"), ("lr", "blr")] {
@@ -419,7 +446,10 @@ impl Settings {
             }
             table.extend(one);
         }
-        Self::deserialize(table).map_err(|error| Error::Setting { name: "settings".to_owned(), reason: one_line(&error) })
+        Self::deserialize(table).map_err(|error| Error::Setting {
+            name: "settings".to_owned(),
+            reason: one_line(&error),
+        })
     }
 
     /// Reads the text of a `config.toml`; `path` is its name in errors.
@@ -427,7 +457,10 @@ impl Settings {
     /// # Errors
     /// [`Error::ConfigFile`].
     pub fn parse(path: &Path, text: &str) -> Result<Self, Error> {
-        toml::from_str(text).map_err(|error| Error::ConfigFile { path: path.to_owned(), reason: one_line(&error) })
+        toml::from_str(text).map_err(|error| Error::ConfigFile {
+            path: path.to_owned(),
+            reason: one_line(&error),
+        })
     }
 
     /// As TOML.
@@ -435,7 +468,10 @@ impl Settings {
     /// # Errors
     /// [`Error::Setting`] for values that TOML cannot hold, such as a path that is no text.
     pub fn to_toml(&self) -> Result<String, Error> {
-        toml::to_string(self).map_err(|error| Error::Setting { name: "settings".to_owned(), reason: one_line(&error) })
+        toml::to_string(self).map_err(|error| Error::Setting {
+            name: "settings".to_owned(),
+            reason: one_line(&error),
+        })
     }
 
     /// The settings without those of the machine, as one line of JSON: what a checkpoint carries. Equal runs on different
@@ -454,8 +490,15 @@ impl Settings {
     /// [`Error::Setting`] or [`Error::Config`].
     pub fn task(&self) -> Result<PretrainConfig, Error> {
         let Some(preset) = VitConfig::preset(&self.model) else {
-            let reason = format!("expected one of {}, found {:?}", VitConfig::PRESETS.join(", "), self.model);
-            return Err(Error::Setting { name: "--model".to_owned(), reason });
+            let reason = format!(
+                "expected one of {}, found {:?}",
+                VitConfig::PRESETS.join(", "),
+                self.model
+            );
+            return Err(Error::Setting {
+                name: "--model".to_owned(),
+                reason,
+            });
         };
         let vit = VitConfig {
             img_size: self.img_size.unwrap_or(preset.img_size),
@@ -475,10 +518,14 @@ impl Settings {
         };
         let drop_layers = match &self.drop_layers {
             DropLayersSpec::Blocks(blocks) => DropLayers::new(blocks, vit.depth)?,
-            DropLayersSpec::Preset(layout, stages) => DropLayers::preset(*layout, *stages, vit.depth)?,
+            DropLayersSpec::Preset(layout, stages) => {
+                DropLayers::preset(*layout, *stages, vit.depth)?
+            }
         };
         let target = match self.method {
-            Method::Mae => Target::Pixels { norm_pix: self.norm_pix },
+            Method::Mae => Target::Pixels {
+                norm_pix: self.norm_pix,
+            },
             Method::Pcae => Target::Teacher(Reduction {
                 criterion: self.criterion.0,
                 place: self.drop_place.0,
@@ -486,7 +533,12 @@ impl Settings {
                 budget: Budget::Keep(self.keep_ratio),
             }),
         };
-        let task = PretrainConfig { vit, decoder, mask_ratio: self.mask_ratio, target };
+        let task = PretrainConfig {
+            vit,
+            decoder,
+            mask_ratio: self.mask_ratio,
+            target,
+        };
         task.check()?;
         Ok(task)
     }
@@ -503,54 +555,128 @@ impl Settings {
             if holds {
                 return Ok(());
             }
-            Err(Error::Setting { name: flag(name), reason: format!("expected {expected}, found {found}") })
+            Err(Error::Setting {
+                name: flag(name),
+                reason: format!("expected {expected}, found {found}"),
+            })
         };
         let fraction = |x: f64| (0.0..1.0).contains(&x);
         let positive = |x: f64| x > 0.0 && x.is_finite();
-        range("accum", (1..=1 << 20).contains(&self.accum), "1 to 1048576", &self.accum)?;
+        range(
+            "accum",
+            (1..=1 << 20).contains(&self.accum),
+            "1 to 1048576",
+            &self.accum,
+        )?;
         let largest = splits.train.len();
         let fits = (1..=largest).contains(&self.batch_size);
-        let expected = format!("1 to {largest}, the number of training pictures (more come with --data)");
+        let expected =
+            format!("1 to {largest}, the number of training pictures (more come with --data)");
         range("batch_size", fits, &expected, &self.batch_size)?;
-        range("beta1", fraction(self.beta1), "at least 0 and less than 1", &self.beta1)?;
-        range("beta2", fraction(self.beta2), "at least 0 and less than 1", &self.beta2)?;
-        range("drop_path", fraction(self.drop_path), "at least 0 and less than 1", &self.drop_path)?;
+        range(
+            "beta1",
+            fraction(self.beta1),
+            "at least 0 and less than 1",
+            &self.beta1,
+        )?;
+        range(
+            "beta2",
+            fraction(self.beta2),
+            "at least 0 and less than 1",
+            &self.beta2,
+        )?;
+        range(
+            "drop_path",
+            fraction(self.drop_path),
+            "at least 0 and less than 1",
+            &self.drop_path,
+        )?;
         let limit = self.clip_grad;
-        range("clip_grad", limit == 0.0 || positive(limit), "a positive norm, or 0 for none", &limit)?;
+        range(
+            "clip_grad",
+            limit == 0.0 || positive(limit),
+            "a positive norm, or 0 for none",
+            &limit,
+        )?;
         let decay = self.weight_decay;
-        range("weight_decay", decay >= 0.0 && decay.is_finite(), "at least 0", &decay)?;
+        range(
+            "weight_decay",
+            decay >= 0.0 && decay.is_finite(),
+            "at least 0",
+            &decay,
+        )?;
         let end = self.momentum_end;
         range("momentum_end", (0.0..=1.0).contains(&end), "0 to 1", &end)?;
-        range("min_lr", self.min_lr >= 0.0 && self.min_lr.is_finite(), "at least 0", &self.min_lr)?;
+        range(
+            "min_lr",
+            self.min_lr >= 0.0 && self.min_lr.is_finite(),
+            "at least 0",
+            &self.min_lr,
+        )?;
         range("knn_k", self.knn_k >= 1, "at least 1", &self.knn_k)?;
 
         let effective_batch = self.batch_size as u64 * self.accum;
-        let steps_per_epoch = (splits.train.len() as u64 / self.batch_size as u64).div_ceil(self.accum);
+        let steps_per_epoch =
+            (splits.train.len() as u64 / self.batch_size as u64).div_ceil(self.accum);
         if let (Some(_), Some(_)) = (self.epochs, self.steps) {
             let reason = "expected either --epochs or --steps, found both".to_owned();
-            return Err(Error::Setting { name: "--steps".to_owned(), reason });
+            return Err(Error::Setting {
+                name: "--steps".to_owned(),
+                reason,
+            });
         }
         if self.steps.is_none() {
             let epochs = *self.epochs.get_or_insert(DEFAULT_EPOCHS);
-            range("epochs", (1..1 << 40).contains(&epochs), "at least 1", &epochs)?;
+            range(
+                "epochs",
+                (1..1 << 40).contains(&epochs),
+                "at least 1",
+                &epochs,
+            )?;
         }
-        let steps = self.steps.unwrap_or(self.epochs.unwrap_or(DEFAULT_EPOCHS).saturating_mul(steps_per_epoch));
+        let steps = self.steps.unwrap_or(
+            self.epochs
+                .unwrap_or(DEFAULT_EPOCHS)
+                .saturating_mul(steps_per_epoch),
+        );
         range("steps", (1..1 << 60).contains(&steps), "at least 1", &steps)?;
 
         if let (Some(_), Some(_)) = (self.lr, self.blr) {
             let reason = "expected either --lr or blr, found both".to_owned();
-            return Err(Error::Setting { name: "--lr".to_owned(), reason });
+            return Err(Error::Setting {
+                name: "--lr".to_owned(),
+                reason,
+            });
         }
         if self.lr.is_none() {
-            self.blr.get_or_insert(if task.vit.embed_dim < 192 { SMALL_BLR } else { PAPER_BLR });
+            self.blr.get_or_insert(if task.vit.embed_dim < 192 {
+                SMALL_BLR
+            } else {
+                PAPER_BLR
+            });
         }
         let blr = self.blr.unwrap_or(PAPER_BLR);
         let lr = self.lr.unwrap_or(blr * effective_batch as f64 / 256.0);
-        range(if self.lr.is_some() { "lr" } else { "blr" }, positive(lr), "a positive number", &lr)?;
+        range(
+            if self.lr.is_some() { "lr" } else { "blr" },
+            positive(lr),
+            "a positive number",
+            &lr,
+        )?;
         let warmup_steps = *self.warmup_steps.get_or_insert(steps / 20);
-        range("warmup_steps", warmup_steps <= steps, "at most the number of steps", &warmup_steps)?;
+        range(
+            "warmup_steps",
+            warmup_steps <= steps,
+            "at most the number of steps",
+            &warmup_steps,
+        )?;
         let momentum = *self.momentum.get_or_insert(default_momentum(steps));
-        range("momentum", (0.0..=1.0).contains(&momentum), "0 to 1", &momentum)?;
+        range(
+            "momentum",
+            (0.0..=1.0).contains(&momentum),
+            "0 to 1",
+            &momentum,
+        )?;
         let save_every = *self.save_every.get_or_insert(steps_per_epoch);
         range("save_every", save_every >= 1, "at least 1", &save_every)?;
 
@@ -571,7 +697,16 @@ impl Settings {
             std: self.std.clone().unwrap_or_default(),
         };
         transform.check()?;
-        Ok(Recipe { task, transform, steps, steps_per_epoch, warmup_steps, lr, momentum, save_every })
+        Ok(Recipe {
+            task,
+            transform,
+            steps,
+            steps_per_epoch,
+            warmup_steps,
+            lr,
+            momentum,
+            save_every,
+        })
     }
 }
 
@@ -591,7 +726,9 @@ fn default_momentum(steps: u64) -> f64 {
 /// A value as typed: TOML if it reads as TOML, else text.
 fn value(text: &str) -> toml::Value {
     match format!("x = {text}").parse::<toml::Table>() {
-        Ok(mut table) => table.remove("x").unwrap_or(toml::Value::String(text.to_owned())),
+        Ok(mut table) => table
+            .remove("x")
+            .unwrap_or(toml::Value::String(text.to_owned())),
         Err(_) => toml::Value::String(text.to_owned()),
     }
 }
@@ -599,6 +736,9 @@ fn value(text: &str) -> toml::Value {
 /// A TOML error without the picture of the place.
 fn one_line(error: &dyn fmt::Display) -> String {
     let text = error.to_string();
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.contains('|'));
+    let lines = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.contains('|'));
     lines.collect::<Vec<_>>().join("; ")
 }

@@ -60,19 +60,33 @@ pub fn save<B: TrainBackend>(
     let tensors = tensors(&state.layout);
     let mut stored: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
     let mut store = |prefix: &str, tensor: &Tensor, values| {
-        stored.push((format!("{prefix}{}", tensor.name), tensor.shape().to_vec(), values));
+        stored.push((
+            format!("{prefix}{}", tensor.name),
+            tensor.shape().to_vec(),
+            values,
+        ));
     };
     for tensor in &tensors {
         let mut values = vec![0.0; tensor.span.len];
-        backend.read_params(&mut values, &state.student, tensor.span).map_err(failed)?;
+        backend
+            .read_params(&mut values, &state.student, tensor.span)
+            .map_err(failed)?;
         store("", tensor, values.clone());
-        if let Some(teacher) = state.teacher.as_ref().filter(|_| tensor.span.end() <= state.layout.encoder_len()) {
-            backend.read_params(&mut values, teacher, tensor.span).map_err(failed)?;
+        if let Some(teacher) = state
+            .teacher
+            .as_ref()
+            .filter(|_| tensor.span.end() <= state.layout.encoder_len())
+        {
+            backend
+                .read_params(&mut values, teacher, tensor.span)
+                .map_err(failed)?;
             store(TEACHER, tensor, values.clone());
         }
         if tensor.is_trained() {
             for (prefix, vector) in [(EXP_AVG, &state.exp_avg), (EXP_AVG_SQ, &state.exp_avg_sq)] {
-                backend.read_vector(&mut values, vector, tensor.span.start).map_err(failed)?;
+                backend
+                    .read_vector(&mut values, vector, tensor.span.start)
+                    .map_err(failed)?;
                 store(prefix, tensor, values.clone());
             }
         }
@@ -110,7 +124,13 @@ impl Values {
         layout: Layout,
         weight_decay: f64,
     ) -> Result<TrainState<B>, B::Error> {
-        let mut state = TrainState::new(backend, layout, &self.student, self.teacher.as_deref(), weight_decay)?;
+        let mut state = TrainState::new(
+            backend,
+            layout,
+            &self.student,
+            self.teacher.as_deref(),
+            weight_decay,
+        )?;
         backend.write_vector(&mut state.exp_avg, 0, &self.exp_avg)?;
         backend.write_vector(&mut state.exp_avg_sq, 0, &self.exp_avg_sq)?;
         Ok(state)
@@ -121,26 +141,50 @@ impl Values {
 ///
 /// # Errors
 /// [`Error::File`] if the file is damaged, [`Error::Checkpoint`] if it is another run's or another architecture's.
-pub fn load(path: &Path, layout: &Layout, has_teacher: bool, settings: &Settings) -> Result<Values, Error> {
-    let mut reader = Reader::open(path)?;
-    let wrong = |reason: String| Error::Checkpoint { path: path.to_owned(), reason };
-    let metadata: BTreeMap<String, String> =
-        reader.metadata().into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+pub fn load(
+    path: &Path,
+    layout: &Layout,
+    has_teacher: bool,
+    settings: &Settings,
+) -> Result<Values, Error> {
+    let reader = Reader::open(path)?;
+    let wrong = |reason: String| Error::Checkpoint {
+        path: path.to_owned(),
+        reason,
+    };
+    let metadata: BTreeMap<String, String> = reader
+        .metadata()
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect();
     let entry = |key: &str| {
-        let missing = || wrong(format!("expected metadata {key:?}, found none; give a checkpoint of `pcae pretrain`"));
+        let missing = || {
+            wrong(format!(
+                "expected metadata {key:?}, found none; give a checkpoint of `pcae pretrain`"
+            ))
+        };
         metadata.get(key).ok_or_else(missing)
     };
     let version = (entry("format")?.as_str(), entry("version")?.as_str());
     if version != (FORMAT, VERSION) {
         let (format, version) = version;
         let advice = "use the program that wrote it";
-        return Err(wrong(format!("expected format {FORMAT} {VERSION}, found {format} {version}; {advice}")));
+        return Err(wrong(format!(
+            "expected format {FORMAT} {VERSION}, found {format} {version}; {advice}"
+        )));
     }
     let number = |key: &str| -> Result<u64, Error> {
         let text = entry(key)?;
-        text.parse().map_err(|_| wrong(format!("expected a number as metadata {key:?}, found {text:?}")))
+        text.parse().map_err(|_| {
+            wrong(format!(
+                "expected a number as metadata {key:?}, found {text:?}"
+            ))
+        })
     };
-    let position = Position { step: number("step")?, batches: number("batches")? };
+    let position = Position {
+        step: number("step")?,
+        batches: number("batches")?,
+    };
 
     let tensors = tensors(layout);
     let encoder_len = if has_teacher { layout.encoder_len() } else { 0 };
@@ -156,10 +200,24 @@ pub fn load(path: &Path, layout: &Layout, has_teacher: bool, settings: &Settings
         }
     }
     let names = reader.names();
-    let missing: Vec<_> = expected.iter().filter(|(name, ..)| names.binary_search(name).is_err()).collect();
-    let unknown: Vec<_> = names.iter().filter(|name| !expected.iter().any(|(other, ..)| other == *name)).collect();
-    if let Some(name) = missing.first().map(|(name, ..)| name).or(unknown.first().copied()) {
-        let problem = if missing.is_empty() { "unexpected" } else { "missing" };
+    let missing: Vec<_> = expected
+        .iter()
+        .filter(|(name, ..)| names.binary_search(name).is_err())
+        .collect();
+    let unknown: Vec<_> = names
+        .iter()
+        .filter(|name| !expected.iter().any(|(other, ..)| other == *name))
+        .collect();
+    if let Some(name) = missing
+        .first()
+        .map(|(name, ..)| name)
+        .or(unknown.first().copied())
+    {
+        let problem = if missing.is_empty() {
+            "unexpected"
+        } else {
+            "missing"
+        };
         let (total, found) = (expected.len(), expected.len() - missing.len());
         return Err(wrong(format!(
             "{found} of {total} tensors of the architecture found, {} unexpected; the first {problem} is {name}; the \
@@ -167,7 +225,8 @@ pub fn load(path: &Path, layout: &Layout, has_teacher: bool, settings: &Settings
             unknown.len()
         )));
     }
-    let mut groups = [layout.len(), encoder_len, layout.len(), layout.len()].map(|len| vec![0.0; len]);
+    let mut groups =
+        [layout.len(), encoder_len, layout.len(), layout.len()].map(|len| vec![0.0; len]);
     for (name, group, index) in &expected {
         let tensor = &tensors[*index];
         let values = reader.tensor_f32(name, tensor.shape()).map_err(|error| match error {
@@ -187,7 +246,13 @@ pub fn load(path: &Path, layout: &Layout, has_teacher: bool, settings: &Settings
     }
     let [student, teacher, exp_avg, exp_avg_sq] = groups;
     let teacher = has_teacher.then_some(teacher);
-    Ok(Values { position, student, teacher, exp_avg, exp_avg_sq })
+    Ok(Values {
+        position,
+        student,
+        teacher,
+        exp_avg,
+        exp_avg_sq,
+    })
 }
 
 fn tensors(layout: &Layout) -> Vec<Tensor> {

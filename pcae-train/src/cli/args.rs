@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 
 use crate::error::Error;
-use crate::settings::{BackendKind, Machine, Precision, Settings};
+use crate::settings::{BackendKind, Machine, Precision};
 
 /// Pre-trains vision transformers on unlabelled pictures with PCAE, the progressively compressed autoencoder.
 #[derive(Debug, Parser)]
@@ -108,7 +108,10 @@ impl PretrainArgs {
         for text in &self.set {
             let Some((key, value)) = text.split_once('=') else {
                 let reason = format!("expected KEY=VALUE, found {text:?}");
-                return Err(Error::Setting { name: "--set".to_owned(), reason });
+                return Err(Error::Setting {
+                    name: "--set".to_owned(),
+                    reason,
+                });
             };
             overrides.push((key.trim().to_owned(), value.trim().to_owned()));
         }

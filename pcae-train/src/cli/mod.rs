@@ -16,7 +16,9 @@ use args::{Args, Command, ParityArgs, PretrainArgs};
 pub fn main() -> ExitCode {
     // clap itself exits with 2 on what it cannot parse.
     let args = Args::parse();
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp(None).init();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .format_timestamp(None)
+        .init();
     let done = match args.command {
         Command::Pretrain(args) => pretrain_command(&args),
         Command::Parity(args) => parity_command(&args),
@@ -39,7 +41,10 @@ fn pretrain_command(args: &PretrainArgs) -> Result<ExitCode, Error> {
             if args.config.is_some() || overrides.iter().any(|(key, _)| !is_machine(key)) {
                 let reason = "expected alone, or with --backend, --precision, --threads, --workers or --set isa: the run \
                               keeps its settings";
-                return Err(Error::Setting { name: "--resume".to_owned(), reason: reason.to_owned() });
+                return Err(Error::Setting {
+                    name: "--resume".to_owned(),
+                    reason: reason.to_owned(),
+                });
             }
             pretrain::resume(out, &overrides)?
         }
@@ -50,18 +55,33 @@ fn pretrain_command(args: &PretrainArgs) -> Result<ExitCode, Error> {
     } else {
         print!("{}", closing(&summary));
     }
-    Ok(if summary.interrupted { ExitCode::from(130) } else { ExitCode::SUCCESS })
+    Ok(if summary.interrupted {
+        ExitCode::from(130)
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 /// The last lines of a run: its figures, and what to type next.
 fn closing(summary: &pretrain::Summary) -> String {
     let out = summary.out.display();
-    let pretrain::Summary { step, steps, loss, images_per_s, .. } = *summary;
+    let pretrain::Summary {
+        step,
+        steps,
+        loss,
+        images_per_s,
+        ..
+    } = *summary;
     if summary.interrupted {
-        return format!("stopped at step {step} of {steps}, saved; continue with:\n  pcae pretrain --resume {out}\n");
+        return format!(
+            "stopped at step {step} of {steps}, saved; continue with:\n  pcae pretrain --resume {out}\n"
+        );
     }
-    let mut text = format!("done: {steps} steps, last loss {loss:.4}, {images_per_s:.0} images/s\n");
-    let percent = |top1: Option<f64>| top1.map_or_else(|| "-".to_owned(), |top1| format!("{:.1} %", 100.0 * top1));
+    let mut text =
+        format!("done: {steps} steps, last loss {loss:.4}, {images_per_s:.0} images/s\n");
+    let percent = |top1: Option<f64>| {
+        top1.map_or_else(|| "-".to_owned(), |top1| format!("{:.1} %", 100.0 * top1))
+    };
     if summary.knn_top1.is_some() {
         text += &format!(
             "kNN top-1: trained {}, untrained {}, raw pixels {}\n",
@@ -92,5 +112,9 @@ fn parity_command(args: &ParityArgs) -> Result<ExitCode, Error> {
     }
     let report = backends::run(&args.machine(), Replay(&args.fixture))?;
     println!("{report}");
-    Ok(if report.passes() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.passes() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
