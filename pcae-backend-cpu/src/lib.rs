@@ -14,6 +14,7 @@ mod error;
 mod gemm;
 mod isa;
 mod math;
+mod peak;
 mod rows;
 mod simd;
 mod threads;

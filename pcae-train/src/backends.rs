@@ -32,16 +32,12 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
     };
     match (machine.backend, machine.precision) {
         (BackendKind::Cpu, Precision::F32) => {
-            let isa = isa(machine)?;
-            let threads = match machine.threads {
-                0 => std::thread::available_parallelism().map_or(1, usize::from),
-                threads => threads,
-            };
-            let mut backend = Cpu::with(isa, threads).map_err(|error| Error::Setting {
-                name: "--threads".to_owned(),
-                reason: error.to_string(),
-            })?;
-            let name = format!("cpu ({isa}, {}, f32)", count(backend.threads(), "thread"));
+            let mut backend = cpu(machine)?;
+            let name = format!(
+                "cpu ({}, {}, f32)",
+                backend.isa(),
+                count(backend.threads(), "thread")
+            );
             job.run(&mut backend, &name)
         }
         (BackendKind::Cpu, Precision::F64) => wrong(
@@ -61,6 +57,21 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
             "reference (1 thread, f64)",
         ),
     }
+}
+
+/// The CPU backend with the instruction set and threads that `machine` asks for.
+///
+/// # Errors
+/// [`Error::Setting`] if this CPU lacks the instruction set or the threads cannot be started.
+pub fn cpu(machine: &Machine) -> Result<Cpu, Error> {
+    let threads = match machine.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+    Cpu::with(isa(machine)?, threads).map_err(|error| Error::Setting {
+        name: "--threads".to_owned(),
+        reason: error.to_string(),
+    })
 }
 
 fn isa(machine: &Machine) -> Result<Isa, Error> {

@@ -1,6 +1,7 @@
 //! Pre-training of vision transformers on unlabelled pictures.
 
 pub mod backends;
+pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod data;

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use crate::bench::{Plan, What};
 use crate::error::Error;
-use crate::settings::{BackendKind, Machine, Precision};
+use crate::settings::{BackendKind, Machine, Precision, Settings};
 
 /// Pre-trains vision transformers on unlabelled pictures with PCAE, the progressively compressed autoencoder.
 #[derive(Debug, Parser)]
@@ -24,6 +25,12 @@ pub(super) enum Command {
   pcae pretrain --resume runs/photos              continue, to the same bits
   pcae pretrain --method mae --set clip_grad=1    the baseline; any setting of config.toml works with --set")]
     Pretrain(PretrainArgs),
+    /// Time training steps and inference, and hold them against the machine's measured peak.
+    #[command(after_help = "Examples:
+  pcae bench                                                     vit-b16, batch 1 and 8, all threads
+  pcae bench --what step --mask-ratio 0.85 --batch-size 8 --threads 1,2
+  pcae bench --what infer --drop-ratio 0,0.1,0.2,0.3,0.4 --json bench.json")]
+    Bench(BenchArgs),
     /// Replay a golden fixture on a backend and print the largest error of every tensor.
     #[command(after_help = "Example:
   pcae parity tests/fixtures/pcae_small.safetensors --backend reference")]
@@ -104,17 +111,7 @@ pub(super) struct PretrainArgs {
 impl PretrainArgs {
     /// Flags and `--set` as settings, the flags last.
     pub(super) fn overrides(&self) -> Result<Vec<(String, String)>, Error> {
-        let mut overrides = Vec::new();
-        for text in &self.set {
-            let Some((key, value)) = text.split_once('=') else {
-                let reason = format!("expected KEY=VALUE, found {text:?}");
-                return Err(Error::Setting {
-                    name: "--set".to_owned(),
-                    reason,
-                });
-            };
-            overrides.push((key.trim().to_owned(), value.trim().to_owned()));
-        }
+        let mut overrides = key_values(&self.set)?;
         let flags = [
             ("data", &self.data),
             ("model", &self.model),
@@ -177,4 +174,101 @@ impl ParityArgs {
 pub(super) struct InspectArgs {
     /// A run directory, a safetensors file, or a folder of pictures
     pub(super) path: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct BenchArgs {
+    /// What to time
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["infer", "step"])]
+    what: Vec<What>,
+    /// Encoder: vit-micro, vit-ti16, vit-s16, vit-b16, vit-l16 or vit-h14
+    #[arg(long, default_value = "vit-b16")]
+    model: String,
+    /// What a step predicts: pcae or mae
+    #[arg(long, default_value = "pcae")]
+    method: String,
+    /// Part of the patches that the student does not see
+    #[arg(long, default_value = "0.75")]
+    mask_ratio: String,
+    /// Pictures at a time
+    #[arg(long, value_delimiter = ',', default_values = ["1", "8"])]
+    batch_size: Vec<usize>,
+    /// Threads that compute, 0 for all
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    threads: Vec<usize>,
+    /// Parts of the patch tokens that each stage of a classifier drops
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    drop_ratio: Vec<f64>,
+    /// Timed runs, of which the median counts
+    #[arg(long, default_value = "5")]
+    repeats: usize,
+    /// What computes
+    #[arg(long, default_value = "cpu")]
+    backend: String,
+    /// Number format of the computation
+    #[arg(long, default_value = "f32")]
+    precision: String,
+    /// Instruction set of the CPU backend [default: the best there is]
+    #[arg(long)]
+    isa: Option<String>,
+    /// Any setting of the model, such as decoder_depth=8; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Also write the figures to this file
+    #[arg(long, value_name = "FILE")]
+    pub(super) json: Option<PathBuf>,
+}
+
+impl BenchArgs {
+    pub(super) fn plan(&self) -> Result<Plan, Error> {
+        let mut overrides = key_values(&self.set)?;
+        let flags = [
+            ("model", Some(&self.model)),
+            ("method", Some(&self.method)),
+            ("mask_ratio", Some(&self.mask_ratio)),
+            ("backend", Some(&self.backend)),
+            ("precision", Some(&self.precision)),
+            ("isa", self.isa.as_ref()),
+        ];
+        for (key, value) in flags {
+            overrides.extend(value.map(|value| (key.to_owned(), value.clone())));
+        }
+        let counts = self
+            .batch_size
+            .iter()
+            .map(|&batch| ("--batch-size", batch))
+            .chain([("--repeats", self.repeats)]);
+        for (name, count) in counts {
+            if count == 0 {
+                let reason = "expected at least 1, found 0".to_owned();
+                return Err(Error::Setting {
+                    name: name.to_owned(),
+                    reason,
+                });
+            }
+        }
+        Ok(Plan {
+            settings: Settings::load(None, &overrides)?,
+            what: self.what.clone(),
+            batch_sizes: self.batch_size.clone(),
+            threads: self.threads.clone(),
+            drop_ratios: self.drop_ratio.clone(),
+            repeats: self.repeats,
+        })
+    }
+}
+
+fn key_values(set: &[String]) -> Result<Vec<(String, String)>, Error> {
+    let mut overrides = Vec::new();
+    for text in set {
+        let Some((key, value)) = text.split_once('=') else {
+            let reason = format!("expected KEY=VALUE, found {text:?}");
+            return Err(Error::Setting {
+                name: "--set".to_owned(),
+                reason,
+            });
+        };
+        overrides.push((key.trim().to_owned(), value.trim().to_owned()));
+    }
+    Ok(overrides)
 }

@@ -8,8 +8,8 @@ use clap::Parser;
 
 use crate::error::Error;
 use crate::settings::{Machine, Settings};
-use crate::{backends, inspect, pretrain};
-use args::{Args, Command, ParityArgs, PretrainArgs};
+use crate::{backends, bench, inspect, pretrain};
+use args::{Args, BenchArgs, Command, ParityArgs, PretrainArgs};
 
 /// Parses the command line, does what it says, and returns the exit code: 0 for success, 1 for a failure, 2 for a command
 /// that was typed wrong, 130 for a run that a signal ended early.
@@ -22,6 +22,7 @@ pub fn main() -> ExitCode {
     let done = match args.command {
         Command::Pretrain(args) => pretrain_command(&args),
         Command::Parity(args) => parity_command(&args),
+        Command::Bench(args) => bench_command(&args),
         Command::Inspect(args) => inspect::inspect(&args.path).map(|text| {
             print!("{text}");
             ExitCode::SUCCESS
@@ -95,6 +96,51 @@ fn closing(summary: &pretrain::Summary) -> String {
          tensorboard --logdir {out}/tensorboard\n  pcae pretrain --method mae --out {out}-mae    # the baseline, same code\n"
     );
     text
+}
+
+fn bench_command(args: &BenchArgs) -> Result<ExitCode, Error> {
+    let plan = args.plan()?;
+    println!(
+        "{:<6} {:<10} {:>6} {:>8} {:>6} {:>9} {:>10} {:>10} {:>9}",
+        "what", "model", "batch", "threads", "drop", "isa", "images/s", "GFLOP/s", "of peak"
+    );
+    let report = bench::run(&plan, |result| {
+        let bench::Measurement {
+            what,
+            model,
+            batch,
+            threads,
+            images_per_s,
+            gflops,
+            ..
+        } = result;
+        let what = format!("{what:?}").to_lowercase();
+        let drop = result
+            .drop_ratio
+            .map_or_else(|| "-".to_owned(), |ratio| ratio.to_string());
+        let isa = result.isa.as_deref().unwrap_or("-");
+        let share = result
+            .share_of_peak
+            .map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", 100.0 * share));
+        println!(
+            "{what:<6} {model:<10} {batch:>6} {threads:>8} {drop:>6} {isa:>9} {images_per_s:>10.2} {gflops:>10.1} {share:>9}"
+        );
+    })?;
+    for (precision, peaks) in &report.machine.peak_gflops {
+        for (threads, peak) in peaks {
+            println!("peak {precision}, {threads} threads: {peak:.1} GFLOP/s");
+        }
+    }
+    if let Some(path) = &args.json {
+        let json = serde_json::to_vec_pretty(&report).unwrap_or_default();
+        crate::durable::atomic_write(path, |out| out.write_all(&json)).map_err(|error| {
+            Error::Io {
+                what: format!("--json '{}'", path.display()),
+                error,
+            }
+        })?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn parity_command(args: &ParityArgs) -> Result<ExitCode, Error> {

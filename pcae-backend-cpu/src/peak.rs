@@ -1,0 +1,79 @@
+//! The machine's own limit, to hold throughput against.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use crate::Cpu;
+use crate::isa::kernel;
+use crate::threads::Pieces;
+
+/// Independent sums: a multiply-add takes 4 to 5 cycles and two start per cycle, so 10 keep both units busy; 12 and the two
+/// factors fit in 16 registers.
+const CHAINS: usize = 12;
+/// Multiply-adds of each chain in one measurement: about a millisecond.
+const ROUNDS: usize = 1 << 18;
+
+kernel! {
+    /// `ROUNDS` dependent multiply-adds on each of `CHAINS` vectors; returns the floating-point operations.
+    fn multiply_adds<'a, S>(s; factors: &'a [f32; 2], out: &'a mut f32) -> usize {
+        let (a, b) = (s.splat(factors[0]), s.splat(factors[1]));
+        let mut sums = [s.splat(0.0); CHAINS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = s.mul_add(*sum, a, b);
+            }
+        }
+        let mut total = sums[0];
+        for sum in &sums[1..] {
+            total = s.add(total, *sum);
+        }
+        *out = s.sum(total);
+        2 * CHAINS * S::LANES * ROUNDS
+    }
+}
+
+impl Cpu {
+    /// Floating-point operations per second of multiply-adds in registers, with this backend's instruction set and
+    /// threads: what no matrix product can exceed. The best of some 50 ms.
+    pub fn peak_flops(&self) -> f64 {
+        let mut sinks = vec![(0.0_f32, 0_usize); self.threads.count()];
+        let mut best = 0.0_f64;
+        for _ in 0..50 {
+            let began = Instant::now();
+            let pieces = Pieces::new(&mut sinks, 1);
+            self.threads
+                .for_each(self.threads.count(), usize::MAX, pieces, |_, sink| {
+                    // Unknown to the compiler, and below 1 so that the sums stay finite.
+                    let factors = black_box([0.999_f32, 0.001]);
+                    let (value, flops) = &mut sink[0];
+                    *flops = multiply_adds(self.isa, &factors, value);
+                    black_box(*value);
+                });
+            let flops: usize = sinks.iter().map(|(_, flops)| flops).sum();
+            best = best.max(flops as f64 / began.elapsed().as_secs_f64());
+        }
+        best
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+
+    #[test]
+    fn every_chain_is_computed() {
+        for isa in Isa::available() {
+            let mut sum = 0.0;
+            let flops = multiply_adds(isa, &[0.999, 0.001], &mut sum);
+            // Each lane runs to the fixed point x = 0.999 x + 0.001 = 1.
+            let lanes = flops / (2 * CHAINS * ROUNDS);
+            let expected = (CHAINS * lanes) as f32;
+            assert!(
+                (sum / expected - 1.0).abs() < 1e-3,
+                "{isa}: {sum} {expected}"
+            );
+            assert!(Cpu::with(isa, 1).unwrap().peak_flops() > 1e6);
+        }
+    }
+}
