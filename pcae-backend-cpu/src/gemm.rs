@@ -75,8 +75,7 @@ impl<'a> Shared<'a> {
     ///
     /// # Safety
     /// No other part that is in use overlaps it.
-    #[expect(clippy::mut_from_ref, reason = "the caller keeps the parts apart")]
-    pub(crate) unsafe fn part(&self, at: usize, len: usize) -> &'a mut [f32] {
+    pub(crate) unsafe fn part(self, at: usize, len: usize) -> &'a mut [f32] {
         assert!(
             at <= self.len && len <= self.len - at,
             "a part lies within its slice"
