@@ -251,10 +251,6 @@ pub(crate) fn linear_inputs<'a>(
 
 impl Cpu {
     /// Layer norm, saving mean and reciprocal standard deviation of each row where `stats` is given.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one layer: its sizes, its outputs, its inputs"
-    )]
     pub(crate) fn layer_norm_rows(
         &self,
         op: &'static str,

@@ -75,8 +75,7 @@ impl<'a> Shared<'a> {
     ///
     /// # Safety
     /// No other part that is in use overlaps it.
-    #[expect(clippy::mut_from_ref, reason = "the caller keeps the parts apart")]
-    pub(crate) unsafe fn part(&self, at: usize, len: usize) -> &'a mut [f32] {
+    pub(crate) unsafe fn part(self, at: usize, len: usize) -> &'a mut [f32] {
         assert!(
             at <= self.len && len <= self.len - at,
             "a part lies within its slice"
@@ -286,15 +285,28 @@ impl SmallGemm<'_> {
     fn tile<S: Simd, const R: usize, const V: usize>(&mut self, s: S, row: usize, col: usize) {
         let (a, b, n) = (self.a, self.b, self.b.cols);
         let width = (n - col).min(V * S::LANES);
+        // All vectors but the last are full.
+        let last = (V - 1) * S::LANES;
         let mut sums = [[s.splat(0.0); V]; R];
         for inner in 0..a.cols {
-            let b_row = &b.data[inner * b.row + col..][..width];
             let mut b_vectors = [s.splat(0.0); V];
-            for (vector, lanes) in b_vectors.iter_mut().zip(b_row.chunks(S::LANES)) {
+            // SAFETY: row `inner < b.rows` and columns `col..col + width` with `col + width <= b.cols` lie within `b`
+            // (checked by `Matrix::strided`), and `last < width` as there are `V` vectors with at least one column.
+            let (b_full, b_last) = unsafe {
+                let start = b.data.as_ptr().add(inner * b.row + col);
+                (
+                    core::slice::from_raw_parts(start, last),
+                    core::slice::from_raw_parts(start.add(last), width - last),
+                )
+            };
+            for (vector, lanes) in b_vectors.iter_mut().zip(b_full.chunks_exact(S::LANES)) {
                 *vector = s.load(lanes);
             }
+            b_vectors[V - 1] = s.load(b_last);
             for (r, sums) in sums.iter_mut().enumerate() {
-                let x = s.splat(a.data[(row + r) * a.row + inner * a.col]);
+                // SAFETY: `row + r < a.rows` and `inner < a.cols`: an element of `a`, as above.
+                let x = unsafe { *a.data.as_ptr().add((row + r) * a.row + inner * a.col) };
+                let x = s.splat(x);
                 for (sum, b) in sums.iter_mut().zip(b_vectors) {
                     *sum = s.mul_add(x, b, *sum);
                 }

@@ -22,15 +22,15 @@ fn polynomial<S: Simd, const N: usize>(s: S, c: [f32; N], x: S::V) -> S::V {
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     // ln 2 in two parts, the first short enough that its product with an integer below 2^13 is exact.
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, to 7.6e-9.
     const C: [f32; 5] = [
-        0.500_000_002_71,
-        0.166_665_766_465,
-        0.041_666_374_061_9,
-        0.008_363_235_067_32,
-        0.001_394_121_980_9,
+        0.5,
+        0.166_665_76,
+        0.041_666_374,
+        0.008_363_235,
+        0.001_394_122,
     ];
     // Beyond these the result is infinity and zero. NaN is the second operand, and so passes.
     let x = s.max(s.splat(-104.0), s.min(s.splat(89.0), x));
@@ -50,14 +50,14 @@ fn tail<S: Simd>(s: S, x: S::V) -> Tail<S::V> {
     // tail(t) * e^(t^2 / 2) as a polynomial in w = 1 / (1 + 0.3 t) without constant term, as it falls as 1 / t:
     // to 5e-8 for t <= 9, where the tail is 1e-19.
     const C: [f32; 8] = [
-        0.119_605_492_5,
-        0.121_105_697_2,
-        0.097_783_948_77,
-        0.135_420_177_4,
-        -0.066_402_609_11,
-        0.219_971_276_1,
-        -0.165_019_671_8,
-        0.037_535_713_78,
+        0.119_605_49,
+        0.121_105_7,
+        0.097_783_946,
+        0.135_420_17,
+        -0.066_402_61,
+        0.219_971_27,
+        -0.165_019_68,
+        0.037_535_712,
     ];
     // From 14.5 on e^(-t^2 / 2) is zero, and infinity must not meet it in a product.
     let t = s.max(x, s.sub(s.splat(0.0), x));
@@ -91,7 +91,7 @@ pub(crate) fn gelu<S: Simd>(s: S, x: S::V) -> S::V {
 /// Absolute error at most `2.5e-7`.
 #[inline(always)]
 pub(crate) fn gelu_grad<S: Simd>(s: S, x: S::V) -> S::V {
-    const INV_SQRT_2PI: f32 = 0.398_942_28;
+    const INV_SQRT_2PI: f32 = 0.398_942_3;
     let Tail { t, density, tail } = tail(s, x);
     // For x < 0 it is `lower`, for x > 0 one minus that; at 0 `lower` is 1/2 and both are the same.
     let lower = s.neg_mul_add(s.mul(t, s.splat(INV_SQRT_2PI)), density, tail);

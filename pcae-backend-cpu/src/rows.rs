@@ -449,3 +449,102 @@ pub(crate) struct AdamWConstants {
     pub(crate) unbias2: f64,
     pub(crate) one_minus_momentum: f64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Isa;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    fn values() -> impl Strategy<Value = Vec<f32>> {
+        (0usize..=65).prop_flat_map(|len| vec(-3.0f32..3.0, len))
+    }
+
+    fn assert_close(got: &[f32], want: impl Iterator<Item = f64>, tolerance: f64) {
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            let error = (f64::from(*got) - want).abs();
+            assert!(
+                error <= tolerance * want.abs().max(1.0),
+                "{i}: {got} {want}"
+            );
+        }
+    }
+
+    /// Mean and sum of squares about it.
+    fn moments_exact(x: &[f32]) -> (f64, f64) {
+        let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / x.len() as f64;
+        let squares = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum();
+        (mean, squares)
+    }
+
+    proptest! {
+        #[test]
+        fn layer_norm_matches_f64(x in values(), shift in -100.0f32..100.0) {
+            let x: Vec<f32> = x.iter().map(|x| x + shift).collect();
+            let weight: Vec<f32> = (0..x.len()).map(|i| 1.0 - i as f32 * 0.03).collect();
+            let bias: Vec<f32> = (0..x.len()).map(|i| i as f32 * 0.02).collect();
+            let (mean, squares) = moments_exact(&x);
+            let rstd = 1.0 / (squares / x.len() as f64 + 1e-3).sqrt();
+            let want = |i: usize| (f64::from(x[i]) - mean) * rstd * f64::from(weight[i]) + f64::from(bias[i]);
+            for isa in Isa::available() {
+                let mut out = vec![f32::NAN; x.len()];
+                layer_norm(isa, &mut out, &x, &weight, &bias, 1e-3);
+                // The mean is rounded to 2^-25 * 100 of itself and magnified by at most rstd < 32.
+                assert_close(&out, (0..x.len()).map(want), 4e-4);
+            }
+        }
+
+        #[test]
+        fn standardise_matches_f64(x in values()) {
+            let (mean, squares) = moments_exact(&x);
+            let rstd = 1.0 / (squares / (x.len() as f64 - 1.0) + 1e-3).sqrt();
+            for isa in Isa::available().filter(|_| x.len() > 1) {
+                let mut out = vec![f32::NAN; x.len()];
+                standardise(isa, &mut out, &x, 1e-3);
+                assert_close(&out, x.iter().map(|&x| (f64::from(x) - mean) * rstd), 2e-5);
+            }
+        }
+
+        #[test]
+        fn softmax_matches_f64(x in values(), scale in 0.01f32..20.0) {
+            let scaled = || x.iter().map(|&x| f64::from(x) * f64::from(scale));
+            let max = scaled().fold(f64::NEG_INFINITY, f64::max);
+            let total: f64 = scaled().map(|x| (x - max).exp()).sum();
+            for isa in Isa::available().filter(|_| !x.is_empty()) {
+                let mut p = x.clone();
+                let lse = softmax(isa, &mut p, scale);
+                // Scores up to 60 are rounded to 2^-19.
+                assert_close(&[lse], [max + total.ln()].into_iter(), 1e-5);
+                assert_close(&p, scaled().map(|x| (x - max).exp() / total), 1e-5);
+                let mut again = x.clone();
+                softmax_from(isa, &mut again, scale, lse);
+                assert_close(&again, p.iter().map(|&p| f64::from(p)), 1e-5);
+            }
+        }
+
+        #[test]
+        fn sums_match_f64(x in values(), rows in 0usize..70) {
+            let squares: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+            let matrix: Vec<f32> = (0..rows).flat_map(|row| x.iter().map(move |x| x * row as f32)).collect();
+            let times = (rows * rows.saturating_sub(1)) as f64 / 2.0;
+            for isa in Isa::available() {
+                assert_close(&[dot(isa, &x, &x)], [squares].into_iter(), 1e-5);
+                assert_eq!(sum_squares(isa, &x), sum_squares(Isa::detect(), &x));
+                let mut total = x.clone();
+                sum_rows(isa, &mut total, &matrix, rows, x.len());
+                assert_close(&total, x.iter().map(|&x| f64::from(x) * (1.0 + times)), 1e-5);
+            }
+        }
+
+        #[test]
+        fn a_nan_reaches_every_probability(x in values(), at in 0usize..65) {
+            for isa in Isa::available().filter(|_| at < x.len()) {
+                let mut p = x.clone();
+                p[at] = f32::NAN;
+                softmax(isa, &mut p, 0.5);
+                assert!(p.iter().all(|p| p.is_nan()));
+            }
+        }
+    }
+}

@@ -7,6 +7,7 @@ use crate::error::Error;
 
 /// Elements that are worth handing to another thread: 64 KiB at about 10 GB/s and core take some 6 µs, many times what
 /// the hand-over costs, and small enough that many threads find work.
+#[cfg(feature = "rayon")]
 const GRAIN: usize = 16 * 1024;
 
 /// A pool of threads, or none.
@@ -146,6 +147,7 @@ impl Threads {
                 return pool.install(|| halve(0, units, grain, parts, &work));
             }
         }
+        #[cfg(not(feature = "rayon"))]
         let _ = cost;
         each(0, units, parts, &work);
     }
@@ -192,7 +194,7 @@ mod tests {
             pools.extend([2, 3].map(|n| Threads::new(n).unwrap()));
         }
         for pool in pools {
-            for (units, len, cost) in [(7, 3, GRAIN), (1, 5, 1), (801, 2, GRAIN / 50), (0, 4, 4)] {
+            for (units, len, cost) in [(7, 3, 1 << 14), (1, 5, 1), (801, 2, 300), (0, 4, 4)] {
                 let (mut a, mut b) = (vec![0; units * len], vec![0; units]);
                 let parts = (Pieces::new(&mut a, len), Some(Pieces::new(&mut b, 1)));
                 pool.for_each(units, cost, parts, |i, (a, b)| {

@@ -7,6 +7,8 @@ extern crate alloc;
 
 pub mod backend;
 pub mod config;
+#[cfg(feature = "train")]
+pub mod conformance;
 pub mod error;
 pub mod float;
 pub mod flops;
