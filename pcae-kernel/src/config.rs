@@ -6,8 +6,13 @@ use core::fmt;
 pub const MAX_DEPTH: usize = 64;
 /// Widths, image edges and the like are at most this: products of three still fit 64 bits.
 pub const MAX_SIZE: usize = 1 << 20;
-/// Most elements that one tensor of a model may have.
-pub const MAX_ELEMENTS: usize = 1 << 36;
+/// Most elements that one tensor of a model may have, so that [`MAX_DEPTH`] blocks of encoder and decoder can be laid out
+/// in a `usize` and their multiply-adds counted in a `u64`.
+pub const MAX_ELEMENTS: usize = if usize::BITS >= 64 {
+    (1 << 16) << 16
+} else {
+    1 << 22
+};
 
 /// Why a configuration cannot be used. Each names the field as the user types it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -347,7 +352,7 @@ impl DecoderConfig {
         let widest = hidden
             .max(3 * self.embed_dim)
             .max(vit.embed_dim)
-            .max(vit.num_patches() + 1)
+            .max(vit.num_patches().saturating_add(1))
             .max(vit.patch_len());
         elements("decoder_embed_dim, a weight", [self.embed_dim, widest])
     }
@@ -523,14 +528,14 @@ impl Reduction {
     /// Tokens left of `n` after `depth` blocks.
     pub fn remaining(&self, n: usize, depth: usize) -> usize {
         let at_input = self.stage(None, n).unwrap_or(n);
-        (0..depth).fold(at_input, |n, block| self.stage(Some(block), n).unwrap_or(n))
+        (0..depth.min(MAX_DEPTH)).fold(at_input, |n, block| self.stage(Some(block), n).unwrap_or(n))
     }
 
     /// Number of stages in `depth` blocks.
     pub fn stages(&self, depth: usize) -> usize {
         let at_input = usize::from(self.stage(None, 1).is_some());
         at_input
-            + (0..depth)
+            + (0..depth.min(MAX_DEPTH))
                 .filter(|&block| self.stage(Some(block), 1).is_some())
                 .count()
     }
@@ -548,7 +553,7 @@ impl Reduction {
             });
         }
         if let Place::OneStage(found) = self.place
-            && found >= depth
+            && found >= depth.min(MAX_DEPTH)
         {
             return Err(ConfigError::Block {
                 field: "drop_place",
@@ -705,6 +710,10 @@ impl ClassifierConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         self.vit.check()?;
         size("num_classes", 1, MAX_SIZE, self.num_classes)?;
+        elements(
+            "num_classes, the head",
+            [self.num_classes, self.vit.embed_dim],
+        )?;
         self.reduction.check(self.vit.num_patches(), self.vit.depth)
     }
 }
