@@ -6,8 +6,13 @@ use core::fmt;
 pub const MAX_DEPTH: usize = 64;
 /// Widths, image edges and the like are at most this: products of three still fit 64 bits.
 pub const MAX_SIZE: usize = 1 << 20;
-/// Most elements that one tensor of a model may have.
-pub const MAX_ELEMENTS: usize = 1 << 36;
+/// Most elements that one tensor of a model may have, so that [`MAX_DEPTH`] blocks of encoder and decoder can be laid out
+/// in a `usize` and their multiply-adds counted in a `u64`.
+pub const MAX_ELEMENTS: usize = if usize::BITS >= 64 {
+    (1 << 16) << 16
+} else {
+    1 << 22
+};
 
 /// Why a configuration cannot be used. Each names the field as the user types it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -347,7 +352,7 @@ impl DecoderConfig {
         let widest = hidden
             .max(3 * self.embed_dim)
             .max(vit.embed_dim)
-            .max(vit.num_patches() + 1)
+            .max(vit.num_patches().saturating_add(1))
             .max(vit.patch_len());
         elements("decoder_embed_dim, a weight", [self.embed_dim, widest])
     }
@@ -523,7 +528,7 @@ impl Reduction {
     /// Gives `visit` the number of tokens before and after each stage of an encoder of `depth` that starts with `n`.
     pub fn for_each_stage(&self, n: usize, depth: usize, mut visit: impl FnMut(usize, usize)) {
         let mut tokens = n;
-        for block in core::iter::once(None).chain((0..depth).map(Some)) {
+        for block in core::iter::once(None).chain((0..depth.min(MAX_DEPTH)).map(Some)) {
             if let Some(keep) = self.stage(block, tokens) {
                 visit(tokens, keep);
                 tokens = keep;
@@ -558,7 +563,7 @@ impl Reduction {
             });
         }
         if let Place::OneStage(found) = self.place
-            && found >= depth
+            && found >= depth.min(MAX_DEPTH)
         {
             return Err(ConfigError::Block {
                 field: "drop_place",
@@ -715,6 +720,10 @@ impl ClassifierConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         self.vit.check()?;
         size("num_classes", 1, MAX_SIZE, self.num_classes)?;
+        elements(
+            "num_classes, the head",
+            [self.num_classes, self.vit.embed_dim],
+        )?;
         self.reduction.check(self.vit.num_patches(), self.vit.depth)
     }
 }

@@ -147,7 +147,8 @@ mod tests {
         };
         let step = Step::new(&pcae);
         close(step.student, 2.58, 0.005);
-        close(step.decoder, 0.76, 0.01);
+        // The prediction is made at the 20 retained positions alone; at all 50 it would be 0.763 G.
+        close(step.decoder, 0.745, 0.001);
         close(step.teacher, 5.3, 0.005);
         close(step.total(), 15.3, 0.005);
         let decoder = DecoderConfig {
@@ -161,6 +162,8 @@ mod tests {
             mask_ratio: 0.75,
             target: Target::Pixels { norm_pix: true },
         };
-        close(Step::new(&mae).total(), 29.3, 0.005);
+        // Only what is needed is computed: embedding all 196 patches would add 3 * 147 * 768 * 768, predicting at all 197
+        // positions 3 * 50 * 512 * 768, which gives the 29.3 G of the public code.
+        close(Step::new(&mae).total(), 29.02, 0.001);
     }
 }

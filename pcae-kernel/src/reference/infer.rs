@@ -104,6 +104,7 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
             embed.pos_embed.len,
         )?;
         let positions = (pos.len() / dims.dim.max(1)).saturating_sub(1);
+        expect_len(OP, "pos_embed", pos.len(), product(&[prefix, dims.dim]))?;
         let cls = match embed.cls_token {
             Some(span) => Some(param(OP, "cls_token", params, span, dims.dim)?),
             None => None,
@@ -120,6 +121,9 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
                 None
             }
         };
+        if dims.is_empty() {
+            return Ok(());
+        }
         let d = dims.dim;
         for b in 0..dims.batch {
             let out = &mut out[b * (prefix + dims.tokens) * d..][..(prefix + dims.tokens) * d];
@@ -206,6 +210,9 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
             scores.len(),
             product(&[dims.batch, dims.tokens]),
         )?;
+        if product(&[dims.batch, dims.tokens]) == 0 {
+            return Ok(());
+        }
         let inverse_norm = |x: &[T]| T::ONE / dot(x, x).sqrt().max(T::from_f64(SCORE_EPS));
         for b in 0..dims.batch {
             let tokens = patch_tokens(dims, x, b);
@@ -253,6 +260,9 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
                 at,
             });
         }
+        if product(&[batch, keep]) == 0 {
+            return Ok(());
+        }
         for b in 0..batch {
             let scores = &scores[b * tokens..][..tokens];
             lowest(&mut picked[b * keep..][..keep], scores);
@@ -275,6 +285,9 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
         expect_len(OP, "out", out.len(), kept.len())?;
         expect_len(OP, "picked", picked.len(), product(&[dims.batch, keep]))?;
         check_ids(OP, "picked", &picked[..dims.batch * keep], dims.tokens)?;
+        if kept.is_empty() {
+            return Ok(());
+        }
         let d = dims.dim;
         for b in 0..dims.batch {
             let out = &mut out[b * (dims.prefix + keep) * d..][..(dims.prefix + keep) * d];
@@ -328,6 +341,9 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
         }
         expect_len(OP, "x", x.len(), dims.len())?;
         expect_len(OP, "out", out.len(), product(&[dims.batch, dims.dim]))?;
+        if dims.is_empty() {
+            return Ok(());
+        }
         for b in 0..dims.batch {
             let out = &mut out[b * dims.dim..][..dims.dim];
             out.fill(T::ZERO);
@@ -370,7 +386,9 @@ fn add<T: Float>(out: &mut [T], a: &[T], b: &[T]) {
 
 /// The patch tokens of sequence `b`: `[tokens, dim]`.
 pub(super) fn patch_tokens<T>(dims: TokenDims, x: &[T], b: usize) -> &[T] {
-    let start = (b * (dims.prefix + dims.tokens) + dims.prefix) * dims.dim;
+    // Saturating, since tokens without width may be more than can be counted.
+    let before = b.saturating_mul(dims.prefix.saturating_add(dims.tokens));
+    let start = product(&[before.saturating_add(dims.prefix), dims.dim]);
     &x[start..][..dims.tokens * dims.dim]
 }
 
@@ -484,6 +502,9 @@ pub(super) fn attention<T: Float>(
 ) -> Result<(), Error> {
     expect_len(op, "qkv", qkv.len(), dims.qkv_len())?;
     expect_len(op, "out", out.len(), dims.out_len())?;
+    if dims.out_len() == 0 {
+        return Ok(());
+    }
     let (n, scale) = (dims.tokens, softmax_scale::<T>(dims));
     for b in 0..dims.batch {
         for head in 0..dims.num_heads {

@@ -269,6 +269,9 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
         expect_len(OP, "qkv", qkv.len(), dims.qkv_len())?;
         expect_len(OP, "out", out.len(), dims.out_len())?;
         expect_len(OP, "lse", lse.len(), dims.lse_len())?;
+        if dims.qkv_len() == 0 {
+            return Ok(());
+        }
         let (n, scale) = (dims.tokens, softmax_scale::<T>(dims));
         d_qkv[..dims.qkv_len()].fill(T::ZERO);
         for b in 0..dims.batch {
@@ -308,15 +311,18 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
         expect_len(OP, "d_x", d_x.len(), TokenDims { prefix: 0, ..dims }.len())?;
         if let Some(cls_token) = embed.cls_token {
             param(OP, "cls_token", grads, cls_token, dims.dim)?;
-            if dims.prefix == 0 {
+            if dims.prefix != 1 {
                 return Err(Error::Dimensions {
                     op: OP,
                     expected: "a prefix of 1 with a class token",
-                    found: 0,
+                    found: dims.prefix,
                 });
             }
-            for b in 0..dims.batch {
-                let d_cls = &d_out[b * (1 + dims.tokens) * dims.dim..][..dims.dim];
+            if dims.is_empty() {
+                return Ok(());
+            }
+            for d_out in rows(&d_out[..dims.len()], (1 + dims.tokens) * dims.dim) {
+                let d_cls = &d_out[..dims.dim];
                 add_scaled(&mut grads[cls_token.start..][..dims.dim], T::ONE, d_cls);
             }
         }
@@ -340,6 +346,7 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
         let mask_token = param(OP, "mask_token", params, mask_token, dims.dim)?;
         let pos = param(OP, "pos_embed", params, pos_embed, pos_embed.len)?;
         let positions = (pos.len() / dims.dim.max(1)).saturating_sub(1);
+        expect_len(OP, "pos_embed", pos.len(), dims.dim)?;
         for (what, ids, count) in [
             (
                 "ids_visible",
@@ -354,6 +361,9 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
         ] {
             expect_len(OP, what, ids.len(), count)?;
             check_ids(OP, what, &ids[..count], positions)?;
+        }
+        if dims.is_empty() {
+            return Ok(());
         }
         let latent = 1 + dims.visible;
         let d = dims.dim;
@@ -390,6 +400,9 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
         expect_len(OP, "d_out", d_out.len(), dims.len())?;
         expect_len(OP, "d_x", d_x.len(), dims.latent_len())?;
         param(OP, "mask_token", grads, mask_token, dims.dim)?;
+        if dims.is_empty() {
+            return Ok(());
+        }
         let (latent, d) = ((1 + dims.visible) * dims.dim, dims.dim);
         for (d_out, d_x) in
             rows(&d_out[..dims.len()], latent + dims.targets * d).zip(rows_mut(d_x, latent))
@@ -406,7 +419,11 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
     fn strip_prefix(&mut self, dims: TokenDims, out: &mut Vec<T>, x: &Vec<T>) -> Result<(), Error> {
         const OP: &str = "strip_prefix";
         expect_len(OP, "x", x.len(), dims.len())?;
-        expect_len(OP, "out", out.len(), TokenDims { prefix: 0, ..dims }.len())?;
+        let stripped = TokenDims { prefix: 0, ..dims };
+        expect_len(OP, "out", out.len(), stripped.len())?;
+        if stripped.is_empty() {
+            return Ok(());
+        }
         for (b, out) in rows_mut(out, dims.tokens * dims.dim)
             .take(dims.batch)
             .enumerate()
@@ -430,6 +447,9 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
             d_out.len(),
             TokenDims { prefix: 0, ..dims }.len(),
         )?;
+        if dims.is_empty() {
+            return Ok(());
+        }
         for b in 0..dims.batch {
             let (prefix, patches) = sequence_mut(dims, d_x, b);
             prefix.fill(T::ZERO);
@@ -452,6 +472,9 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
         expect_len(OP, "d_out", d_out.len(), kept.len())?;
         expect_len(OP, "picked", picked.len(), product(&[dims.batch, keep]))?;
         check_ids(OP, "picked", &picked[..dims.batch * keep], dims.tokens)?;
+        if dims.is_empty() {
+            return Ok(());
+        }
         let d = dims.dim;
         for b in 0..dims.batch {
             let d_out = &d_out[b * (dims.prefix + keep) * d..][..(dims.prefix + keep) * d];
@@ -476,6 +499,9 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
         const OP: &str = "mean_pool_backward";
         expect_len(OP, "d_x", d_x.len(), dims.len())?;
         expect_len(OP, "d_out", d_out.len(), product(&[dims.batch, dims.dim]))?;
+        if dims.is_empty() {
+            return Ok(());
+        }
         for b in 0..dims.batch {
             let d_out = &d_out[b * dims.dim..][..dims.dim];
             let (prefix, patches) = sequence_mut(dims, d_x, b);
@@ -509,6 +535,9 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
                 what: "x",
                 at,
             });
+        }
+        if product(&[dims.batch, dims.tokens]) == 0 {
+            return Ok(());
         }
         let d = dims.dim;
         for b in 0..dims.batch {
