@@ -81,3 +81,27 @@ fn checkpoint() {
 fn idx() {
     replay("idx", crate::idx, 5000);
 }
+
+/// The header that takes most memory for its length, just after its buffer has doubled.
+#[test]
+fn a_header_of_zeros_takes_bounded_memory() {
+    let zeros = ["0"; (1 << 18) + 1].join(",");
+    let header = format!(r#"{{"a":{{"dtype":"F32","shape":[{zeros}],"data_offsets":[0,0]}}}}"#);
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    crate::checkpoint(&bytes);
+    let (opened, memory) = crate::allocations::peak(|| {
+        pcae_train::checkpoint::file::Reader::new(Path::new("zeros"), std::io::Cursor::new(&bytes))
+    });
+    opened.expect("a valid file");
+    // The bound would be worth little if it were far above what there is.
+    assert!(
+        memory > 24 * bytes.len(),
+        "{memory} bytes for {}",
+        bytes.len()
+    );
+    println!(
+        "{:.1} bytes of memory per byte of header",
+        memory as f64 / bytes.len() as f64
+    );
+}
