@@ -171,15 +171,19 @@ impl<'a> Attention<'a> {
             }
             let p = Matrix::new(p, tokens, tokens);
             small_gemm(self.isa, result, p, self.part(head, 2));
-            self.put(out, self.out_start(head), self.dims.dim(), result);
+            // SAFETY: every head comes once, and heads have their own columns.
+            unsafe { self.put(out, self.out_start(head), self.dims.dim(), result) };
         });
     }
 
     /// Copies the rows of one head's result to where they belong, `stride` apart.
-    fn put(&self, to: Shared<'_>, start: usize, stride: usize, from: &[f32]) {
+    ///
+    /// # Safety
+    /// Nobody else uses these rows of this head in `to`.
+    unsafe fn put(&self, to: Shared<'_>, start: usize, stride: usize, from: &[f32]) {
         let head_dim = self.dims.head_dim;
         for (token, row) in from.chunks(head_dim).enumerate() {
-            // SAFETY: the columns of this head in this row; every head comes once, and heads do not overlap.
+            // SAFETY: by contract the columns of this head in this row are free.
             let to = unsafe { to.part(start + token * stride, head_dim) };
             to.copy_from_slice(row);
         }
@@ -240,7 +244,8 @@ impl<'a> Attention<'a> {
             ];
             for (which, (a, b)) in products.into_iter().enumerate() {
                 small_gemm(self.isa, result, a, b);
-                self.put(d_qkv, self.start(head, which), 3 * dim, result);
+                // SAFETY: every head comes once, and heads and their three parts have their own columns.
+                unsafe { self.put(d_qkv, self.start(head, which), 3 * dim, result) };
             }
         });
     }
