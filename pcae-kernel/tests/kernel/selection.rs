@@ -311,7 +311,15 @@ const VIT: VitConfig = VitConfig {
 /// Any criterion, and what each stage decided.
 struct Recorder {
     inner: CriterionScorer<Single>,
-    stages: Vec<(usize, usize, usize, Vec<f32>, Vec<u32>)>,
+    stages: Vec<Stage>,
+}
+
+struct Stage {
+    number: usize,
+    tokens: usize,
+    keep: usize,
+    scores: Vec<f32>,
+    ids: Vec<u32>,
 }
 
 type Single = Reference<f32, Heap<f32>>;
@@ -341,7 +349,13 @@ impl Scorer<Single> for Recorder {
             ids,
         } = selection;
         let (scores, ids) = (scores[..2 * tokens].to_vec(), ids[..2 * keep].to_vec());
-        self.stages.push((stage, tokens, keep, scores, ids));
+        self.stages.push(Stage {
+            number: stage,
+            tokens,
+            keep,
+            scores,
+            ids,
+        });
         Ok(())
     }
 }
@@ -406,10 +420,15 @@ fn stages_select_nested_subsets() {
                 let (vit, recorder) = run(reduction);
                 assert_eq!(recorder.stages.len(), reduction.stages(VIT.depth));
                 let (mut before, mut count) = (patches(), PATCHES);
-                for (number, (stage, tokens, keep, scores, ids)) in
-                    recorder.stages.iter().enumerate()
-                {
-                    assert_eq!((*stage, *tokens), (number, count));
+                for (index, stage) in recorder.stages.iter().enumerate() {
+                    let Stage {
+                        number,
+                        tokens,
+                        keep,
+                        scores,
+                        ids,
+                    } = stage;
+                    assert_eq!((*number, *tokens), (index, count));
                     for b in 0..BATCH {
                         let ids = &ids[b * keep..][..*keep];
                         let before = &before[b * tokens..][..*tokens];
