@@ -1,1 +1,224 @@
-//! stub
+//! AdamW, clipping and the moving average against their formulas, in f64.
+
+use pcae_kernel::backend::{AdamW, Clip, Segment, TrainBackend};
+use pcae_kernel::reference::{Heap, Reference};
+use proptest::prelude::*;
+
+use crate::support::{Double, close, dot, random, span};
+
+/// One element's state, stepped literally as the oracle writes it.
+#[derive(Clone, Copy)]
+struct Naive {
+    w: f64,
+    m: f64,
+    v: f64,
+}
+
+impl Naive {
+    fn step(&mut self, g: f64, lr: f64, decay: f64, step: i32) {
+        self.m = 0.9 * self.m + 0.1 * g;
+        self.v = 0.95 * self.v + 0.05 * g * g;
+        let m = self.m / (1.0 - 0.9f64.powi(step));
+        let v = self.v / (1.0 - 0.95f64.powi(step));
+        self.w = self.w * (1.0 - lr * decay) - lr * m / (v.sqrt() + 1e-8);
+    }
+}
+
+/// Six steps on three segments of different decay, learning rate and teacher, with a gap that no segment covers; every
+/// other step clips. Each step rounds some ten times, so that 1e-12 leaves a hundredfold of room.
+#[test]
+fn adamw_is_the_formula() {
+    const LEN: usize = 12;
+    let segment = |start, len, weight_decay, lr_scale, ema| Segment {
+        span: span(start, len),
+        weight_decay,
+        lr_scale,
+        ema,
+    };
+    let segments = [
+        segment(0, 3, 0.05, 1.0, true),
+        segment(3, 2, 0.0, 0.5, true),
+        // Element 5 belongs to no segment.
+        segment(6, 6, 0.3, 2.0, false),
+    ];
+    let mut student = random(70, LEN);
+    // The teacher ends where the segments that it follows do.
+    let mut teacher = random(71, 5);
+    let (start, start_teacher) = (student.clone(), teacher.clone());
+    let (mut grads, mut m, mut v) = (vec![0.0; LEN], vec![0.0; LEN], vec![0.0; LEN]);
+    let state = |&w: &f64| Naive { w, m: 0.0, v: 0.0 };
+    let mut naive: Vec<Naive> = student.iter().map(state).collect();
+    let mut naive_teacher = teacher.clone();
+    let mut backend = Double::owned();
+    for step in 1..=6 {
+        grads.clone_from_slice(&random(71 + step, LEN));
+        let mut norms = vec![7.0, 0.0];
+        backend.norm(&mut norms, 1, &grads).unwrap();
+        let norm = dot(&grads, &grads).sqrt();
+        close("norm", norms[1], norm, 0.0, 1e-15);
+        assert_eq!(norms[0], 7.0);
+        // A bound above the norm changes nothing, one below scales to it.
+        let max_norm = if step % 2 == 0 { 0.5 } else { 1e3 };
+        let shrink = f64::min(1.0, max_norm / norm);
+        let adamw = AdamW {
+            lr: 0.01 * step as f64,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            step,
+            momentum: 0.8,
+        };
+        for segment in &segments {
+            for i in segment.span.start..segment.span.end() {
+                let lr = adamw.lr * segment.lr_scale;
+                naive[i].step(grads[i] * shrink, lr, segment.weight_decay, step as i32);
+                if segment.ema {
+                    naive_teacher[i] = 0.8 * naive_teacher[i] + 0.2 * naive[i].w;
+                }
+            }
+        }
+        let clip = Clip {
+            norms: &norms,
+            at: 1,
+            max_norm,
+        };
+        backend
+            .adamw_ema(
+                &mut student,
+                Some(&mut teacher),
+                &mut grads,
+                &mut m,
+                &mut v,
+                &segments,
+                &adamw,
+                Some(clip),
+            )
+            .unwrap();
+        assert!(
+            grads.iter().all(|&g| g == 0.0),
+            "gradients start again at 0"
+        );
+        for i in 0..LEN {
+            close("student", student[i], naive[i].w, 1e-12, 1e-12);
+            close("mean", m[i], naive[i].m, 1e-12, 1e-12);
+            close("square", v[i], naive[i].v, 1e-12, 1e-12);
+        }
+        for (teacher, naive) in teacher.iter().zip(&naive_teacher) {
+            close("teacher", *teacher, *naive, 1e-12, 1e-12);
+        }
+    }
+    assert_eq!((student[5], m[5], v[5]), (start[5], 0.0, 0.0));
+    assert!(teacher.iter().zip(&start_teacher).all(|(a, b)| a != b));
+}
+
+/// A segment that leaves a vector is refused before anything moves, whichever vector it is; and the teacher need only
+/// reach as far as the segments that it follows.
+#[test]
+fn segments_must_fit_every_vector() {
+    let adamw = AdamW {
+        lr: 0.1,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        step: 1,
+        momentum: 0.5,
+    };
+    for short in 0..5 {
+        let mut vectors: [Vec<f64>; 5] = std::array::from_fn(|i| random(80 + i as u64, 4));
+        vectors[short].pop();
+        let before = vectors.clone();
+        let [student, teacher, grads, m, v] = &mut vectors;
+        for ema in [true, false] {
+            let part = |start| Segment {
+                span: span(start, 2),
+                weight_decay: 0.1,
+                lr_scale: 1.0,
+                ema,
+            };
+            let segments = [part(0), part(2)];
+            let result = Double::owned().adamw_ema(
+                student,
+                Some(teacher),
+                grads,
+                m,
+                v,
+                &segments,
+                &adamw,
+                None,
+            );
+            if short == 1 && !ema {
+                result.unwrap();
+                assert_eq!(*teacher, before[1]);
+            } else {
+                result.unwrap_err();
+                let now = [&*student, &*teacher, &*grads, &*m, &*v];
+                assert!(now.into_iter().eq(&before));
+            }
+        }
+    }
+}
+
+fn ema_step(student: &mut Vec<f32>, teacher: &mut Vec<f32>, momentum: f64) {
+    let len = student.len();
+    let segment = Segment {
+        span: span(0, len),
+        weight_decay: 0.0,
+        lr_scale: 1.0,
+        ema: true,
+    };
+    let adamw = AdamW {
+        lr: 0.0,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        step: 1,
+        momentum,
+    };
+    let mut zeros = [vec![0.0; len], vec![0.0; len], vec![0.0; len]];
+    let [grads, m, v] = &mut zeros;
+    Reference::<f32, Heap<f32>>::owned()
+        .adamw_ema(
+            student,
+            Some(teacher),
+            grads,
+            m,
+            v,
+            &[segment],
+            &adamw,
+            None,
+        )
+        .unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// A teacher that has arrived stays, to the bit, at any momentum, in the training's own precision.
+    #[test]
+    fn an_equal_teacher_stays(mut student in prop::collection::vec(-1e6..1e6f32, 1..9), momentum in 0.0..=1.0f64) {
+        let before = student.clone();
+        let mut teacher = student.clone();
+        ema_step(&mut student, &mut teacher, momentum);
+        prop_assert_eq!(&student, &before);
+        prop_assert_eq!(&teacher, &before);
+    }
+
+    /// Any other comes closer by the factor of the momentum, up to a rounding of each value, and at 1 does not move.
+    #[test]
+    fn another_teacher_comes_closer(
+        pairs in prop::collection::vec((-10.0..10.0f32, -10.0..10.0f32), 1..9),
+        momentum in 0.0..=1.0f64,
+    ) {
+        let (mut student, mut teacher): (Vec<f32>, Vec<f32>) = pairs.iter().copied().unzip();
+        ema_step(&mut student, &mut teacher, momentum);
+        for ((student, start), now) in pairs.iter().zip(&teacher) {
+            let (before, after) = (f64::from(start - student).abs(), f64::from(now - student).abs());
+            // Values below 20, each of four operations rounded by half a unit of 2⁻²⁴ relative.
+            let rounding = 20.0 * 4.0 * f64::from(f32::EPSILON);
+            prop_assert!((after - momentum * before).abs() <= rounding);
+        }
+        let still = teacher.clone();
+        ema_step(&mut student, &mut teacher, 1.0);
+        prop_assert_eq!(still, teacher);
+    }
+}
