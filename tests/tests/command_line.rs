@@ -15,7 +15,9 @@ struct Place {
 
 impl Place {
     fn new() -> Self {
-        let place = Self { folder: tempfile::tempdir().unwrap() };
+        let place = Self {
+            folder: tempfile::tempdir().unwrap(),
+        };
         idx_folder(Path::new(&place.path("data")), 64, 30);
         place
     }
@@ -27,7 +29,15 @@ impl Place {
     /// `pcae pretrain` of a few steps with `more` after.
     fn pretrain(&self, more: &[&str]) -> std::process::Output {
         let data = self.path("data");
-        let mut args = vec!["pretrain", "--data", &data, "--batch-size", "8", "--steps", "4"];
+        let mut args = vec![
+            "pretrain",
+            "--data",
+            &data,
+            "--batch-size",
+            "8",
+            "--steps",
+            "4",
+        ];
         args.extend_from_slice(TINY);
         args.extend_from_slice(more);
         pcae(BINARY, &args)
@@ -41,15 +51,39 @@ fn a_run_leaves_what_the_design_says() {
     let output = place.pretrain(&["--out", &out, "--set", "eval_every=1", "--lr", "1e-3"]);
     assert!(output.status.success(), "{}", stderr(&output));
     let text = stdout(&output);
-    for expected in ["kNN top-1: trained", "untrained", "raw pixels", "next:", "pcae inspect", "curves.png"] {
+    for expected in [
+        "kNN top-1: trained",
+        "untrained",
+        "raw pixels",
+        "next:",
+        "pcae inspect",
+        "curves.png",
+    ] {
         assert!(text.contains(expected), "{expected} in {text}");
     }
-    for file in ["config.toml", "metrics.jsonl", "curves.png", "checkpoints/last.safetensors"] {
+    for file in [
+        "config.toml",
+        "metrics.jsonl",
+        "curves.png",
+        "checkpoints/last.safetensors",
+    ] {
         assert!(Path::new(&out).join(file).is_file(), "{file}");
     }
-    assert!(fs::read_dir(Path::new(&out).join("tensorboard")).unwrap().count() > 0);
+    assert!(
+        fs::read_dir(Path::new(&out).join("tensorboard"))
+            .unwrap()
+            .count()
+            > 0
+    );
     let config = fs::read_to_string(Path::new(&out).join("config.toml")).unwrap();
-    for resolved in ["mean = [", "momentum = ", "warmup_steps = ", "lr = 0.001", "embed_dim = 16", "in_chans = 1"] {
+    for resolved in [
+        "mean = [",
+        "momentum = ",
+        "warmup_steps = ",
+        "lr = 0.001",
+        "embed_dim = 16",
+        "in_chans = 1",
+    ] {
         assert!(config.contains(resolved), "{resolved} in {config}");
     }
 
@@ -65,21 +99,43 @@ fn a_run_leaves_what_the_design_says() {
     ] {
         assert!(names.contains(&name.to_owned()), "{name}");
     }
-    assert_eq!(reader.shape("patch_embed.proj.weight"), Some(&[16, 1, 4, 4][..]));
+    assert_eq!(
+        reader.shape("patch_embed.proj.weight"),
+        Some(&[16, 1, 4, 4][..])
+    );
     assert_eq!(reader.metadata()["step"], "4");
 
     let output = pcae(BINARY, &["inspect", &out]);
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(stdout(&output).contains("blocks.0.attn.qkv.weight") && stdout(&output).contains("step 4"));
+    assert!(
+        stdout(&output).contains("blocks.0.attn.qkv.weight") && stdout(&output).contains("step 4")
+    );
     let output = pcae(BINARY, &["inspect", &place.path("data")]);
-    assert!(stdout(&output).contains("64 pictures"), "{}", stdout(&output));
+    assert!(
+        stdout(&output).contains("64 pictures"),
+        "{}",
+        stdout(&output)
+    );
 
     // The resolved settings make the same run again.
     let again = place.path("again");
-    let output = pcae(BINARY, &["pretrain", "--config", &format!("{out}/config.toml"), "--out", &again, "--json"]);
+    let output = pcae(
+        BINARY,
+        &[
+            "pretrain",
+            "--config",
+            &format!("{out}/config.toml"),
+            "--out",
+            &again,
+            "--json",
+        ],
+    );
     assert!(output.status.success(), "{}", stderr(&output));
     let summary: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
-    assert_eq!((summary["step"].as_u64(), summary["steps"].as_u64()), (Some(4), Some(4)));
+    assert_eq!(
+        (summary["step"].as_u64(), summary["steps"].as_u64()),
+        (Some(4), Some(4))
+    );
     let bytes = |out: &str| fs::read(Path::new(out).join("checkpoints/last.safetensors")).unwrap();
     assert!(bytes(&out) == bytes(&again));
 }
@@ -93,7 +149,9 @@ fn every_option_does_something() {
     let tensors = |out: &str| {
         let reader = Reader::open(&Path::new(out).join("checkpoints/last.safetensors")).unwrap();
         let name = "blocks.0.attn.qkv.weight";
-        reader.tensor_f32(name, reader.shape(name).unwrap()).unwrap()
+        reader
+            .tensor_f32(name, reader.shape(name).unwrap())
+            .unwrap()
     };
     let options: [&[&str]; 19] = [
         &["--method", "mae"],
@@ -123,7 +181,14 @@ fn every_option_does_something() {
         assert_ne!(tensors(&plain), tensors(&out), "{option:?}");
     }
     let reference = place.path("reference");
-    let output = place.pretrain(&["--backend", "reference", "--precision", "f64", "--out", &reference]);
+    let output = place.pretrain(&[
+        "--backend",
+        "reference",
+        "--precision",
+        "f64",
+        "--out",
+        &reference,
+    ]);
     assert!(output.status.success(), "{}", stderr(&output));
     for (a, b) in tensors(&plain).iter().zip(tensors(&reference)) {
         // Four AdamW steps in f32 and f64: a step is at most lr = 3e-5 large whatever the gradient's rounding.
@@ -138,18 +203,38 @@ fn pictures_of_any_kind_can_be_trained_on() {
     for class in ["cat", "dog"] {
         fs::create_dir_all(root.join(class)).unwrap();
         for i in 0..12_u32 {
-            let picture = pcae_tests::png(40 + i, 33, |x, y| [(x * 5) as u8, (y * 7) as u8, (i * 20) as u8]);
+            let picture = pcae_tests::png(40 + i, 33, |x, y| {
+                [(x * 5) as u8, (y * 7) as u8, (i * 20) as u8]
+            });
             fs::write(root.join(class).join(format!("{i}.png")), picture).unwrap();
         }
     }
     let out = folder.path().join("run");
-    let mut args = vec!["pretrain", "--data", root.to_str().unwrap(), "--out", out.to_str().unwrap()];
-    args.extend(["--batch-size", "4", "--steps", "3", "--set", "img_size=[32,24]", "--set", "knn_k=3"]);
+    let mut args = vec![
+        "pretrain",
+        "--data",
+        root.to_str().unwrap(),
+        "--out",
+        out.to_str().unwrap(),
+    ];
+    args.extend([
+        "--batch-size",
+        "4",
+        "--steps",
+        "3",
+        "--set",
+        "img_size=[32,24]",
+        "--set",
+        "knn_k=3",
+    ]);
     args.extend_from_slice(TINY);
     let output = pcae(BINARY, &args);
     assert!(output.status.success(), "{}", stderr(&output));
     let reader = Reader::open(&out.join("checkpoints/last.safetensors")).unwrap();
-    assert_eq!(reader.shape("patch_embed.proj.weight"), Some(&[16, 3, 4, 4][..]));
+    assert_eq!(
+        reader.shape("patch_embed.proj.weight"),
+        Some(&[16, 3, 4, 4][..])
+    );
     assert_eq!(reader.shape("pos_embed"), Some(&[1, 49, 16][..]));
 }
 
@@ -157,36 +242,65 @@ fn pictures_of_any_kind_can_be_trained_on() {
 fn parity_tells_by_its_exit_code() {
     for backend in ["cpu", "reference"] {
         let path = fixture("classify_ptr");
-        let output = pcae(BINARY, &["parity", path.to_str().unwrap(), "--backend", backend]);
+        let output = pcae(
+            BINARY,
+            &["parity", path.to_str().unwrap(), "--backend", backend],
+        );
         assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
         let text = stdout(&output);
         let last = text.lines().last().unwrap();
-        assert!(last.starts_with("parity: ") && last.contains(" tensors, worst "), "{last}");
+        assert!(
+            last.starts_with("parity: ") && last.contains(" tensors, worst "),
+            "{last}"
+        );
     }
     let output = pcae(BINARY, &["parity", "/nowhere.safetensors"]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("/nowhere.safetensors"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("/nowhere.safetensors"),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]
 fn bench_measures() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("bench.json");
-    let mut args = vec!["bench", "--model", "vit-micro", "--batch-size", "2", "--threads", "1,2", "--repeats", "1"];
+    let mut args = vec![
+        "bench",
+        "--model",
+        "vit-micro",
+        "--batch-size",
+        "2",
+        "--threads",
+        "1,2",
+        "--repeats",
+        "1",
+    ];
     args.extend(["--drop-ratio", "0,0.4", "--json", json.to_str().unwrap()]);
     args.extend_from_slice(TINY);
     let output = pcae(BINARY, &args);
     assert!(output.status.success(), "{}", stderr(&output));
     let report: serde_json::Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
     let results = report["results"].as_array().unwrap();
-    assert_eq!(results.len(), 2 * (2 + 1), "threads, times drop ratios and a step: {report}");
+    assert_eq!(
+        results.len(),
+        2 * (2 + 1),
+        "threads, times drop ratios and a step: {report}"
+    );
     for result in results {
         let share = result["share_of_peak"].as_f64().unwrap();
         // The peak is what registers reach: nothing is above it but by the noise of a shared machine.
         assert!(share > 0.0 && share < 2.0, "{result}");
         assert!(result["images_per_s"].as_f64().unwrap() > 0.0);
     }
-    assert!(report["machine"]["peak_gflops"]["f32"]["2"].as_f64().unwrap() > 0.1);
+    assert!(
+        report["machine"]["peak_gflops"]["f32"]["2"]
+            .as_f64()
+            .unwrap()
+            > 0.1
+    );
 }
 
 #[test]
@@ -195,7 +309,10 @@ fn every_command_has_help_with_an_example() {
         let output = pcae(BINARY, &[command, "--help"]);
         assert!(output.status.success());
         assert!(stdout(&output).contains("Example"), "{command}");
-        assert!(stdout(&output).contains(&format!("pcae {command}")), "{command}");
+        assert!(
+            stdout(&output).contains(&format!("pcae {command}")),
+            "{command}"
+        );
     }
 }
 
@@ -207,31 +324,67 @@ fn wrong_flags_and_settings() {
         (&["--batch-size", "65"], &["--batch-size", "1 to 64", "65"]),
         (&["--batch-size", "0"], &["--batch-size", "1 to 64"]),
         (&["--batch-size", "many"], &["--batch-size", "many"]),
-        (&["--set", "img_size=[30,28]"], &["img_size", "patch_size", "30"]),
-        (&["--set", "patch_size=5"], &["img_size", "patch_size (5)", "28"]),
-        (&["--mask-ratio", "0.99"], &["--mask-ratio", "0.99", "visible patch", "49"]),
+        (
+            &["--set", "img_size=[30,28]"],
+            &["img_size", "patch_size", "30"],
+        ),
+        (
+            &["--set", "patch_size=5"],
+            &["img_size", "patch_size (5)", "28"],
+        ),
+        (
+            &["--mask-ratio", "0.99"],
+            &["--mask-ratio", "0.99", "visible patch", "49"],
+        ),
         (&["--mask-ratio", "0"], &["--mask-ratio", "masked patch"]),
-        (&["--mask-ratio", "1.5"], &["--mask-ratio", "between 0 and 1", "1.5"]),
-        (&["--mask-ratio", "nan"], &["--mask-ratio", "between 0 and 1", "NaN"]),
-        (&["--keep-ratio", "0.01"], &["--keep-ratio", "0.01", "leaves no token"]),
+        (
+            &["--mask-ratio", "1.5"],
+            &["--mask-ratio", "between 0 and 1", "1.5"],
+        ),
+        (
+            &["--mask-ratio", "nan"],
+            &["--mask-ratio", "between 0 and 1", "NaN"],
+        ),
+        (
+            &["--keep-ratio", "0.01"],
+            &["--keep-ratio", "0.01", "leaves no token"],
+        ),
         (&["--keep-ratio", "0"], &["--keep-ratio", "more than 0"]),
-        (&["--set", "num_heads=3"], &["embed_dim", "num_heads (3)", "16"]),
-        (&["--set", "decoder_num_heads=3"], &["decoder_embed_dim", "decoder_num_heads (3)", "8"]),
+        (
+            &["--set", "num_heads=3"],
+            &["embed_dim", "num_heads (3)", "16"],
+        ),
+        (
+            &["--set", "decoder_num_heads=3"],
+            &["decoder_embed_dim", "decoder_num_heads (3)", "8"],
+        ),
         (&["--set", "depth=0"], &["depth", "1 to 64", "0"]),
         (&["--drop-layers", "0,7"], &["--drop-layers", "0 to 2", "7"]),
-        (&["--drop-layers", "some"], &["--drop-layers", "starts:N", "some"]),
+        (
+            &["--drop-layers", "some"],
+            &["--drop-layers", "starts:N", "some"],
+        ),
         (&["--set", "drop_place=9"], &["drop_place", "0 to 2", "9"]),
         (&["--model", "vit-x"], &["--model", "vit-micro", "vit-x"]),
         (&["--method", "simmim"], &["--method", "pcae", "simmim"]),
         (&["--backend", "gpu"], &["--backend", "cpu", "gpu"]),
-        (&["--precision", "f64"], &["--precision", "f32", "f64", "reference"]),
+        (
+            &["--precision", "f64"],
+            &["--precision", "f32", "f64", "reference"],
+        ),
         (&["--set", "isa=mmx"], &["isa", "portable", "mmx"]),
         (&["--epochs", "2"], &["--epochs", "--steps"]),
         (&["--set", "steps=0"], &["--steps", "at least 1", "0"]),
         (&["--accum", "0"], &["--accum", "1 to", "0"]),
         (&["--lr", "-1"], &["--lr", "-1"]),
-        (&["--set", "lr=0.1", "--set", "blr=0.1"], &["--lr", "blr", "both"]),
-        (&["--set", "warmup_steps=5"], &["warmup_steps", "number of steps", "5"]),
+        (
+            &["--set", "lr=0.1", "--set", "blr=0.1"],
+            &["--lr", "blr", "both"],
+        ),
+        (
+            &["--set", "warmup_steps=5"],
+            &["warmup_steps", "number of steps", "5"],
+        ),
         (&["--set", "momentum=1.5"], &["momentum", "0 to 1", "1.5"]),
         (&["--set", "colour=red"], &["colour", "unknown field"]),
         (&["--set", "flip"], &["--set", "KEY=VALUE", "flip"]),
@@ -247,7 +400,10 @@ fn wrong_flags_and_settings() {
             assert!(text.contains(expected), "{args:?}: {expected:?} in {text}");
         }
         let is_clap = text.contains("Usage:") || text.contains("--help");
-        assert!(is_clap || text.trim_end().lines().count() == 1, "{args:?}: {text}");
+        assert!(
+            is_clap || text.trim_end().lines().count() == 1,
+            "{args:?}: {text}"
+        );
         assert!(!Path::new(&out).exists(), "{args:?} left a run behind");
     }
 }
@@ -276,7 +432,10 @@ fn wrong_files_and_folders() {
     let images = Path::new(&truncated).join("train-images-idx3-ubyte");
     let bytes = fs::read(&images).unwrap();
     fs::write(&images, &bytes[..bytes.len() - 1]).unwrap();
-    fails(&["pretrain", "--data", &truncated], &["train-images-idx3-ubyte", "15680", "15679"]);
+    fails(
+        &["pretrain", "--data", &truncated],
+        &["train-images-idx3-ubyte", "15680", "15679"],
+    );
 
     // Run directories.
     let out = place.path("run");
@@ -284,7 +443,11 @@ fn wrong_files_and_folders() {
     let before = fs::read(Path::new(&out).join("checkpoints/last.safetensors")).unwrap();
     let output = place.pretrain(&["--out", &out]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("--out") && stderr(&output).contains("--resume"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("--out") && stderr(&output).contains("--resume"),
+        "{}",
+        stderr(&output)
+    );
     assert!(before == fs::read(Path::new(&out).join("checkpoints/last.safetensors")).unwrap());
     let file = place.path("file");
     fs::write(&file, "text").unwrap();
@@ -299,15 +462,38 @@ fn wrong_files_and_folders() {
     fails(&["pretrain", "--resume", &out], &["last.safetensors"]);
     fails(&["inspect", path.to_str().unwrap()], &["last.safetensors"]);
     let other = place.path("other");
-    assert!(place.pretrain(&["--out", &other, "--set", "embed_dim=24"]).status.success());
-    fs::copy(Path::new(&other).join("checkpoints/last.safetensors"), &path).unwrap();
-    fails(&["pretrain", "--resume", &out], &["last.safetensors", "[16", "[24", "architecture"]);
+    assert!(
+        place
+            .pretrain(&["--out", &other, "--set", "embed_dim=24"])
+            .status
+            .success()
+    );
+    fs::copy(
+        Path::new(&other).join("checkpoints/last.safetensors"),
+        &path,
+    )
+    .unwrap();
+    fails(
+        &["pretrain", "--resume", &out],
+        &["last.safetensors", "16]", "24]", "architecture"],
+    );
     let mae = place.path("mae");
-    assert!(place.pretrain(&["--out", &mae, "--method", "mae"]).status.success());
+    assert!(
+        place
+            .pretrain(&["--out", &mae, "--method", "mae"])
+            .status
+            .success()
+    );
     fs::copy(Path::new(&mae).join("checkpoints/last.safetensors"), &path).unwrap();
-    fails(&["pretrain", "--resume", &out], &["last.safetensors", "tensors of the architecture"]);
+    fails(
+        &["pretrain", "--resume", &out],
+        &["last.safetensors", "tensors of the architecture"],
+    );
     fs::copy(fixture("encode"), &path).unwrap();
-    fails(&["pretrain", "--resume", &out], &["last.safetensors", "metadata"]);
+    fails(
+        &["pretrain", "--resume", &out],
+        &["last.safetensors", "metadata"],
+    );
     fs::write(&path, &before).unwrap();
 
     // Settings of a run that goes on.
@@ -316,12 +502,32 @@ fn wrong_files_and_folders() {
     assert!(stderr(&output).contains("--resume"), "{}", stderr(&output));
     let config = Path::new(&out).join("config.toml");
     let text = fs::read_to_string(&config).unwrap();
-    fs::write(&config, text.replace("weight_decay = 0.05", "weight_decay = 0.06")).unwrap();
-    fails(&["pretrain", "--resume", &out], &["last.safetensors", "config.toml"]);
-    fs::write(&config, text.replace("weight_decay = 0.05", "weight_decay = ")).unwrap();
+    fs::write(
+        &config,
+        text.replace("weight_decay = 0.05", "weight_decay = 0.06"),
+    )
+    .unwrap();
+    fails(
+        &["pretrain", "--resume", &out],
+        &["last.safetensors", "config.toml"],
+    );
+    fs::write(
+        &config,
+        text.replace("weight_decay = 0.05", "weight_decay = "),
+    )
+    .unwrap();
     let output = pcae(BINARY, &["pretrain", "--resume", &out]);
-    assert!(stderr(&output).contains("config.toml"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("config.toml"),
+        "{}",
+        stderr(&output)
+    );
     fs::write(&config, text).unwrap();
-    assert!(pcae(BINARY, &["pretrain", "--resume", &out]).status.success(), "all put back, it goes on");
+    assert!(
+        pcae(BINARY, &["pretrain", "--resume", &out])
+            .status
+            .success(),
+        "all put back, it goes on"
+    );
     fails(&["inspect", &missing], &[&missing]);
 }

@@ -38,7 +38,9 @@ fn cpu_on_every_instruction_set_and_threads() {
         let one = all_fixtures(&format!("{isa}, 1 thread"), || Cpu::with(isa, 1).unwrap());
         for threads in [2, 3] {
             // The same bits, so the same errors to the last digit.
-            let more = all_fixtures(&format!("{isa}, {threads} threads"), || Cpu::with(isa, threads).unwrap());
+            let more = all_fixtures(&format!("{isa}, {threads} threads"), || {
+                Cpu::with(isa, threads).unwrap()
+            });
             assert_eq!(one, more, "{isa}, {threads} threads");
         }
     }
@@ -47,8 +49,15 @@ fn cpu_on_every_instruction_set_and_threads() {
 #[test]
 fn trajectories_are_replayed() {
     let report = replay(&mut Cpu::new(), &fixture("pcae_small")).unwrap();
-    let losses = report.rows.iter().find(|row| row.name == "expect.losses").unwrap();
-    assert!(losses.relative > 0.0 && losses.relative < 1e-5, "{losses:?}");
+    let losses = report
+        .rows
+        .iter()
+        .find(|row| row.name == "expect.losses")
+        .unwrap();
+    assert!(
+        losses.relative > 0.0 && losses.relative < 1e-5,
+        "{losses:?}"
+    );
 }
 
 /// The tensors and metadata of a fixture, to write a changed one.
@@ -61,17 +70,28 @@ struct Contents {
 impl Contents {
     fn of(name: &str) -> Self {
         let reader = Reader::open(&fixture(name)).unwrap();
-        let metadata = reader.metadata().into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+        let metadata = reader
+            .metadata()
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .collect();
         let (mut floats, mut integers) = (BTreeMap::new(), BTreeMap::new());
         for name in reader.names() {
             let shape = reader.shape(&name).unwrap().to_vec();
             if reader.dtype(&name) == Some(Dtype::I64) {
                 integers.insert(name.clone(), (shape, reader.tensor_i64(&name).unwrap()));
             } else {
-                floats.insert(name.clone(), (shape.clone(), reader.tensor_f32(&name, &shape).unwrap()));
+                floats.insert(
+                    name.clone(),
+                    (shape.clone(), reader.tensor_f32(&name, &shape).unwrap()),
+                );
             }
         }
-        Self { metadata, floats, integers }
+        Self {
+            metadata,
+            floats,
+            integers,
+        }
     }
 
     fn replay(&self) -> Result<Report, pcae_train::parity::ParityError> {
@@ -79,10 +99,18 @@ impl Contents {
         let path = folder.path().join("changed.safetensors");
         let mut tensors = Vec::new();
         for (name, (shape, values)) in &self.floats {
-            tensors.push(Tensor { name: name.clone(), shape: shape.clone(), data: TensorData::F32(values) });
+            tensors.push(Tensor {
+                name: name.clone(),
+                shape: shape.clone(),
+                data: TensorData::F32(values),
+            });
         }
         for (name, (shape, values)) in &self.integers {
-            tensors.push(Tensor { name: name.clone(), shape: shape.clone(), data: TensorData::I64(values) });
+            tensors.push(Tensor {
+                name: name.clone(),
+                shape: shape.clone(),
+                data: TensorData::I64(values),
+            });
         }
         write(&path, &self.metadata, &tensors).unwrap();
         replay(&mut Cpu::new(), &path)
@@ -95,9 +123,15 @@ fn every_changed_expectation_is_seen() {
     for name in ["pcae_gray_rect", "mae_small", "classify_ptr"] {
         let mut contents = Contents::of(name);
         assert!(contents.replay().unwrap().passes());
-        let is_result = |name: &str| name.contains('.') && !name.starts_with("input.") && !name.starts_with("param.");
-        let changed: Vec<String> =
-            contents.floats.keys().filter(|name| is_result(name) && !name.starts_with("teacher.")).cloned().collect();
+        let is_result = |name: &str| {
+            name.contains('.') && !name.starts_with("input.") && !name.starts_with("param.")
+        };
+        let changed: Vec<String> = contents
+            .floats
+            .keys()
+            .filter(|name| is_result(name) && !name.starts_with("teacher."))
+            .cloned()
+            .collect();
         assert!(changed.len() > 60);
         for tensor in &changed {
             let original = contents.floats[tensor].1.clone();
@@ -105,18 +139,43 @@ fn every_changed_expectation_is_seen() {
                 *value = *value * 1.001 + 1e-30;
             }
             let report = contents.replay().unwrap();
-            let failing: Vec<_> = report.rows.iter().filter(|row| !row.passes()).map(|row| &row.name).collect();
+            let failing: Vec<_> = report
+                .rows
+                .iter()
+                .filter(|row| !row.passes())
+                .map(|row| &row.name)
+                .collect();
             assert_eq!(failing, [tensor], "{name}");
             contents.floats.get_mut(tensor).unwrap().1 = original;
         }
-        let ids: Vec<String> = contents.integers.keys().filter(|name| is_result(name)).cloned().collect();
+        let ids: Vec<String> = contents
+            .integers
+            .keys()
+            .filter(|name| is_result(name))
+            .cloned()
+            .collect();
         for tensor in &ids {
-            let last = contents.integers.get_mut(tensor).unwrap().1.last_mut().unwrap();
+            let last = contents
+                .integers
+                .get_mut(tensor)
+                .unwrap()
+                .1
+                .last_mut()
+                .unwrap();
             *last += 1;
             let report = contents.replay().unwrap();
             assert!(!report.passes(), "{name} {tensor}");
-            assert!(report.to_string().contains("1 beyond tolerance"), "{report}");
-            *contents.integers.get_mut(tensor).unwrap().1.last_mut().unwrap() -= 1;
+            assert!(
+                report.to_string().contains("1 beyond tolerance"),
+                "{report}"
+            );
+            *contents
+                .integers
+                .get_mut(tensor)
+                .unwrap()
+                .1
+                .last_mut()
+                .unwrap() -= 1;
         }
     }
 }
@@ -126,19 +185,38 @@ fn every_changed_expectation_is_seen() {
 fn every_changed_constant_is_seen() {
     for (fixture, from, to) in [
         ("pcae_small", "\"lr\": 0.001", "\"lr\": 0.00101"),
-        ("pcae_small", "\"weight_decay\": 0.05", "\"weight_decay\": 0.55"),
-        ("pcae_small", "\"ema_momentum\": 0.9", "\"ema_momentum\": 0.89"),
-        ("pcae_small", "\"drop_layers\": [0, 1, 2]", "\"drop_layers\": [0, 1, 3]"),
+        (
+            "pcae_small",
+            "\"weight_decay\": 0.05",
+            "\"weight_decay\": 0.55",
+        ),
+        (
+            "pcae_small",
+            "\"ema_momentum\": 0.9",
+            "\"ema_momentum\": 0.89",
+        ),
+        (
+            "pcae_small",
+            "\"drop_layers\": [0, 1, 2]",
+            "\"drop_layers\": [0, 1, 3]",
+        ),
         ("pcae_small", "\"num_heads\": 3", "\"num_heads\": 2"),
         ("mae_small", "\"norm_pix\": true", "\"norm_pix\": false"),
-        ("classify_ptr", "\"drop_layers\": [0, 1, 2]", "\"drop_layers\": [1, 2, 3]"),
+        (
+            "classify_ptr",
+            "\"drop_layers\": [0, 1, 2]",
+            "\"drop_layers\": [1, 2, 3]",
+        ),
         ("encode", "\"num_heads\": 3", "\"num_heads\": 6"),
     ] {
         let mut contents = Contents::of(fixture);
         let config = contents.metadata.get_mut("config").unwrap();
         assert!(config.contains(from), "{fixture}: {config}");
         *config = config.replace(from, to);
-        assert!(!contents.replay().is_ok_and(|report| report.passes()), "{fixture}: {to}");
+        assert!(
+            !contents.replay().is_ok_and(|report| report.passes()),
+            "{fixture}: {to}"
+        );
     }
 }
 
@@ -146,7 +224,9 @@ fn every_changed_constant_is_seen() {
 #[test]
 fn unknown_and_missing_expectations_are_refused() {
     let mut contents = Contents::of("encode");
-    contents.floats.insert("expect.surprise".to_owned(), (vec![1], vec![1.0]));
+    contents
+        .floats
+        .insert("expect.surprise".to_owned(), (vec![1], vec![1.0]));
     let error = contents.replay().unwrap_err().to_string();
     assert!(error.contains("expect.surprise"), "{error}");
     contents.floats.remove("expect.surprise");

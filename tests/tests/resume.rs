@@ -11,7 +11,17 @@ use pcae_tests::{TINY, idx_folder, pcae, stderr, stdout};
 const BINARY: &str = env!("CARGO_BIN_EXE_pcae-under-test");
 
 fn arguments<'a>(data: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
-    let mut args = vec!["pretrain", "--data", data, "--out", out, "--batch-size", "16", "--set", "eval_every=0"];
+    let mut args = vec![
+        "pretrain",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--batch-size",
+        "16",
+        "--set",
+        "eval_every=0",
+    ];
     args.extend_from_slice(TINY);
     args.extend_from_slice(more);
     args
@@ -29,14 +39,21 @@ fn checkpoint(out: &Path) -> Vec<u8> {
 /// Step and bits of the loss, of every record that has one.
 fn losses(out: &Path) -> Vec<(u64, u64)> {
     let text = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
-    let records = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let records = text
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
     records
         .filter_map(|record| Some((record["step"].as_u64()?, record["loss"].as_f64()?.to_bits())))
         .collect()
 }
 
 fn start(args: &[&str]) -> Child {
-    Command::new(BINARY).args(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    Command::new(BINARY)
+        .args(args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 #[test]
@@ -46,18 +63,40 @@ fn killed_at_ten_random_moments() {
     let (data, whole, killed) = (path("data"), path("whole"), path("killed"));
     idx_folder(Path::new(&data), 200, 40);
     // Everything random at once: accumulation, stochastic depth, several epochs, saves that fall between epochs.
-    let settings = ["--steps", "400", "--accum", "2", "--set", "drop_path=0.2", "--set", "save_every=7"];
-    run(&arguments(&data, &whole, &[&settings[..], &["--threads", "1"]].concat()));
+    let settings = [
+        "--steps",
+        "400",
+        "--accum",
+        "2",
+        "--set",
+        "drop_path=0.2",
+        "--set",
+        "save_every=7",
+    ];
+    run(&arguments(
+        &data,
+        &whole,
+        &[&settings[..], &["--threads", "1"]].concat(),
+    ));
 
     let mut moments = Stream::new(std::process::id().into(), 0, 0, Purpose::Split);
     let mut kills = 0;
     let began = Instant::now();
     while kills < 10 {
-        assert!(began.elapsed() < Duration::from_secs(120), "{kills} kills so far");
+        assert!(
+            began.elapsed() < Duration::from_secs(120),
+            "{kills} kills so far"
+        );
         // The first start may be killed before there is a run to resume.
         let exists = Path::new(&killed).join("config.toml").exists();
         let mut child = if exists {
-            start(&["pretrain", "--resume", &killed, "--threads", ["1", "2"][kills % 2]])
+            start(&[
+                "pretrain",
+                "--resume",
+                &killed,
+                "--threads",
+                ["1", "2"][kills % 2],
+            ])
         } else {
             start(&arguments(&data, &killed, &settings))
         };
@@ -75,10 +114,15 @@ fn killed_at_ten_random_moments() {
     }
     let output = pcae(BINARY, &["pretrain", "--resume", &killed, "--threads", "2"]);
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(checkpoint(Path::new(&whole)) == checkpoint(Path::new(&killed)), "the final checkpoints differ");
+    assert!(
+        checkpoint(Path::new(&whole)) == checkpoint(Path::new(&killed)),
+        "the final checkpoints differ"
+    );
     assert_eq!(losses(Path::new(&whole)), losses(Path::new(&killed)));
     assert_eq!(losses(Path::new(&whole)).len(), 400);
-    let leftovers = fs::read_dir(Path::new(&killed).join("checkpoints")).unwrap().count();
+    let leftovers = fs::read_dir(Path::new(&killed).join("checkpoints"))
+        .unwrap()
+        .count();
     assert_eq!(leftovers, 1, "only the last checkpoint stays");
 }
 
@@ -91,7 +135,11 @@ fn bits_do_not_depend_on_threads_or_workers() {
     idx_folder(Path::new(&data), 100, 20);
     let result = |name: &str, more: &[&str]| {
         let out = path(name);
-        run(&arguments(&data, &out, &[&["--steps", "12"], more].concat()));
+        run(&arguments(
+            &data,
+            &out,
+            &[&["--steps", "12"], more].concat(),
+        ));
         checkpoint(Path::new(&out))
     };
     let one = result("one", &["--threads", "1", "--workers", "0"]);
@@ -127,12 +175,21 @@ fn interrupted_and_resumed() {
             assert!(began.elapsed() < Duration::from_secs(60));
             std::thread::sleep(Duration::from_millis(5));
         }
-        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        assert!(
+            Command::new("kill")
+                .args([signal, &child.id().to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
         assert!(stdout(&output).contains("--resume"), "{}", stdout(&output));
         run(&["pretrain", "--resume", &out]);
-        assert!(checkpoint(Path::new(&whole)) == checkpoint(Path::new(&out)), "{signal}");
+        assert!(
+            checkpoint(Path::new(&whole)) == checkpoint(Path::new(&out)),
+            "{signal}"
+        );
         assert_eq!(losses(Path::new(&whole)), losses(Path::new(&out)));
     }
 }
