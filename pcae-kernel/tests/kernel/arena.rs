@@ -280,3 +280,22 @@ fn the_heap_refuses_what_it_has_not() {
     let error = Vit::new(&mut OnHeap::owned(), &vit, usize::MAX, 9, true, reduction());
     assert!(matches!(error.err(), Some(Error::ArenaFull { .. })));
 }
+
+/// Buffers are zeros whatever lay there before, follow each other, and end with the slices.
+#[test]
+fn buffers_are_carved_and_zeroed() {
+    let (mut floats, mut indices) = ([f32::NAN; 5], [u32::MAX; 3]);
+    let backend = &mut InArena::new(Arena::new(&mut floats, &mut indices));
+    assert_eq!(backend.buf(2).unwrap(), [0.0; 2]);
+    assert_eq!(backend.ids(3).unwrap(), [0; 3]);
+    assert_eq!(
+        backend.buf(4),
+        Err(Error::ArenaFull {
+            expected: 4,
+            found: 3
+        })
+    );
+    assert_eq!(backend.buf(3).unwrap(), [0.0; 3]);
+    assert!(backend.buf(0).unwrap().is_empty());
+    backend.ids(1).unwrap_err();
+}

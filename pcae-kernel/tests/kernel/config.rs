@@ -471,6 +471,9 @@ fn stage_presets() {
                 let layers = DropLayers::preset(layout, stages, depth).unwrap();
                 assert_eq!(layers.len(), stages, "{layout:?} {stages} of {depth}");
                 assert!(layers.iter().all(|block| block < depth));
+                // Parts start with the first block and end with the last, whether or not they are of one length.
+                assert!(layout != StageLayout::Starts || layers.contains(0));
+                assert!(layout != StageLayout::Ends || layers.contains(depth - 1));
             }
             let error = DropLayers::preset(layout, depth + 1, depth).unwrap_err();
             assert!(matches!(
