@@ -374,7 +374,7 @@ fn wrong_flags_and_settings() {
         ),
         (&["--set", "isa=mmx"], &["isa", "portable", "mmx"]),
         (&["--epochs", "2"], &["--epochs", "--steps"]),
-        (&["--set", "steps=0"], &["--steps", "at least 1", "0"]),
+        (&["--steps", "0"], &["--steps", "at least 1", "0"]),
         (&["--accum", "0"], &["--accum", "1 to", "0"]),
         (&["--lr", "-1"], &["--lr", "-1"]),
         (

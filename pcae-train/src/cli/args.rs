@@ -10,7 +10,12 @@ use crate::settings::{BackendKind, Machine, Precision, Settings};
 
 /// Pre-trains vision transformers on unlabelled pictures with PCAE, the progressively compressed autoencoder.
 #[derive(Debug, Parser)]
-#[command(name = "pcae", version, arg_required_else_help = true, args_override_self = true)]
+#[command(
+    name = "pcae",
+    version,
+    arg_required_else_help = true,
+    args_override_self = true
+)]
 pub(super) struct Args {
     #[command(subcommand)]
     pub(super) command: Command,
