@@ -314,8 +314,8 @@ fn predictions_are_made_at_the_targets_positions() {
             let variance = token.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / 8.0;
             for column in 0..width {
                 let mut want = of("decoder_pred.bias")[column];
-                for i in 0..8 {
-                    let normed = (token[i] - mean) / (variance + 1e-6).sqrt()
+                for (i, x) in token.iter().enumerate() {
+                    let normed = (x - mean) / (variance + 1e-6).sqrt()
                         * of("decoder_norm.weight")[i]
                         + of("decoder_norm.bias")[i];
                     want += of("decoder_pred.weight")[column * 8 + i] * normed;
