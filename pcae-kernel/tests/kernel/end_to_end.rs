@@ -261,6 +261,78 @@ fn classifier() {
     check_classifier(at_input, false);
 }
 
+/// With decoder blocks that pass everything on unchanged, a prediction is a function of the mask token and its position
+/// alone: the positions are those that the teacher retained, or for MAE all that were masked.
+#[test]
+fn predictions_are_made_at_the_targets_positions() {
+    for target in [
+        Target::Teacher(reduction(&[0, 2], Budget::Keep(0.6))),
+        Target::Teacher(Reduction::NONE),
+        Target::Pixels { norm_pix: false },
+    ] {
+        let config = pretrain(target);
+        let layout = Layout::pretrain(&config);
+        let mut student = parameters(&layout, 6);
+        layout.for_each(|tensor| {
+            let name = tensor.name.to_string();
+            let ends_branch = name.contains("attn.proj") || name.contains("mlp.fc2");
+            if name.starts_with("decoder_blocks") && ends_branch {
+                student[tensor.span.start..tensor.span.end()].fill(0.0);
+            }
+        });
+        let teacher = parameters(&Layout::encoder(&VIT), 7);
+        let backend = &mut Double::owned();
+        let teacher = matches!(target, Target::Teacher(_)).then_some(&teacher[..]);
+        let mut state = TrainState::new(backend, layout, &student, teacher, 0.0).unwrap();
+        let mut task = Pretrainer::new(backend, &config, BATCH, false).unwrap();
+        let (keep, remove) = masks(&config);
+        task.load(backend, &images(), &keep, &remove).unwrap();
+        let mut recorder = Recorder::default();
+        task.accumulate(backend, &mut state, 1.0, &mut recorder)
+            .unwrap();
+
+        let (targets, width) = (config.targets(), config.target_dim());
+        let last = recorder.ids.len().saturating_sub(BATCH * targets);
+        let ids = if recorder.ids.is_empty() {
+            &remove
+        } else {
+            &recorder.ids[last..]
+        };
+        assert_eq!(ids.len(), BATCH * targets);
+        let of = |name: &str| {
+            let span = layout.find(name).unwrap().span;
+            &state.student[span.start..span.end()]
+        };
+        for (row, &id) in ids.iter().enumerate() {
+            let pos = &of("decoder_pos_embed")[8 * (1 + id as usize)..][..8];
+            let token: Vec<f64> = of("mask_token")
+                .iter()
+                .zip(pos)
+                .map(|(m, p)| m + p)
+                .collect();
+            let mean = token.iter().sum::<f64>() / 8.0;
+            let variance = token.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / 8.0;
+            for column in 0..width {
+                let mut want = of("decoder_pred.bias")[column];
+                for (i, x) in token.iter().enumerate() {
+                    let normed = (x - mean) / (variance + 1e-6).sqrt()
+                        * of("decoder_norm.weight")[i]
+                        + of("decoder_norm.bias")[i];
+                    want += of("decoder_pred.weight")[column * 8 + i] * normed;
+                }
+                // The same sums, rounded in another order.
+                close(
+                    "pred",
+                    task.pred()[row * width + column],
+                    want,
+                    1e-13,
+                    1e-13,
+                );
+            }
+        }
+    }
+}
+
 /// Micro-batches at half weight add up to the whole: the same one twice is the whole one once.
 #[test]
 fn micro_batches_accumulate() {
