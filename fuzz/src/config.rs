@@ -29,7 +29,10 @@ pub fn config(bytes: &[u8]) {
     }
 }
 
-fn configs(u: &mut Unstructured<'_>) -> Result<(PretrainConfig, ClassifierConfig, usize)> {
+/// The configurations that the bytes stand for, and a batch size.
+pub(crate) fn configs(
+    u: &mut Unstructured<'_>,
+) -> Result<(PretrainConfig, ClassifierConfig, usize)> {
     let patch_size = size(u)?;
     let edge = |u: &mut Unstructured<'_>| {
         let edge = patch_size.wrapping_mul(size(u)?);

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use pcae_kernel::config::Target;
+
 /// SplitMix64 (Steele et al., 2014).
 struct Random(u64);
 
@@ -103,5 +105,31 @@ fn a_header_of_zeros_takes_bounded_memory() {
     println!(
         "{:.1} bytes of memory per byte of header",
         memory as f64 / bytes.len() as f64
+    );
+}
+
+/// A target that only ever saw refused configurations would test half of what it says.
+#[test]
+fn seeds_reach_accepted_configurations() {
+    let (mut teachers, mut pixels, mut classifiers) = (0, 0, 0);
+    for seed in seeds("config") {
+        let Ok((pretrain, classifier, _)) =
+            crate::config::configs(&mut arbitrary::Unstructured::new(&seed))
+        else {
+            continue;
+        };
+        if pretrain.check().is_ok() {
+            match pretrain.target {
+                Target::Teacher(reduction) => {
+                    teachers += reduction.stages(pretrain.vit.depth).min(1)
+                }
+                Target::Pixels { .. } => pixels += 1,
+            }
+        }
+        classifiers += usize::from(classifier.check().is_ok());
+    }
+    assert!(
+        teachers > 0 && pixels > 0 && classifiers > 0,
+        "{teachers} {pixels} {classifiers}"
     );
 }
