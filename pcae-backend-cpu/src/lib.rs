@@ -5,6 +5,29 @@
 //!   each slab while it is in cache. Attention runs head by head on kernels of this crate.
 //! - The same input gives the same bits for any number of threads.
 //!
+//! ```
+//! use pcae_backend_cpu::Cpu;
+//! use pcae_kernel::backend::{Backend, TrainBackend};
+//! use pcae_kernel::config::{Reduction, VitConfig};
+//! use pcae_kernel::{init::init, layout::Layout, model::{MeanSimilarity, Vit}};
+//!
+//! let vit = VitConfig::preset("vit-micro").ok_or("no such preset")?;
+//! let layout = Layout::encoder(&vit);
+//! let mut values = vec![0.0; layout.len()];
+//! init(&layout, 0, &mut values)?; // or read them from a checkpoint
+//!
+//! let mut cpu = Cpu::new();
+//! let params = cpu.params(&layout, &values)?;
+//! let mut model = Vit::new(&mut cpu, &vit, 1, vit.num_patches(), true, Reduction::NONE)?;
+//! let mut images = cpu.buf(28 * 28)?;
+//! cpu.write(&mut images, &[0.5; 28 * 28])?;
+//! model.forward(&mut cpu, &params, 1, &images, None, &mut MeanSimilarity)?;
+//! let mut features = vec![0.0; 50 * vit.embed_dim]; // class token and 49 patches
+//! let tokens = model.final_norm(&mut cpu, &params)?;
+//! cpu.read(&mut features, tokens)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Features
 //! `rayon` (default): threads. Without it everything runs on the caller's thread.
 

@@ -936,7 +936,7 @@ mod train {
             x: &Self::Buf,
         ) -> Result<(), Self::Error>;
 
-        /// Mean over the columns of the standard deviation of each column: 0 when all rows are equal (a collapsed
+        /// Mean over the columns of the (biased) standard deviation of each column: 0 when all rows are equal (a collapsed
         /// teacher), near 1 for standardised rows that have nothing in common. Stored at `out[at]`.
         ///
         /// # Shapes
@@ -1046,7 +1046,7 @@ mod train {
         /// `m = beta1 * m + (1 - beta1) * g`, `v = beta2 * v + (1 - beta2) * g^2`,
         /// `w = w * (1 - lr' * weight_decay) - lr' * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)`, and where
         /// the segment has `ema` and a teacher is given `teacher += (1 - momentum) * (w - teacher)`.
-        /// `grads` is zero afterwards. Parameters in no segment stay as they are.
+        /// `grads` is zero afterwards. Parameters in no segment stay as they are. Segments do not overlap.
         ///
         /// # Errors
         /// If a segment leaves one of the vectors.

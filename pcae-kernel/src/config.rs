@@ -182,7 +182,7 @@ impl VitConfig {
     /// and Touvron et al. (2021).
     pub const fn preset(name: &str) -> Option<Self> {
         let (patch_size, embed_dim, depth, num_heads) = match name.as_bytes() {
-            b"vit-micro" => (4, 128, 6, 4),
+            b"vit-micro" => (4, 96, 4, 3),
             b"vit-ti16" => (16, 192, 12, 3),
             b"vit-s16" => (16, 384, 12, 6),
             b"vit-b16" => (16, 768, 12, 12),
@@ -415,8 +415,7 @@ impl DropLayers {
             let block = match layout {
                 StageLayout::Starts => i * depth / stages,
                 StageLayout::Ends => (i + 1) * depth / stages - 1,
-                // With as many stages as blocks the distance is below one block: they are then simply all of them.
-                StageLayout::Even => ((i + 1) * (depth + 1) / (stages + 1) - 1).max(i),
+                StageLayout::Even => (i + 1) * (depth + 1) / (stages + 1) - 1,
                 StageLayout::First => i,
             };
             set |= 1 << block;

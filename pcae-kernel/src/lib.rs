@@ -1,4 +1,14 @@
-//! kernel
+//! PCAE's model, without an operating system: `no_std`, no unsafe code, and for inference no allocator.
+//!
+//! | for | start at |
+//! |---|---|
+//! | reading the method | [`model::Pretrainer`], [`reference`] |
+//! | running a trained encoder | [`model::Vit`], [`model::Classifier`] on [`backend::Backend`] |
+//! | writing a backend | [`backend`], then `conformance` |
+//!
+//! # Features
+//! - `alloc`: owned buffers for the reference backend.
+//! - `train` (default, implies `alloc`): backward, losses, optimizer, the conformance suite.
 #![no_std]
 #![forbid(unsafe_code)]
 

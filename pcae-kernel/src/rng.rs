@@ -17,7 +17,7 @@ pub enum Purpose {
     Augment = 3,
     /// Stochastic depth of one sample.
     DropPath = 4,
-    /// Selection at random, the ablation of [`crate::select::Criterion::Random`].
+    /// Selection at random, the ablation of [`crate::config::Criterion::Random`].
     Selection = 5,
     /// Split of a data set into parts.
     Split = 6,

@@ -147,7 +147,7 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&Measurement)) -> Result<Report
                     let images_per_s = batch as f64 / backends::run(&machine, timed)?;
                     let gflops = 2.0 * macs as f64 * images_per_s / 1e9;
                     let of_step = what == What::Step;
-                    let method = format!("{:?}", plan.settings.method).to_lowercase();
+                    let method = plan.settings.method.to_string();
                     let result = Measurement {
                         what,
                         model: plan.settings.model.clone(),

@@ -1,4 +1,19 @@
-//! Pre-training of vision transformers on unlabelled pictures.
+//! Pre-training of vision transformers on unlabelled pictures with PCAE: data, loop, checkpoints, evaluation, and the command
+//! `pcae`.
+//!
+//! A run from code, as `pcae pretrain --epochs 1 --out runs/mine` does it:
+//!
+//! ```no_run
+//! use pcae_train::{pretrain, settings::Settings};
+//!
+//! let mut settings = Settings { epochs: Some(1), ..Settings::default() };
+//! settings.machine.out = "runs/mine".into();
+//! let summary = pretrain::start(settings)?;
+//! println!("loss {:.3}, kNN top-1 {:?}", summary.loss, summary.knn_top1);
+//! # Ok::<(), pcae_train::error::Error>(())
+//! ```
+//!
+//! The model alone, without data or files, is in `pcae-kernel` and a backend.
 
 pub mod backends;
 pub mod bench;

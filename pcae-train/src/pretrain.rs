@@ -45,6 +45,9 @@ mod names {
 const COLLAPSED: f32 = 0.25;
 /// Pictures encoded at a time for an evaluation.
 const EVAL_BATCH: usize = 250;
+/// Training pictures that an evaluation compares with, and held-out ones that it classifies, at most: the embedded set
+/// whole, and on large sets an evaluation still takes seconds.
+const EVAL_PICTURES: (usize, usize) = (10_000, 2_000);
 
 /// What a run came to.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -57,8 +60,8 @@ pub struct Summary {
     pub steps: u64,
     /// Loss of the last step.
     pub loss: f64,
-    /// Pictures trained on per second, evaluations and checkpoints left out.
-    pub images_per_s: f64,
+    /// Pictures trained on per second in this process, evaluations and checkpoints left out; `None` if there were none.
+    pub images_per_s: Option<f64>,
     /// kNN top-1 of the student's features; `None` without labels, or if the run was interrupted.
     pub knn_top1: Option<f64>,
     /// The same before training.
@@ -211,15 +214,14 @@ impl Job for Run {
             .map(|&(_, spread)| spread as f32)
             .filter(|spread| *spread > 0.0);
         let mut warned = false;
-        let mut last = Record::default();
         let mut step = position.step;
         let mut batches = position.batches;
         let (mut images, mut seconds) = (0_u64, 0.0);
 
-        if step == 0 {
+        if step == 0 && earlier.is_empty() {
             let mut scalars = BTreeMap::new();
-            evaluation.pixels(&splits, &mut scalars)?;
-            evaluation.student(backend, name, &state, &splits, &mut scalars)?;
+            evaluation.pixels(&mut scalars)?;
+            evaluation.student(backend, name, &state, &mut scalars)?;
             progress.println(&describe_knn("before training", &scalars));
             metrics.log(&Record {
                 step,
@@ -292,21 +294,21 @@ impl Job for Run {
                 || (settings.eval_every > 0
                     && step.is_multiple_of(settings.eval_every * recipe.steps_per_epoch));
             if evaluate {
-                evaluation.student(backend, name, &state, &splits, &mut scalars)?;
+                evaluation.student(backend, name, &state, &mut scalars)?;
             }
             let epoch = batches as f64 / loader.batches_per_epoch() as f64;
-            last = Record {
+            let record = Record {
                 step,
                 epoch,
                 time_s: clock,
                 scalars,
             };
-            metrics.log(&last)?;
+            metrics.log(&record)?;
             progress.set(step, images as f64 / seconds, loss);
             if evaluate {
                 progress.println(&describe_knn(
                     &format!("step {step}, epoch {epoch:.1}"),
-                    &last.scalars,
+                    &record.scalars,
                 ));
             }
             if evaluate || done || step.is_multiple_of(recipe.save_every) {
@@ -345,8 +347,10 @@ impl Job for Run {
             out: run.path().to_owned(),
             step,
             steps: recipe.steps,
-            loss: last.scalars.get(names::LOSS).copied().unwrap_or(f64::NAN),
-            images_per_s: images as f64 / seconds,
+            loss: series(&records, names::LOSS)
+                .last()
+                .map_or(f64::NAN, |&(_, loss)| loss),
+            images_per_s: (images > 0).then(|| images as f64 / seconds),
             knn_top1: at(recipe.steps),
             knn_top1_untrained: at(0),
             knn_top1_pixels: series(&records, names::KNN_PIXELS)
@@ -385,7 +389,7 @@ fn introduction(
             splits.held_out.len()
         ),
         format!(
-            "model     {} {:.2} M parameters, {:?}: {} patches, {} visible, {reduction}; {:.1} M multiply-adds an image",
+            "model     {} {:.2} M parameters, {}: {} patches, {} visible, {reduction}; {:.1} M multiply-adds an image",
             settings.model,
             layout.len() as f64 / 1e6,
             settings.method,
@@ -525,7 +529,7 @@ fn draw(run: &RunDir, settings: &Settings) -> Result<(), Error> {
     let knn = series(&records, names::KNN);
     let first = |series: &[(u64, f64)]| series.first().map(|&(_, value)| value);
     let curves = Curves {
-        title: &format!("{:?} {}", settings.method, settings.model),
+        title: &format!("{} {}", settings.method, settings.model),
         loss: &series(&records, names::LOSS),
         spread: &series(&records, names::SPREAD),
         knn_top1: &knn,
@@ -553,6 +557,8 @@ fn describe_knn(when: &str, scalars: &BTreeMap<String, f64>) -> String {
 struct Evaluation<B: TrainBackend> {
     /// `None` where the data has no two classes to tell apart.
     encoder: Option<Encoder<B>>,
+    train: Dataset,
+    held_out: Dataset,
     transform: Transform,
     knn_k: usize,
 }
@@ -589,13 +595,15 @@ impl<B: TrainBackend> Evaluation<B> {
         };
         Ok(Self {
             encoder,
+            train: splits.train.thinned(EVAL_PICTURES.0),
+            held_out: splits.held_out.thinned(EVAL_PICTURES.1),
             transform: recipe.transform.clone(),
             knn_k: settings.knn_k,
         })
     }
 
     /// Adds the figure of the pixels.
-    fn pixels(&self, splits: &Splits, scalars: &mut BTreeMap<String, f64>) -> Result<(), Error> {
+    fn pixels(&self, scalars: &mut BTreeMap<String, f64>) -> Result<(), Error> {
         if self.encoder.is_none() {
             return Ok(());
         }
@@ -604,7 +612,7 @@ impl<B: TrainBackend> Evaluation<B> {
                 Ok(images.to_vec())
             })
         };
-        let (train, held_out) = (features(&splits.train)?, features(&splits.held_out)?);
+        let (train, held_out) = (features(&self.train)?, features(&self.held_out)?);
         let top1 = knn::top1(&train, &held_out, Scaling::Raw, self.knn_k);
         scalars.insert(names::KNN_PIXELS.to_owned(), top1);
         Ok(())
@@ -616,7 +624,6 @@ impl<B: TrainBackend> Evaluation<B> {
         backend: &mut B,
         name: &str,
         state: &TrainState<B>,
-        splits: &Splits,
         scalars: &mut BTreeMap<String, f64>,
     ) -> Result<(), Error> {
         let Some(mut encoder) = self.encoder.take() else {
@@ -629,7 +636,7 @@ impl<B: TrainBackend> Evaluation<B> {
                 features.map_err(|error| Error::backend(name, error))
             })
         };
-        let (train, held_out) = (features(&splits.train), features(&splits.held_out));
+        let (train, held_out) = (features(&self.train), features(&self.held_out));
         self.encoder = Some(encoder);
         let top1 = knn::top1(&train?, &held_out?, Scaling::Standardised, self.knn_k);
         scalars.insert(names::KNN.to_owned(), top1);

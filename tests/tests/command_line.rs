@@ -16,14 +16,14 @@ struct Place {
 impl Place {
     fn new() -> Self {
         let place = Self {
-            folder: tempfile::tempdir().unwrap(),
+            folder: tempfile::tempdir().expect("a temporary folder can be made"),
         };
         idx_folder(Path::new(&place.path("data")), 64, 30);
         place
     }
 
     fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).to_str().unwrap().to_owned()
+        self.folder.path().join(name).to_string_lossy().into_owned()
     }
 
     /// `pcae pretrain` of a few steps with `more` after.

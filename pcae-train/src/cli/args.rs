@@ -63,13 +63,13 @@ pub(super) struct PretrainArgs {
     /// Number format of the computation: f32, or f64 on the reference [default: f32]
     #[arg(long)]
     precision: Option<String>,
-    /// Passes over the data [default: 20]
+    /// Passes over the data [default: 24]
     #[arg(long, conflicts_with = "steps")]
     epochs: Option<String>,
     /// Optimizer steps, instead of --epochs
     #[arg(long)]
     steps: Option<String>,
-    /// Pictures in a micro-batch [default: 128]
+    /// Pictures in a micro-batch [default: 64]
     #[arg(long)]
     batch_size: Option<String>,
     /// Micro-batches in an optimizer step [default: 1]

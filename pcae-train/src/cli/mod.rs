@@ -78,8 +78,11 @@ fn closing(summary: &pretrain::Summary) -> String {
             "stopped at step {step} of {steps}, saved; continue with:\n  pcae pretrain --resume {out}\n"
         );
     }
-    let mut text =
-        format!("done: {steps} steps, last loss {loss:.4}, {images_per_s:.0} images/s\n");
+    let mut text = format!("done: {steps} steps, last loss {loss:.4}");
+    if let Some(images_per_s) = images_per_s {
+        text += &format!(", {images_per_s:.0} images/s");
+    }
+    text.push('\n');
     let percent = |top1: Option<f64>| {
         top1.map_or_else(|| "-".to_owned(), |top1| format!("{:.1} %", 100.0 * top1))
     };

@@ -148,6 +148,20 @@ impl Dataset {
         }
     }
 
+    /// At most `count` of the samples, evenly spaced, so that each class of sorted files keeps its share.
+    pub fn thinned(&self, count: usize) -> Self {
+        let taken = count.min(self.len());
+        let members = (0..taken).map(|i| self.members[i * self.len() / taken]);
+        Self {
+            title: self.title.clone(),
+            source: self.source.clone(),
+            members: members.collect(),
+            channels: self.channels,
+            classes: self.classes.clone(),
+            broken: Mutex::default(),
+        }
+    }
+
     /// The data set in one line, for logs.
     pub fn describe(&self) -> String {
         let size = match &*self.source {
