@@ -165,19 +165,16 @@ mod tests {
     /// One column on a scale of its own hides the others unless columns are standardised.
     #[test]
     fn standardising_uncovers_small_columns() {
-        let spoil = |mut features: Features| {
+        let spoil = |mut features: Features, phase: f32| {
             for (i, mut row) in features.x.axis_iter_mut(Axis(0)).enumerate() {
-                row[2] = 1000.0 * ((i as f32 * 0.7).sin() + 3.0);
+                row[2] = 1e6 * (i as f32 * 0.7 + phase).sin();
             }
             features
         };
-        let (train, held_out) = (spoil(clusters(20, 0.0)), spoil(clusters(9, 1.0)));
+        let (train, held_out) = (spoil(clusters(20, 0.0), 0.0), spoil(clusters(9, 1.0), 2.0));
         let raw = top1(&train, &held_out, Scaling::Raw, 5);
         let standardised = top1(&train, &held_out, Scaling::Standardised, 5);
-        assert!(
-            standardised > 0.85 && standardised > raw,
-            "{raw} {standardised}"
-        );
+        assert!(standardised > 0.8 && raw < 0.7, "{raw} {standardised}");
     }
 
     /// More neighbours asked for than there are; a single one; nobody.

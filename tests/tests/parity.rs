@@ -1,5 +1,7 @@
 //! Every golden fixture on every backend and instruction set there is, and proof that a wrong value is seen.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 
 use pcae_backend_cpu::{Cpu, Isa};

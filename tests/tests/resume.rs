@@ -1,5 +1,7 @@
 //! A run that is killed and resumed ends in the same bits as one that is not.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

@@ -47,6 +47,7 @@ pub(super) enum Command {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(allow_negative_numbers = true)]
 pub(super) struct PretrainArgs {
     /// Folder of pictures: IDX files, class folders or plain pictures [default: the embedded Fashion-MNIST]
     #[arg(long, value_name = "DIR")]
