@@ -43,6 +43,9 @@ fn moments<S: Simd>(s: S, x: &[f32], count: usize, eps: f64) -> (f32, f32) {
     (mean, (1.0 / (var + eps).sqrt()) as f32)
 }
 
+/// Squares that are summed in f32: of at most 1024 with 8 partial sums or more, the error stays below 1e-5 and is
+/// typically a hundred times less, at the speed of memory.
+const SQUARES: usize = 1024;
 /// Lanes of the sums in f64, the same for every instruction set.
 const WIDE: usize = 8;
 
@@ -377,9 +380,13 @@ kernel! {
         total
     }
 
-    /// `sum of x[i]^2` in f64.
-    fn sum_squares<'a, S>(_s; x: &'a [f32]) -> f64 {
-        sum_wide(x, x, |a, b| a * b)
+    /// `sum of x[i]^2`: pieces in f32, their sums in f64.
+    fn sum_squares<'a, S>(s; x: &'a [f32]) -> f64 {
+        let mut total = 0.0;
+        for piece in x.chunks(SQUARES) {
+            total += f64::from(sum_squares_about(s, piece, 0.0));
+        }
+        total
     }
 
     /// AdamW, the teacher's moving average and zeroing of the gradient, in one pass.
