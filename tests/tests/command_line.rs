@@ -56,7 +56,7 @@ fn a_run_leaves_what_the_design_says() {
         "untrained",
         "raw pixels",
         "next:",
-        "pcae inspect",
+        "inspect",
         "curves.png",
     ] {
         assert!(text.contains(expected), "{expected} in {text}");

@@ -66,6 +66,8 @@ fn pretrain_command(args: &PretrainArgs) -> Result<ExitCode, Error> {
 /// The last lines of a run: its figures, and what to type next.
 fn closing(summary: &pretrain::Summary) -> String {
     let out = summary.out.display();
+    // As it was typed, so that the advice can be typed too.
+    let program = std::env::args().next().unwrap_or_else(|| "pcae".to_owned());
     let pretrain::Summary {
         step,
         steps,
@@ -75,7 +77,7 @@ fn closing(summary: &pretrain::Summary) -> String {
     } = *summary;
     if summary.interrupted {
         return format!(
-            "stopped at step {step} of {steps}, saved; continue with:\n  pcae pretrain --resume {out}\n"
+            "stopped at step {step} of {steps}, saved; continue with:\n  {program} pretrain --resume {out}\n"
         );
     }
     let mut text = format!("done: {steps} steps, last loss {loss:.4}");
@@ -95,8 +97,8 @@ fn closing(summary: &pretrain::Summary) -> String {
         );
     }
     text += &format!(
-        "curves      {out}/curves.png\ncheckpoint  {out}/checkpoints/last.safetensors\nnext:\n  pcae inspect {out}\n  \
-         tensorboard --logdir {out}/tensorboard\n  pcae pretrain --method mae --out {out}-mae    # the baseline, same code\n"
+        "curves      {out}/curves.png\ncheckpoint  {out}/checkpoints/last.safetensors\nnext:\n  {program} inspect {out}\n  \
+         tensorboard --logdir {out}/tensorboard\n  {program} pretrain --method mae --out {out}-mae    # the baseline, same code\n"
     );
     text
 }
