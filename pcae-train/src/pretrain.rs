@@ -196,16 +196,15 @@ impl Job for Run {
                 (run, metrics)
             }
         };
-        let mut progress = Progress::new(position.step, recipe.steps);
         for line in introduction(&settings, &recipe, &splits, &layout, name) {
-            progress.println(&line);
+            eprintln!("{line}");
         }
         if !is_new {
-            progress.println(&format!(
+            eprintln!(
                 "resuming {} after step {}",
                 run.path().display(),
                 position.step
-            ));
+            );
         }
         let earlier = read_metrics(&run.metrics())?;
         let mut clock = earlier.last().map_or(0.0, |record| record.time_s);
@@ -222,7 +221,7 @@ impl Job for Run {
             let mut scalars = BTreeMap::new();
             evaluation.pixels(&mut scalars)?;
             evaluation.student(backend, name, &state, &mut scalars)?;
-            progress.println(&describe_knn("before training", &scalars));
+            eprintln!("{}", describe_knn("before training", &scalars));
             metrics.log(&Record {
                 step,
                 epoch: 0.0,
@@ -230,6 +229,8 @@ impl Job for Run {
                 scalars,
             })?;
         }
+        // After the evaluation, which would spoil the estimate of the time left.
+        let mut progress = Progress::new(step, recipe.steps);
         while step < recipe.steps && !interrupt::requested() {
             let began = Instant::now();
             state.begin_step(backend).map_err(failed)?;

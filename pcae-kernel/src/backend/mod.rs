@@ -1,0 +1,247 @@
+//! The traits that a backend implements: one method per layer of this architecture.
+//!
+//! [`Backend`] is what inference needs, [`TrainBackend`] what training adds. Rules that hold for every method:
+//!
+//! - Buffers come from the caller, sized by the dimensions; longer ones are used at their front. After the model is
+//!   built nothing allocates.
+//! - Lengths and spans are checked before the first write, and errors are values.
+//! - Matrices are row-major. Shapes use B for batch, N for tokens, D for width.
+//! - The backend owns the number format of [`Backend::Buf`] and [`Backend::Params`] (f32, f64, bf16 …). Norms,
+//!   softmax, standardisation and losses are computed in f32 at least; a [`TrainBackend::Vector`] holds f32 at least.
+//! - Results may depend on the backend and the instruction set, never on the number of threads or on the run.
+//! - What a method *adds to* is said by `+=` in its formula; everything else is overwritten.
+
+mod dims;
+#[cfg(feature = "train")]
+mod train;
+
+pub use dims::*;
+#[cfg(feature = "train")]
+pub use train::*;
+
+use crate::error::Error;
+
+/// What is done to each output of a linear layer before it is stored.
+///
+/// It states the result, not the method: a backend that cannot fuse runs a second pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    /// `out[i, j] = acc[i, j] + bias[j]`
+    Bias,
+    /// `out[i, j] = gelu(acc[i, j] + bias[j])`, the exact (erf) GELU.
+    BiasGelu,
+    /// `out[i, j] += acc[i, j] + bias[j]`; `out` is the residual stream.
+    BiasResidual,
+}
+
+/// What inference needs. Methods write only where the caller says, and never allocate (but for [`Backend::buf`] and
+/// [`Backend::ids`], which a model calls only while it is built).
+pub trait Backend {
+    /// What can go wrong.
+    type Error: core::error::Error + From<Error>;
+    /// Activations: a piece of a static arena, `Vec<f32>`, device memory.
+    type Buf;
+    /// Token positions and sequence indices, as `u32`.
+    type Ids;
+    /// All parameters of a model, in the backend's own format and order; operations name theirs by [`Span`].
+    type Params;
+
+    /// A buffer of `len` zeroed elements.
+    ///
+    /// # Errors
+    /// If there is no memory left for it.
+    fn buf(&mut self, len: usize) -> Result<Self::Buf, Self::Error>;
+
+    /// An index buffer of `len` zeros.
+    ///
+    /// # Errors
+    /// If there is no memory left for it.
+    fn ids(&mut self, len: usize) -> Result<Self::Ids, Self::Error>;
+
+    /// Copies host values to the front of `to`.
+    ///
+    /// # Errors
+    /// If `to` is shorter than `from`.
+    fn write(&mut self, to: &mut Self::Buf, from: &[f32]) -> Result<(), Self::Error>;
+
+    /// Copies the front of `from` to the host, until `to` is full.
+    ///
+    /// # Errors
+    /// If `from` is shorter than `to`.
+    fn read(&mut self, to: &mut [f32], from: &Self::Buf) -> Result<(), Self::Error>;
+
+    /// Copies host indices to the front of `to`.
+    ///
+    /// # Errors
+    /// If `to` is shorter than `from`.
+    fn write_ids(&mut self, to: &mut Self::Ids, from: &[u32]) -> Result<(), Self::Error>;
+
+    /// Copies the front of `from` to the host, until `to` is full.
+    ///
+    /// # Errors
+    /// If `from` is shorter than `to`.
+    fn read_ids(&mut self, to: &mut [u32], from: &Self::Ids) -> Result<(), Self::Error>;
+
+    /// Cuts the patches `ids` (all of them for `None`) out of the pictures.
+    ///
+    /// # Shapes
+    /// `images: [B, channels, height, width]`, `ids: [B, taken]`, `out: [B, taken, channels * p * p]` in the order of a
+    /// flattened convolution kernel (channel, row, column).
+    ///
+    /// # Errors
+    /// If a buffer is too short, an id is no patch, or `dims` does not [`check`](PatchDims::check).
+    fn gather_patches(
+        &mut self,
+        dims: PatchDims,
+        out: &mut Self::Buf,
+        images: &Self::Buf,
+        ids: Option<&Self::Ids>,
+    ) -> Result<(), Self::Error>;
+
+    /// Adds positions to the projected patches, and puts the class token in front where `embed` names one
+    /// (`dims.prefix` is then 1, else 0).
+    ///
+    /// `out[b, 0] = cls_token + pos_embed[0]`, `out[b, prefix + j] = x[b, j] + pos_embed[1 + ids[b, j]]`; without ids
+    /// patch `j` has position `j`.
+    ///
+    /// # Shapes
+    /// `x: [B, tokens, dim]`, `ids: [B, tokens]`, `out: [B, prefix + tokens, dim]`.
+    ///
+    /// # Errors
+    /// If a buffer or span is too short or an id has no position.
+    fn embed_tokens(
+        &mut self,
+        dims: TokenDims,
+        out: &mut Self::Buf,
+        x: &Self::Buf,
+        ids: Option<&Self::Ids>,
+        params: &Self::Params,
+        embed: EmbedParams,
+    ) -> Result<(), Self::Error>;
+
+    /// `out = epilogue(x @ weight^T)`.
+    ///
+    /// # Shapes
+    /// `x: [rows, in_features]`, `out: [rows, out_features]`.
+    ///
+    /// # Errors
+    /// If a buffer or span is too short.
+    fn linear(
+        &mut self,
+        dims: LinearDims,
+        out: &mut Self::Buf,
+        x: &Self::Buf,
+        params: &Self::Params,
+        layer: Linear,
+        epilogue: Epilogue,
+    ) -> Result<(), Self::Error>;
+
+    /// `out[i] = (x[i] - mean(x[i])) / sqrt(var(x[i]) + NORM_EPS) * weight + bias`, with the biased variance.
+    ///
+    /// # Shapes
+    /// `x, out: [rows, dim]`.
+    ///
+    /// # Errors
+    /// If a buffer or span is too short.
+    fn layer_norm(
+        &mut self,
+        dims: RowDims,
+        out: &mut Self::Buf,
+        x: &Self::Buf,
+        params: &Self::Params,
+        norm: Norm,
+    ) -> Result<(), Self::Error>;
+
+    /// `out = softmax(q @ k^T / sqrt(head_dim)) @ v`, per sequence and head.
+    ///
+    /// # Shapes
+    /// `qkv: [B, N, 3, num_heads, head_dim]`, `out: [B, N, num_heads * head_dim]`.
+    ///
+    /// # Errors
+    /// If a buffer is too short.
+    fn attention(
+        &mut self,
+        dims: AttentionDims,
+        out: &mut Self::Buf,
+        qkv: &Self::Buf,
+    ) -> Result<(), Self::Error>;
+
+    /// Redundancy of each patch token: the dot product of the unit-length token with the mean of its sequence's
+    /// unit-length tokens (that mean is not normalised again). Norms are at least [`SCORE_EPS`].
+    ///
+    /// # Shapes
+    /// `x: [B, prefix + tokens, dim]`, `scores: [B, tokens]`.
+    ///
+    /// # Errors
+    /// If a buffer is too short.
+    fn mean_similarity(
+        &mut self,
+        dims: TokenDims,
+        scores: &mut Self::Buf,
+        x: &Self::Buf,
+    ) -> Result<(), Self::Error>;
+
+    /// The `keep` tokens of each sequence with the lowest scores, in ascending order of score; of equal scores the
+    /// lower index comes first.
+    ///
+    /// # Shapes
+    /// `scores: [B, tokens]`, `picked: [B, keep]` indices into `0..tokens`.
+    ///
+    /// # Errors
+    /// If a buffer is too short, `keep > tokens`, or a score is NaN.
+    fn select(
+        &mut self,
+        batch: usize,
+        tokens: usize,
+        keep: usize,
+        picked: &mut Self::Ids,
+        scores: &Self::Buf,
+    ) -> Result<(), Self::Error>;
+
+    /// Keeps the prefix and the picked patch tokens: `out[b, prefix + j] = x[b, prefix + picked[b, j]]`.
+    ///
+    /// # Shapes
+    /// `x: [B, prefix + tokens, dim]`, `picked: [B, keep]`, `out: [B, prefix + keep, dim]`.
+    ///
+    /// # Errors
+    /// If a buffer is too short or an index is out of range.
+    fn gather_tokens(
+        &mut self,
+        dims: TokenDims,
+        keep: usize,
+        out: &mut Self::Buf,
+        x: &Self::Buf,
+        picked: &Self::Ids,
+    ) -> Result<(), Self::Error>;
+
+    /// Follows positions through a selection: `out[b, j] = ids[b, picked[b, j]]`, or `picked[b, j]` without ids.
+    ///
+    /// # Shapes
+    /// `ids: [B, tokens]`, `picked, out: [B, keep]`.
+    ///
+    /// # Errors
+    /// If a buffer is too short or an index is out of range.
+    fn gather_ids(
+        &mut self,
+        batch: usize,
+        tokens: usize,
+        keep: usize,
+        out: &mut Self::Ids,
+        ids: Option<&Self::Ids>,
+        picked: &Self::Ids,
+    ) -> Result<(), Self::Error>;
+
+    /// Mean of each sequence's patch tokens.
+    ///
+    /// # Shapes
+    /// `x: [B, prefix + tokens, dim]`, `out: [B, dim]`.
+    ///
+    /// # Errors
+    /// If a buffer is too short or there is no patch token.
+    fn mean_pool(
+        &mut self,
+        dims: TokenDims,
+        out: &mut Self::Buf,
+        x: &Self::Buf,
+    ) -> Result<(), Self::Error>;
+}
