@@ -2,7 +2,7 @@
 //!
 //! | for | start at |
 //! |---|---|
-//! | reading the method | [`model::Pretrainer`], [`reference`] |
+//! | reading the method | [`model::Pretrainer`], [`mod@reference`] |
 //! | running a trained encoder | [`model::Vit`], [`model::Classifier`] on [`backend::Backend`] |
 //! | writing a backend | [`backend`], then `conformance` |
 //!
