@@ -537,7 +537,9 @@ mod tests {
             let times = (rows * rows.saturating_sub(1)) as f64 / 2.0;
             for isa in Isa::available() {
                 assert_close(&[dot(isa, &x, &x)], [squares].into_iter(), 1e-5);
-                assert_eq!(sum_squares(isa, &x), sum_squares(Isa::detect(), &x));
+                // Non-negative terms: the error is a few roundings of the sum.
+                let found = sum_squares(isa, &x);
+                assert!((found - squares).abs() <= 1e-6 * squares, "{isa}: {found} {squares}");
                 let mut total = x.clone();
                 sum_rows(isa, &mut total, &matrix, rows, x.len());
                 assert_close(&total, x.iter().map(|&x| f64::from(x) * (1.0 + times)), 1e-5);
