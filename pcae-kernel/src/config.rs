@@ -409,7 +409,7 @@ impl DropLayers {
     /// [`ConfigError::Size`] if there are more stages than blocks or none.
     pub fn preset(layout: StageLayout, stages: usize, depth: usize) -> Result<Self, ConfigError> {
         size("depth", 1, MAX_DEPTH, depth)?;
-        size("stages", 1, depth, stages)?;
+        size("drop_layers, the number of stages", 1, depth, stages)?;
         let mut set = 0;
         for i in 0..stages {
             let block = match layout {

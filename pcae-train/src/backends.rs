@@ -5,7 +5,7 @@ use pcae_kernel::backend::TrainBackend;
 use pcae_kernel::reference::Reference;
 
 use crate::error::Error;
-use crate::settings::{BackendKind, Machine, Precision};
+use crate::settings::{BackendKind, MAX_THREADS, Machine, Precision};
 
 /// Something to do on whatever backend was asked for.
 pub trait Job {
@@ -66,7 +66,14 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
 pub fn cpu(machine: &Machine) -> Result<Cpu, Error> {
     let threads = match machine.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads,
+        threads if threads <= MAX_THREADS => threads,
+        threads => {
+            let reason = format!("expected at most {MAX_THREADS}, found {threads}");
+            return Err(Error::Setting {
+                name: "--threads".to_owned(),
+                reason,
+            });
+        }
     };
     Cpu::with(isa(machine)?, threads).map_err(|error| Error::Setting {
         name: "--threads".to_owned(),

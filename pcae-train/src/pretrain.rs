@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use ndarray::Array2;
-use pcae_kernel::backend::{AdamW, TrainBackend};
+use pcae_kernel::backend::{AdamW, Span, TrainBackend};
 use pcae_kernel::config::{Criterion, PretrainConfig, Reduction, Target};
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
@@ -26,7 +26,7 @@ use crate::metrics::{Metrics, Record, read_metrics, series};
 use crate::progress::Progress;
 use crate::report::curves::{Curves, write_png};
 use crate::run_dir::{RunDir, RunState};
-use crate::settings::{Recipe, Settings};
+use crate::settings::{Method, Recipe, Settings};
 use crate::{backends, data, interrupt};
 
 /// Names of the scalars in `metrics.jsonl`.
@@ -52,6 +52,8 @@ const EVAL_PICTURES: (usize, usize) = (10_000, 2_000);
 /// What a run came to.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Summary {
+    /// What was predicted.
+    pub method: Method,
     /// The run directory.
     pub out: PathBuf,
     /// Optimizer steps done, those of earlier processes included.
@@ -135,17 +137,17 @@ impl Job for Run {
         let task = recipe.task;
         let layout = Layout::pretrain(&task);
         let has_teacher = matches!(task.target, Target::Teacher(_));
-        interrupt::install().map_err(|error| Error::Io {
-            what: "signal handlers".to_owned(),
-            error,
-        })?;
-
         // Everything that can fail for want of memory or data comes before the run directory is touched.
+        let fingerprint = splits.train.fingerprint()?;
         let mut step_model = StepModel::new(backend, &settings, &task).map_err(failed)?;
         let restored = match &resume {
-            Some((_, RunState::HasCheckpoint(path))) => {
-                Some(checkpoint::load(path, &layout, has_teacher, &settings)?)
-            }
+            Some((_, RunState::HasCheckpoint(path))) => Some(checkpoint::load(
+                path,
+                &layout,
+                has_teacher,
+                &settings,
+                &fingerprint,
+            )?),
             _ => None,
         };
         let position = restored
@@ -217,6 +219,11 @@ impl Job for Run {
         let mut batches = position.batches;
         let (mut images, mut seconds) = (0_u64, 0.0);
 
+        // From here on there is something to save.
+        interrupt::install().map_err(|error| Error::Io {
+            what: "signal handlers".to_owned(),
+            error,
+        })?;
         if step == 0 && earlier.is_empty() {
             let mut scalars = BTreeMap::new();
             evaluation.pixels(&mut scalars)?;
@@ -236,7 +243,15 @@ impl Job for Run {
             state.begin_step(backend).map_err(failed)?;
             for _ in 0..settings.accum {
                 let batch = loader.next()?;
-                step_model.accumulate(backend, name, &mut state, &settings, &task, &batch)?;
+                let done =
+                    step_model.accumulate(backend, name, &mut state, &settings, &task, &batch);
+                if done.is_err() && !is_finite(backend, &state).map_err(failed)? {
+                    return Err(Error::Diverged {
+                        step: step + 1,
+                        loss: f32::NAN,
+                    });
+                }
+                done?;
                 loader.recycle(batch);
                 batches += 1;
             }
@@ -264,6 +279,12 @@ impl Job for Run {
             let max_norm = (settings.clip_grad > 0.0).then_some(settings.clip_grad);
             state.update(backend, &adamw, max_norm).map_err(failed)?;
             let grad_norm = state.scalars(backend).map_err(failed)?.grad_norm;
+            if !grad_norm.is_finite() {
+                return Err(Error::Diverged {
+                    step: step + 1,
+                    loss,
+                });
+            }
             step += 1;
 
             let taken = began.elapsed().as_secs_f64();
@@ -293,7 +314,9 @@ impl Job for Run {
             let done = step == recipe.steps;
             let evaluate = done
                 || (settings.eval_every > 0
-                    && step.is_multiple_of(settings.eval_every * recipe.steps_per_epoch));
+                    && step.is_multiple_of(
+                        settings.eval_every.saturating_mul(recipe.steps_per_epoch),
+                    ));
             if evaluate {
                 evaluation.student(backend, name, &state, &mut scalars)?;
             }
@@ -319,6 +342,7 @@ impl Job for Run {
                     backend,
                     &state,
                     &settings,
+                    &fingerprint,
                     Position { step, batches },
                 )?;
                 draw(&run, &settings)?;
@@ -332,6 +356,7 @@ impl Job for Run {
                 backend,
                 &state,
                 &settings,
+                &fingerprint,
                 Position { step, batches },
             )?;
         }
@@ -345,6 +370,7 @@ impl Job for Run {
                 .map(|&(_, value)| value)
         };
         Ok(Summary {
+            method: settings.method,
             out: run.path().to_owned(),
             step,
             steps: recipe.steps,
@@ -524,6 +550,18 @@ impl<B: TrainBackend> StepModel<B> {
     }
 }
 
+/// Whether all of the student's parameters are numbers of a size that can be computed with.
+fn is_finite<B: TrainBackend>(backend: &mut B, state: &TrainState<B>) -> Result<bool, B::Error> {
+    let mut values = vec![0.0; state.layout.len()];
+    let span = Span {
+        start: 0,
+        len: values.len(),
+    };
+    backend.read_params(&mut values, &state.student, span)?;
+    // Squares of larger ones overflow f32.
+    Ok(values.iter().all(|value| value.abs() < 1e18))
+}
+
 /// Saves the curves so far.
 fn draw(run: &RunDir, settings: &Settings) -> Result<(), Error> {
     let records = read_metrics(&run.metrics())?;
@@ -578,7 +616,10 @@ impl<B: TrainBackend> Evaluation<B> {
         splits: &Splits,
     ) -> Result<Self, B::Error> {
         let vit = &recipe.task.vit;
-        let encoder = if splits.train.num_classes() < 2 || splits.held_out.is_empty() {
+        let labelled =
+            |part: &Dataset| !part.is_empty() && (0..part.len()).all(|i| part.label(i).is_some());
+        let has_labels = labelled(&splits.train) && labelled(&splits.held_out);
+        let encoder = if splits.train.num_classes() < 2 || !has_labels {
             None
         } else {
             Some(Encoder {

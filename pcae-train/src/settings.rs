@@ -10,8 +10,8 @@ use pcae_kernel::config::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::data::Splits;
 use crate::data::augment::{Transform, channel_stats};
+use crate::data::{DataError, Splits};
 use crate::error::{Error, flag};
 
 /// What is predicted.
@@ -435,15 +435,15 @@ impl Settings {
         for (key, text) in overrides {
             let mut one = toml::Table::new();
             one.insert(key.clone(), value(text));
-            if Self::deserialize(one.clone()).is_err() {
+            if let Err(error) = Self::deserialize(one.clone()) {
                 // What reads as a number may be meant as text: a block for `drop_place`, a folder called 2024.
                 one.insert(key.clone(), toml::Value::String(text.clone()));
-            }
-            if let Err(error) = Self::deserialize(one.clone()) {
-                return Err(Error::Setting {
-                    name: flag(key),
-                    reason: one_line(&error),
-                });
+                if Self::deserialize(one.clone()).is_err() {
+                    return Err(Error::Setting {
+                        name: flag(key),
+                        reason: one_line(&error),
+                    });
+                }
             }
             // One of a pair takes the place of the other.
             for (a, b) in [("epochs", "steps"), ("lr", "blr")] {
@@ -622,6 +622,8 @@ impl Settings {
             "at least 0",
             &self.min_lr,
         )?;
+        let workers = self.machine.workers;
+        range("workers", workers <= MAX_THREADS, "at most 1024", &workers)?;
         range("knn_k", self.knn_k >= 1, "at least 1", &self.knn_k)?;
 
         let is_small = task.vit.embed_dim < 192;
@@ -708,7 +710,17 @@ impl Settings {
             mean: self.mean.clone().unwrap_or_default(),
             std: self.std.clone().unwrap_or_default(),
         };
-        transform.check()?;
+        transform.check().map_err(|error| match error {
+            DataError::Setting {
+                name,
+                expected,
+                found,
+            } => Error::Setting {
+                name: flag(&name.replace(' ', "_")),
+                reason: format!("expected {expected}, found {found}"),
+            },
+            other => other.into(),
+        })?;
         Ok(Recipe {
             task,
             transform,
@@ -737,6 +749,9 @@ const SMALL_CROP_SCALE: [f64; 2] = [0.5, 1.0];
 fn default_momentum(steps: u64) -> f64 {
     (1.0 - 12.0 / steps as f64).clamp(0.996, 0.9999)
 }
+
+/// More threads than this are a typing error, and starting them would bring a machine down.
+pub(crate) const MAX_THREADS: usize = 1024;
 
 /// A value as typed: TOML if it reads as TOML, else text.
 fn value(text: &str) -> toml::Value {

@@ -479,7 +479,7 @@ fn stage_presets() {
             assert!(matches!(
                 error,
                 ConfigError::Size {
-                    field: "stages",
+                    field: "drop_layers, the number of stages",
                     ..
                 }
             ));

@@ -7,7 +7,7 @@
 //! | `adamw.exp_avg.<name>`, `adamw.exp_avg_sq.<name>` | moments of what is trained |
 //!
 //! Metadata: `format` (`pcae`), `version` (`1`), `step`, `batches` (micro-batches consumed: the position in the data),
-//! `config` (the recipe as JSON, without the machine's settings). Nothing in it depends on the machine or on time, so
+//! `config` (the recipe as JSON, without the machine's settings), `data` (fingerprint of the training pictures). Nothing in it depends on the machine or on time, so
 //! equal runs have equal files.
 
 pub mod file;
@@ -47,6 +47,7 @@ pub fn save<B: TrainBackend>(
     backend: &mut B,
     state: &TrainState<B>,
     settings: &Settings,
+    data: &str,
     position: Position,
 ) -> Result<(), Error> {
     let metadata = BTreeMap::from([
@@ -55,6 +56,7 @@ pub fn save<B: TrainBackend>(
         ("step".to_owned(), position.step.to_string()),
         ("batches".to_owned(), position.batches.to_string()),
         ("config".to_owned(), settings.recipe_json()),
+        ("data".to_owned(), data.to_owned()),
     ]);
     let failed = |error: B::Error| Error::backend(format!("{:?}", settings.machine.backend), error);
     let tensors = tensors(&state.layout);
@@ -71,6 +73,17 @@ pub fn save<B: TrainBackend>(
         backend
             .read_params(&mut values, &state.student, tensor.span)
             .map_err(failed)?;
+        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+            let reason = format!(
+                "not saved, because {} holds {value}: the run diverged; what was saved before is intact. Lower --lr, or set \
+                 clip_grad, and start anew",
+                tensor.name
+            );
+            return Err(Error::Checkpoint {
+                path: path.to_owned(),
+                reason,
+            });
+        }
         store("", tensor, values.clone());
         if let Some(teacher) = state
             .teacher
@@ -146,6 +159,7 @@ pub fn load(
     layout: &Layout,
     has_teacher: bool,
     settings: &Settings,
+    data: &str,
 ) -> Result<Values, Error> {
     let reader = Reader::open(path)?;
     let wrong = |reason: String| Error::Checkpoint {
@@ -243,6 +257,12 @@ pub fn load(
             "expected the settings of the run's config.toml, found others; restore config.toml or start a new run"
                 .to_owned(),
         ));
+    }
+    let trained_on = entry("data")?;
+    if trained_on != data {
+        return Err(wrong(format!(
+            "expected the run's training pictures ({trained_on}), found others ({data}); restore --data or start a new run"
+        )));
     }
     let [student, teacher, exp_avg, exp_avg_sq] = groups;
     let teacher = has_teacher.then_some(teacher);

@@ -7,15 +7,21 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::error::Error;
-use crate::settings::{Machine, Settings};
+use crate::settings::{Machine, Method, Settings};
 use crate::{backends, bench, inspect, pretrain};
 use args::{Args, BenchArgs, Command, ParityArgs, PretrainArgs};
 
 /// Parses the command line, does what it says, and returns the exit code: 0 for success, 1 for a failure, 2 for a command
 /// that was typed wrong, 130 for a run that a signal ended early.
 pub fn main() -> ExitCode {
-    // clap itself exits with 2 on what it cannot parse.
-    let args = Args::parse();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() || std::env::args_os().len() < 2 => error.exit(),
+        Err(error) => {
+            eprintln!("{}", one_line(&error.to_string()));
+            return ExitCode::from(2);
+        }
+    };
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp(None)
         .init();
@@ -32,6 +38,18 @@ pub fn main() -> ExitCode {
         eprintln!("error: {error}");
         ExitCode::from(if error.is_usage() { 2 } else { 1 })
     })
+}
+
+/// clap's message without its usage lines, with the way to them.
+fn one_line(message: &str) -> String {
+    let lines = message
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:"));
+    let parts: Vec<&str> = lines
+        .filter(|line| !line.is_empty() && !line.starts_with("For more"))
+        .collect();
+    format!("{}; see `pcae --help`", parts.join(" "))
 }
 
 fn pretrain_command(args: &PretrainArgs) -> Result<ExitCode, Error> {
@@ -98,8 +116,13 @@ fn closing(summary: &pretrain::Summary) -> String {
     }
     text += &format!(
         "curves      {out}/curves.png\ncheckpoint  {out}/checkpoints/last.safetensors\nnext:\n  {program} inspect {out}\n  \
-         tensorboard --logdir {out}/tensorboard\n  {program} pretrain --method mae --out {out}-mae    # the baseline, same code\n"
+         tensorboard --logdir {out}/tensorboard\n"
     );
+    if summary.method == Method::Pcae {
+        text += &format!(
+            "  {program} pretrain --config {out}/config.toml --method mae --out {out}-mae    # the baseline, same code\n"
+        );
+    }
     text
 }
 

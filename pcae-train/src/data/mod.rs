@@ -162,6 +162,38 @@ impl Dataset {
         }
     }
 
+    /// Tells data sets apart: the number of pictures and a checksum of all of them, or of the names and sizes of their
+    /// files.
+    ///
+    /// # Errors
+    /// [`DataError::Read`] if a file is gone.
+    pub fn fingerprint(&self) -> Result<String, DataError> {
+        let mut sum = 0;
+        match &*self.source {
+            Source::Array(array) => {
+                let mut picture = Picture::default();
+                for &place in &self.members {
+                    array.picture(place, self.channels, &mut picture);
+                    sum = crc32c::crc32c_append(sum, &picture.pixels);
+                }
+            }
+            Source::Files(files) => {
+                for &place in &self.members {
+                    let path = &files.entries[place].path;
+                    let read_error = |error| DataError::Read {
+                        path: path.clone(),
+                        error,
+                    };
+                    let len = std::fs::metadata(path).map_err(read_error)?.len();
+                    let name = path.file_name().unwrap_or_default();
+                    sum = crc32c::crc32c_append(sum, name.as_encoded_bytes());
+                    sum = crc32c::crc32c_append(sum, &len.to_le_bytes());
+                }
+            }
+        }
+        Ok(format!("{} pictures, crc32c {sum:08x}", self.len()))
+    }
+
     /// The data set in one line, for logs.
     pub fn describe(&self) -> String {
         let size = match &*self.source {
