@@ -103,7 +103,10 @@ pub struct MachineReport {
 ///
 /// # Errors
 /// [`Error`] of the settings or the backend.
-pub fn run(plan: &Plan, mut progress: impl FnMut(&Measurement)) -> Result<Report, Error> {
+pub fn run(
+    plan: &Plan,
+    mut progress: impl FnMut(&Measurement) -> Result<(), Error>,
+) -> Result<Report, Error> {
     let task = plan.settings.task()?;
     let available = std::thread::available_parallelism().map_or(1, usize::from);
     let mut peaks: BTreeMap<String, f64> = BTreeMap::new();
@@ -162,7 +165,7 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&Measurement)) -> Result<Report
                         gflops,
                         share_of_peak: peak.map(|peak| gflops * 1e9 / peak),
                     };
-                    progress(&result);
+                    progress(&result)?;
                     results.push(result);
                 }
             }

@@ -49,7 +49,7 @@ fn tensors(path: &Path) -> Result<String, Error> {
     let names = reader.names();
     let mut text = format!("safetensors file {}\n", path.display());
     for (key, value) in reader.metadata() {
-        let _ = writeln!(text, "  {key}: {value}");
+        let _ = writeln!(text, "  {}: {}", plain(key), plain(value));
     }
     let mut elements = 0;
     let mut lines = String::new();
@@ -58,10 +58,22 @@ fn tensors(path: &Path) -> Result<String, Error> {
             continue;
         };
         elements += shape.iter().product::<usize>();
-        let _ = writeln!(lines, "  {name:<56} {dtype:?} {shape:?}");
+        let _ = writeln!(lines, "  {:<56} {dtype:?} {shape:?}", plain(name));
     }
     let _ = writeln!(text, "{} tensors, {elements} elements", names.len());
     Ok(text + &lines)
+}
+
+/// Text of a stranger's file, its control characters written out: they could otherwise drive the terminal.
+fn plain(text: &str) -> String {
+    let escape = |c: char| {
+        if c.is_control() {
+            c.escape_default().to_string()
+        } else {
+            c.to_string()
+        }
+    };
+    text.chars().map(escape).collect()
 }
 
 fn data_set(path: &Path) -> Result<String, Error> {
@@ -78,7 +90,7 @@ fn data_set(path: &Path) -> Result<String, Error> {
         for (class, count) in (0_u32..).zip(&counts) {
             let name = dataset
                 .class_name(class)
-                .map_or_else(|| class.to_string(), str::to_owned);
+                .map_or_else(|| class.to_string(), plain);
             let _ = writeln!(text, "  {name:<32} {count}");
         }
     }

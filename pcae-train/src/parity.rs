@@ -341,9 +341,24 @@ impl Replay<'_> {
 
     /// Parameters `prefix.<name>` in the order of `layout`.
     fn parameters(&mut self, prefix: &str, layout: &Layout) -> Result<Vec<f32>, ParityError> {
-        let mut values = vec![0.0; layout.len()];
         let mut tensors = Vec::new();
         layout.for_each(|tensor| tensors.push(tensor));
+        // Before there is memory for them: the sizes come from the file, which may ask for more than there is.
+        for tensor in &tensors {
+            let name = format!("{prefix}.{}", tensor.name);
+            let found = self.reader.shape(&name).unwrap_or_default();
+            if found != tensor.shape() {
+                let (expected, found) = (tensor.shape().to_vec(), found.to_vec());
+                return Err(FileError::WrongShape {
+                    path: self.path.to_owned(),
+                    name,
+                    expected,
+                    found,
+                }
+                .into());
+            }
+        }
+        let mut values = vec![0.0; layout.len()];
         for tensor in tensors {
             let found = self
                 .reader

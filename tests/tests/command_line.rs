@@ -263,6 +263,39 @@ fn parity_tells_by_its_exit_code() {
     );
 }
 
+/// A reader that closes early is no failure; names in a file cannot drive the terminal.
+#[cfg(unix)]
+#[test]
+fn output_is_safe() {
+    use std::process::{Command, Stdio};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("odd.safetensors");
+    let metadata = [("a\x1b[2J".to_owned(), "b\nc".to_owned())].into();
+    pcae_train::checkpoint::file::write(&path, &metadata, &[]).unwrap();
+    let output = pcae(BINARY, &["inspect", path.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(
+        stdout(&output).contains("a\\u{1b}[2J: b\\nc") && !stdout(&output).contains('\x1b'),
+        "{}",
+        stdout(&output)
+    );
+
+    let fixture = fixture("pcae_small");
+    let mut child = Command::new(BINARY)
+        .args(["inspect", fixture.to_str().unwrap()])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{}",
+        stderr(&output)
+    );
+}
+
 #[test]
 fn bench_measures() {
     let folder = tempfile::tempdir().unwrap();

@@ -190,7 +190,7 @@ fn every_changed_constant_is_seen() {
         (
             "pcae_small",
             "\"weight_decay\": 0.05",
-            "\"weight_decay\": 0.55",
+            "\"weight_decay\": 0.0",
         ),
         (
             "pcae_small",
@@ -235,4 +235,19 @@ fn unknown_and_missing_expectations_are_refused() {
     contents.floats.remove("expect.tokens");
     let error = contents.replay().unwrap_err().to_string();
     assert!(error.contains("expect.tokens"), "{error}");
+}
+
+/// Sizes come from the file: absurd ones are refused before there is memory for them.
+#[test]
+fn absurd_sizes_are_refused() {
+    let mut contents = Contents::of("encode");
+    let config = contents.metadata.get_mut("config").unwrap();
+    *config = config
+        .replace("\"embed_dim\": 24", "\"embed_dim\": 24576")
+        .replace("\"depth\": 4", "\"depth\": 64");
+    let error = contents.replay().unwrap_err().to_string();
+    assert!(
+        error.contains("param.cls_token") && error.contains("24576"),
+        "{error}"
+    );
 }

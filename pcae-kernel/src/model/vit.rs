@@ -490,11 +490,6 @@ impl<B: Backend> Classifier<B> {
         })
     }
 
-    /// The trunk, to change what it drops.
-    pub fn vit_mut(&mut self) -> &mut Vit<B> {
-        &mut self.vit
-    }
-
     /// Classifies `batch` pictures.
     ///
     /// # Shapes

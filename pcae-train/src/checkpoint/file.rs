@@ -1,8 +1,7 @@
 //! Tensors and string metadata in one [safetensors](https://github.com/huggingface/safetensors) file.
 //!
 //! Both directions stream: writing borrows the tensors and converts a block at a time, and [`Reader`] holds the
-//! header alone and reads a tensor when it is asked for. So a checkpoint, four times the size of the model, is
-//! never a second time in memory. Plain reads serve this as well as a memory map would (every byte is read
+//! header alone and reads a tensor when it is asked for. Plain reads serve this as well as a memory map would (every byte is read
 //! once), need no `unsafe`, and turn a file that shrinks under the reader into an error instead of a signal.
 
 use std::collections::{BTreeMap, BTreeSet};

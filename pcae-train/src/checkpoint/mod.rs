@@ -61,30 +61,27 @@ pub fn save<B: TrainBackend>(
     let failed = |error: B::Error| Error::backend(format!("{:?}", settings.machine.backend), error);
     let tensors = tensors(&state.layout);
     let mut stored: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
-    let mut store = |prefix: &str, tensor: &Tensor, values| {
-        stored.push((
-            format!("{prefix}{}", tensor.name),
-            tensor.shape().to_vec(),
-            values,
-        ));
-    };
-    for tensor in &tensors {
-        let mut values = vec![0.0; tensor.span.len];
-        backend
-            .read_params(&mut values, &state.student, tensor.span)
-            .map_err(failed)?;
+    let mut store = |prefix: &str, tensor: &Tensor, values: &[f32]| {
+        let name = format!("{prefix}{}", tensor.name);
         if let Some(value) = values.iter().find(|value| !value.is_finite()) {
             let reason = format!(
-                "not saved, because {} holds {value}: the run diverged; what was saved before is intact. Lower --lr, or set \
-                 clip_grad, and start anew",
-                tensor.name
+                "not saved, because {name} holds {value}: the run diverged; what was saved before is intact. Lower --lr, or \
+                 set clip_grad, and start anew"
             );
             return Err(Error::Checkpoint {
                 path: path.to_owned(),
                 reason,
             });
         }
-        store("", tensor, values.clone());
+        stored.push((name, tensor.shape().to_vec(), values.to_vec()));
+        Ok(())
+    };
+    for tensor in &tensors {
+        let mut values = vec![0.0; tensor.span.len];
+        backend
+            .read_params(&mut values, &state.student, tensor.span)
+            .map_err(failed)?;
+        store("", tensor, &values)?;
         if let Some(teacher) = state
             .teacher
             .as_ref()
@@ -93,14 +90,14 @@ pub fn save<B: TrainBackend>(
             backend
                 .read_params(&mut values, teacher, tensor.span)
                 .map_err(failed)?;
-            store(TEACHER, tensor, values.clone());
+            store(TEACHER, tensor, &values)?;
         }
         if tensor.is_trained() {
             for (prefix, vector) in [(EXP_AVG, &state.exp_avg), (EXP_AVG_SQ, &state.exp_avg_sq)] {
                 backend
                     .read_vector(&mut values, vector, tensor.span.start)
                     .map_err(failed)?;
-                store(prefix, tensor, values.clone());
+                store(prefix, tensor, &values)?;
             }
         }
     }

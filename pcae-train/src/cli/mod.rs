@@ -2,6 +2,7 @@
 
 mod args;
 
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -29,9 +30,9 @@ pub fn main() -> ExitCode {
         Command::Pretrain(args) => pretrain_command(&args),
         Command::Parity(args) => parity_command(&args),
         Command::Bench(args) => bench_command(&args),
-        Command::Inspect(args) => inspect::inspect(&args.path).map(|text| {
-            print!("{text}");
-            ExitCode::SUCCESS
+        Command::Inspect(args) => inspect::inspect(&args.path).and_then(|text| {
+            write_out(&text)?;
+            Ok(ExitCode::SUCCESS)
         }),
     };
     done.unwrap_or_else(|error| {
@@ -52,6 +53,18 @@ fn one_line(message: &str) -> String {
     format!("{}; see `pcae --help`", parts.join(" "))
 }
 
+/// Writes to standard output. A reader that has seen enough, such as `head`, is no failure.
+fn write_out(text: &str) -> Result<(), Error> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::Io {
+            what: "standard output".to_owned(),
+            error,
+        }),
+        _ => Ok(()),
+    }
+}
+
 fn pretrain_command(args: &PretrainArgs) -> Result<ExitCode, Error> {
     let overrides = args.overrides()?;
     let summary = match &args.resume {
@@ -70,9 +83,13 @@ fn pretrain_command(args: &PretrainArgs) -> Result<ExitCode, Error> {
         None => pretrain::start(Settings::load(args.config.as_deref(), &overrides)?)?,
     };
     if args.json {
-        println!("{}", serde_json::to_string(&summary).unwrap_or_default());
+        write_out(
+            &(serde_json::to_string(&summary).unwrap_or_default()
+                + "
+"),
+        )?;
     } else {
-        print!("{}", closing(&summary));
+        write_out(&closing(&summary))?;
     }
     Ok(if summary.interrupted {
         ExitCode::from(130)
@@ -128,10 +145,10 @@ fn closing(summary: &pretrain::Summary) -> String {
 
 fn bench_command(args: &BenchArgs) -> Result<ExitCode, Error> {
     let plan = args.plan()?;
-    println!(
-        "{:<6} {:<10} {:>6} {:>8} {:>6} {:>9} {:>10} {:>10} {:>9}",
+    write_out(&format!(
+        "{:<6} {:<10} {:>6} {:>8} {:>6} {:>9} {:>10} {:>10} {:>9}\n",
         "what", "model", "batch", "threads", "drop", "isa", "images/s", "GFLOP/s", "of peak"
-    );
+    ))?;
     let report = bench::run(&plan, |result| {
         let bench::Measurement {
             what,
@@ -150,13 +167,15 @@ fn bench_command(args: &BenchArgs) -> Result<ExitCode, Error> {
         let share = result
             .share_of_peak
             .map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", 100.0 * share));
-        println!(
-            "{what:<6} {model:<10} {batch:>6} {threads:>8} {drop:>6} {isa:>9} {images_per_s:>10.2} {gflops:>10.1} {share:>9}"
-        );
+        write_out(&format!(
+            "{what:<6} {model:<10} {batch:>6} {threads:>8} {drop:>6} {isa:>9} {images_per_s:>10.2} {gflops:>10.1} {share:>9}\n"
+        ))
     })?;
     for (precision, peaks) in &report.machine.peak_gflops {
         for (threads, peak) in peaks {
-            println!("peak {precision}, {threads} threads: {peak:.1} GFLOP/s");
+            write_out(&format!(
+                "peak {precision}, {threads} threads: {peak:.1} GFLOP/s\n"
+            ))?;
         }
     }
     if let Some(path) = &args.json {
@@ -185,7 +204,7 @@ fn parity_command(args: &ParityArgs) -> Result<ExitCode, Error> {
         }
     }
     let report = backends::run(&args.machine(), Replay(&args.fixture))?;
-    println!("{report}");
+    write_out(&format!("{report}\n"))?;
     Ok(if report.passes() {
         ExitCode::SUCCESS
     } else {
