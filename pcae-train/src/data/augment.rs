@@ -12,6 +12,9 @@ use super::{DataError, Dataset, Picture, SPLIT_SEED};
 /// standard deviation.
 const MAX_STATS_PICTURES: usize = 10_000;
 
+/// How many times larger than the result a picture may be that covers it: an aspect ratio of 16 to a square.
+const MAX_COVER: u64 = 16;
+
 /// What becomes of a picture, in training and in evaluation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Transform {
@@ -200,7 +203,7 @@ impl Transform {
             stream,
         );
         let flip = self.flip && stream.uniform() < 0.5;
-        self.resize(picture, crop, &ResizeOptions::new(), scratch)?;
+        self.resize(picture, crop, (self.width, self.height), scratch)?;
         self.normalize(&scratch.resized, flip, out);
         Ok(())
     }
@@ -236,28 +239,49 @@ impl Transform {
         } else {
             (out_width, height * out_width / width)
         };
-        // The window in the resized picture, seen in the picture itself.
-        let window = |size: u64, full: u64, out: u64| {
-            let offset = ((full - out) as f64 / 2.0).round_ties_even();
-            let back = size as f64 / full as f64;
-            let start = offset * back;
-            let mut extent = out as f64 * back;
-            // Rounding may carry the end past the border, which the resizer refuses.
-            if start + extent > size as f64 {
-                extent = (size as f64 - start).next_down();
-            }
-            (start, extent)
-        };
-        let (left, window_width) = window(width, full_width, out_width);
-        let (top, window_height) = window(height, full_height, out_height);
-        let options = ResizeOptions::new().crop(left, top, window_width, window_height);
         let whole = CropBox {
             left: 0,
             top: 0,
             width: picture.width,
             height: picture.height,
         };
-        self.resize(picture, whole, &options, scratch)
+        if full_width * full_height <= MAX_COVER * out_width * out_height {
+            let (full_width, full_height) = (full_width as usize, full_height as usize);
+            self.resize(picture, whole, (full_width, full_height), scratch)?;
+            let middle =
+                |full: usize, out: usize| ((full - out) as f64 / 2.0).round_ties_even() as usize;
+            let (left, top) = (
+                middle(full_width, self.width),
+                middle(full_height, self.height),
+            );
+            let row = self.width * self.channels;
+            for y in 0..self.height {
+                // Never before what was written: rows only move to the front.
+                let from = ((top + y) * full_width + left) * self.channels;
+                scratch.resized.copy_within(from..from + row, y * row);
+            }
+            scratch.resized.truncate(self.output_len());
+            return Ok(());
+        }
+        // A long strip, which would be enormous at the covering size: the middle of the picture itself, cut at whole
+        // pixels, because with windows between pixels fast_image_resize 6.1 may read past the end of a row.
+        let window = |size: u64, full: u64, out: u64| {
+            let extent = ((out as f64 * size as f64 / full as f64).round() as u64).clamp(1, size);
+            ((size - extent) as usize / 2, extent as usize)
+        };
+        let (left, width) = window(width, full_width, out_width);
+        let (top, height) = window(height, full_height, out_height);
+        self.resize(
+            picture,
+            CropBox {
+                left,
+                top,
+                width,
+                height,
+            },
+            (self.width, self.height),
+            scratch,
+        )
     }
 
     fn check_shapes(&self, picture: &Picture, out: &[f32]) -> Result<(), DataError> {
@@ -308,12 +332,13 @@ impl Transform {
         &self,
         picture: &Picture,
         view: CropBox,
-        options: &ResizeOptions,
+        size: (usize, usize),
         scratch: &mut Scratch,
     ) -> Result<(), DataError> {
-        scratch.resized.resize(self.output_len(), 0);
-        let options = options.resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
-        let size = (self.width as u32, self.height as u32);
+        scratch.resized.resize(size.0 * size.1 * self.channels, 0);
+        let options =
+            ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
+        let size = (size.0 as u32, size.1 as u32);
         let Scratch { resizer, resized } = scratch;
         let done = match self.channels {
             1 => resize_typed::<U8>(resizer, picture, view, &options, resized, size),
@@ -574,7 +599,7 @@ mod tests {
                 height,
             };
             transform
-                .resize(&picture, crop, &ResizeOptions::new(), &mut scratch)
+                .resize(&picture, crop, (5, 4), &mut scratch)
                 .unwrap();
             scratch.resized.clone()
         };
