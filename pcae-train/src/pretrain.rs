@@ -78,19 +78,8 @@ pub struct Summary {
 ///
 /// # Errors
 /// [`Error`]; nothing is overwritten.
-pub fn start(mut settings: Settings) -> Result<Summary, Error> {
-    let splits = data::open(settings.data.as_deref(), settings.in_chans)?;
-    let recipe = settings.resolve(&splits)?;
-    let machine = settings.machine.clone();
-    backends::run(
-        &machine,
-        Run {
-            settings,
-            recipe,
-            splits,
-            resume: None,
-        },
-    )
+pub fn start(settings: Settings) -> Result<Summary, Error> {
+    launch(settings, None)
 }
 
 /// Continues the run in `out`, on the same settings but for `machine`, which may choose anew what has no part in the
@@ -102,6 +91,10 @@ pub fn resume(out: &Path, machine: &[(String, String)]) -> Result<Summary, Error
     let (run, state) = RunDir::open(out)?;
     let mut settings = Settings::load(Some(&run.config()), machine)?;
     settings.machine.out = out.to_owned();
+    launch(settings, Some((run, state)))
+}
+
+fn launch(mut settings: Settings, resume: Option<(RunDir, RunState)>) -> Result<Summary, Error> {
     let splits = data::open(settings.data.as_deref(), settings.in_chans)?;
     let recipe = settings.resolve(&splits)?;
     let machine = settings.machine.clone();
@@ -111,7 +104,7 @@ pub fn resume(out: &Path, machine: &[(String, String)]) -> Result<Summary, Error
             settings,
             recipe,
             splits,
-            resume: Some((run, state)),
+            resume,
         },
     )
 }
