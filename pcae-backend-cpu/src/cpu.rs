@@ -43,7 +43,7 @@ impl Cpu {
     /// The widest instruction set and all threads that this machine has; one thread where a pool cannot be started.
     pub fn new() -> Self {
         let isa = Isa::detect();
-        let count = if cfg!(feature = "rayon") {
+        let count = if cfg!(feature = "threads") {
             std::thread::available_parallelism().map_or(1, usize::from)
         } else {
             1
@@ -56,7 +56,7 @@ impl Cpu {
     /// by themselves.
     ///
     /// # Errors
-    /// [`Error::Threads`] for 0 threads, for more than 1 without the feature `rayon`, and if they cannot be started.
+    /// [`Error::Threads`] for 0 threads, for more than 1 without the feature `threads`, and if they cannot be started.
     pub fn with(isa: Isa, threads: usize) -> Result<Self, Error> {
         Ok(Self::build(isa, Threads::new(threads)?))
     }

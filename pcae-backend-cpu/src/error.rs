@@ -55,7 +55,7 @@ impl fmt::Display for Error {
             Self::Threads { asked: 0 } => f.write_str("expected at least 1 thread"),
             Self::Threads { asked } => write!(
                 f,
-                "cannot start {asked} threads; try fewer, or build with the feature `rayon`"
+                "cannot start {asked} threads; try fewer, or build with the feature `threads`"
             ),
         }
     }

@@ -363,7 +363,7 @@ mod tests {
 
     #[test]
     fn bits_do_not_depend_on_the_number_of_threads() {
-        let counts: &[usize] = if cfg!(feature = "rayon") {
+        let counts: &[usize] = if cfg!(feature = "threads") {
             &[1, 2, 3, 7]
         } else {
             &[1]

@@ -29,7 +29,7 @@
 //! ```
 //!
 //! # Features
-//! `rayon` (default): threads. Without it everything runs on the caller's thread.
+//! `threads` (default): threads. Without it everything runs on the caller's thread.
 
 mod attention;
 mod cpu;

@@ -2,118 +2,114 @@
 //!
 //! Work comes in units, such as the rows of a matrix, each with its own pieces of the outputs. What a unit computes does
 //! not depend on the others, so the number of threads decides who runs it, not what comes out.
+//!
+//! An operation takes some 10 µs to 10 ms and a model runs hundreds in a row. So the threads here wait for the next one
+//! awake for a while before they sleep, the caller works too, and handing over allocates nothing: a general pool
+//! (rayon) wakes a thread per operation, leaves the caller idle and allocates for its queue.
+
+use core::marker::PhantomData;
 
 use crate::error::Error;
 
-/// Elements that are worth handing to another thread: 64 KiB at about 10 GB/s and core take some 6 µs, many times what
-/// the hand-over costs, and small enough that many threads find work.
-#[cfg(feature = "rayon")]
+/// Elements that are worth handing to another thread: 64 KiB at about 10 GB/s and core take some 6 µs, several times
+/// what the hand-over costs, and small enough that many threads find work.
 const GRAIN: usize = 16 * 1024;
 
-/// A pool of threads, or none.
+/// Threads, the caller's among them.
 #[derive(Debug)]
 pub(crate) struct Threads {
     count: usize,
-    #[cfg(feature = "rayon")]
-    pool: Option<rayon::ThreadPool>,
+    #[cfg(feature = "threads")]
+    team: Option<team::Team>,
 }
 
 /// What the units write to.
-pub(crate) trait Parts: Send + Sized {
+pub(crate) trait Parts: Send + Sync {
     /// The piece of one unit.
     type Piece;
 
-    /// The pieces of the first `units` units and the rest.
-    fn split(self, units: usize) -> (Self, Self);
-
-    /// The last piece.
-    fn piece(self) -> Self::Piece;
+    /// Piece `i`.
+    ///
+    /// # Safety
+    /// Nobody else uses piece `i` for as long as this one is used.
+    unsafe fn piece(&self, i: usize) -> Self::Piece;
 }
 
-/// A slice in pieces of `len` elements.
+/// A slice in pieces of `len` elements, the last of which may be shorter.
 pub(crate) struct Pieces<'a, T> {
-    data: &'a mut [T],
+    start: *mut T,
+    total: usize,
     len: usize,
+    life: PhantomData<&'a mut [T]>,
 }
+
+// SAFETY: it is a `&mut [T]` whose parts are handed out by `Parts::piece`, whose caller keeps them apart.
+unsafe impl<T: Send> Send for Pieces<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Pieces<'_, T> {}
 
 impl<'a, T> Pieces<'a, T> {
     pub(crate) fn new(data: &'a mut [T], len: usize) -> Self {
-        Self { data, len }
+        Self {
+            start: data.as_mut_ptr(),
+            total: data.len(),
+            len,
+            life: PhantomData,
+        }
     }
 }
 
 impl<'a, T: Send> Parts for Pieces<'a, T> {
     type Piece = &'a mut [T];
 
-    fn split(self, units: usize) -> (Self, Self) {
-        let at = units.saturating_mul(self.len).min(self.data.len());
-        let (first, rest) = self.data.split_at_mut(at);
-        (Self::new(first, self.len), Self::new(rest, self.len))
-    }
-
-    fn piece(self) -> &'a mut [T] {
-        self.data
+    unsafe fn piece(&self, i: usize) -> &'a mut [T] {
+        let at = i.saturating_mul(self.len).min(self.total);
+        let len = self.len.min(self.total - at);
+        // SAFETY: within the slice that `new` borrowed; by contract nobody else uses this piece.
+        unsafe { core::slice::from_raw_parts_mut(self.start.add(at), len) }
     }
 }
 
 impl Parts for () {
     type Piece = ();
 
-    fn split(self, _: usize) -> (Self, Self) {
-        ((), ())
-    }
-
-    fn piece(self) {}
+    unsafe fn piece(&self, _: usize) {}
 }
 
 impl<A: Parts> Parts for Option<A> {
     type Piece = Option<A::Piece>;
 
-    fn split(self, units: usize) -> (Self, Self) {
-        self.map(|parts| parts.split(units)).unzip()
-    }
-
-    fn piece(self) -> Self::Piece {
-        self.map(A::piece)
+    unsafe fn piece(&self, i: usize) -> Self::Piece {
+        // SAFETY: by the same contract.
+        self.as_ref().map(|parts| unsafe { parts.piece(i) })
     }
 }
 
 impl<A: Parts, B: Parts> Parts for (A, B) {
     type Piece = (A::Piece, B::Piece);
 
-    fn split(self, units: usize) -> (Self, Self) {
-        let (a, b) = (self.0.split(units), self.1.split(units));
-        ((a.0, b.0), (a.1, b.1))
-    }
-
-    fn piece(self) -> Self::Piece {
-        (self.0.piece(), self.1.piece())
+    unsafe fn piece(&self, i: usize) -> Self::Piece {
+        // SAFETY: by the same contract.
+        unsafe { (self.0.piece(i), self.1.piece(i)) }
     }
 }
 
 impl Threads {
-    /// `count` threads.
+    /// `count` threads: the caller's and `count - 1` more.
     pub(crate) fn new(count: usize) -> Result<Self, Error> {
-        if count == 0 {
-            return Err(Error::Threads { asked: count });
-        }
-        #[cfg(feature = "rayon")]
-        {
-            let pool = if count == 1 {
-                None
-            } else {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(count).build();
-                Some(pool.map_err(|_| Error::Threads { asked: count })?)
-            };
-            Ok(Self { count, pool })
-        }
-        #[cfg(not(feature = "rayon"))]
-        {
-            if count == 1 {
-                Ok(Self { count })
-            } else {
-                Err(Error::Threads { asked: count })
-            }
+        match count {
+            0 => Err(Error::Threads { asked: count }),
+            1 => Ok(Self::one()),
+            #[cfg(feature = "threads")]
+            _ => match team::Team::new(count - 1) {
+                Ok(team) => Ok(Self {
+                    count,
+                    team: Some(team),
+                }),
+                Err(_) => Err(Error::Threads { asked: count }),
+            },
+            #[cfg(not(feature = "threads"))]
+            _ => Err(Error::Threads { asked: count }),
         }
     }
 
@@ -121,8 +117,8 @@ impl Threads {
     pub(crate) fn one() -> Self {
         Self {
             count: 1,
-            #[cfg(feature = "rayon")]
-            pool: None,
+            #[cfg(feature = "threads")]
+            team: None,
         }
     }
 
@@ -138,73 +134,326 @@ impl Threads {
         parts: P,
         work: impl Fn(usize, P::Piece) + Sync,
     ) {
-        #[cfg(feature = "rayon")]
+        self.for_each_with(units, cost, parts, (), |i, piece, ()| work(i, piece));
+    }
+
+    /// [`Threads::for_each`] where each call also gets its thread's piece of `scratch`, which has
+    /// [`count`](Self::count) pieces, for its use during that call.
+    pub(crate) fn for_each_with<P: Parts, S: Parts>(
+        &self,
+        units: usize,
+        cost: usize,
+        parts: P,
+        scratch: S,
+        work: impl Fn(usize, P::Piece, S::Piece) + Sync,
+    ) {
+        #[cfg(feature = "threads")]
         {
-            let grain = (GRAIN / cost.max(1)).max(1);
-            if units > grain
-                && let Some(pool) = &self.pool
+            use core::sync::atomic::{AtomicUsize, Ordering};
+
+            let worth = (GRAIN / cost.max(1)).max(1);
+            if units > worth
+                && let Some(team) = &self.team
             {
-                return pool.install(|| halve(0, units, grain, parts, &work));
+                // A thread takes the next units when it is done with its last. Eight rounds even out what disturbs one
+                // of them, and cost less than what they even out.
+                let grain = worth.max(units / (8 * self.count));
+                let next = AtomicUsize::new(0);
+                let ran = team.run(&|thread| {
+                    loop {
+                        let first = next.fetch_add(grain, Ordering::Relaxed);
+                        if first >= units {
+                            return;
+                        }
+                        for i in first..(first + grain).min(units) {
+                            // SAFETY: `next` gives every unit to one thread once, and the team runs one thread of each
+                            // number.
+                            unsafe { work(i, parts.piece(i), scratch.piece(thread)) };
+                        }
+                    }
+                });
+                if ran {
+                    return;
+                }
             }
         }
-        #[cfg(not(feature = "rayon"))]
         let _ = cost;
-        each(0, units, parts, &work);
+        for i in 0..units {
+            // SAFETY: one after the other, each once.
+            unsafe { work(i, parts.piece(i), scratch.piece(0)) };
+        }
     }
 }
 
-/// One after the other.
-fn each<P: Parts>(at: usize, units: usize, parts: P, work: &impl Fn(usize, P::Piece)) {
-    let mut rest = parts;
-    for i in at..at + units {
-        let (first, after) = rest.split(1);
-        work(i, first.piece());
-        rest = after;
-    }
-}
+#[cfg(feature = "threads")]
+mod team {
+    use std::any::Any;
+    use std::cell::UnsafeCell;
+    use std::hint::spin_loop;
+    use std::io;
+    use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex, PoisonError};
+    use std::thread::{self, JoinHandle};
 
-/// In halves for as long as there are more than `grain`.
-#[cfg(feature = "rayon")]
-fn halve<P: Parts>(
-    at: usize,
-    units: usize,
-    grain: usize,
-    parts: P,
-    work: &(impl Fn(usize, P::Piece) + Sync),
-) {
-    if units <= grain {
-        return each(at, units, parts, work);
+    /// How often a waiting thread looks before it sleeps: about 50 µs, longer than what lies between two operations of
+    /// a model.
+    const LOOKS: usize = 2000;
+
+    /// What all threads do once; the argument is the number of the thread.
+    type Job<'a> = dyn Fn(usize) + Sync + 'a;
+
+    /// Helping threads, numbered from 1; the caller is number 0.
+    #[derive(Debug)]
+    pub(super) struct Team {
+        shared: Arc<Shared>,
+        threads: Vec<JoinHandle<()>>,
+        /// Held while a job runs.
+        busy: Mutex<()>,
     }
-    let half = units / 2;
-    let (first, rest) = parts.split(half);
-    rayon::join(
-        || halve(at, half, grain, first, work),
-        || halve(at + half, units - half, grain, rest, work),
-    );
+
+    struct Shared {
+        /// The job of this round. Written by the caller between rounds, read by helpers during one.
+        job: UnsafeCell<Option<*const Job<'static>>>,
+        /// Number of the round: a change starts the next.
+        round: AtomicUsize,
+        /// Helpers that are not done with this round.
+        running: AtomicUsize,
+        /// Whether each helper sleeps, or is about to.
+        asleep: Vec<AtomicBool>,
+        stop: AtomicBool,
+        panic: Mutex<Option<Box<dyn Any + Send>>>,
+    }
+
+    impl std::fmt::Debug for Shared {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.debug_struct("Shared").finish_non_exhaustive()
+        }
+    }
+
+    // SAFETY: `job` is written only while no helper runs (`running` is 0) and read only during a round; `round` and
+    // `running` order the two. The job itself is `Sync`.
+    unsafe impl Send for Shared {}
+    // SAFETY: as above.
+    unsafe impl Sync for Shared {}
+
+    impl Team {
+        pub(super) fn new(helpers: usize) -> io::Result<Self> {
+            let shared = Arc::new(Shared {
+                job: UnsafeCell::new(None),
+                round: AtomicUsize::new(0),
+                running: AtomicUsize::new(0),
+                asleep: (0..helpers).map(|_| AtomicBool::new(false)).collect(),
+                stop: AtomicBool::new(false),
+                panic: Mutex::new(None),
+            });
+            let mut team = Self {
+                shared,
+                threads: Vec::with_capacity(helpers),
+                busy: Mutex::new(()),
+            };
+            for helper in 0..helpers {
+                let shared = Arc::clone(&team.shared);
+                // On an error `team` is dropped, which ends those that run.
+                let thread = thread::Builder::new()
+                    .name(format!("pcae-cpu-{}", helper + 1))
+                    .spawn(move || shared.help(helper))?;
+                team.threads.push(thread);
+            }
+            Ok(team)
+        }
+
+        /// Runs `job` on all threads and waits for them; `false` if they are busy, with a job that asks for another or
+        /// with that of another caller.
+        pub(super) fn run(&self, job: &Job<'_>) -> bool {
+            let Ok(_busy) = self.busy.try_lock() else {
+                return false;
+            };
+            let shared = &*self.shared;
+            // SAFETY: only the lifetime changes. No helper uses the job after `Wait` is dropped, before `job` ends.
+            let job_static = unsafe {
+                core::mem::transmute::<*const Job<'_>, *const Job<'static>>(core::ptr::from_ref(job))
+            };
+            // SAFETY: no helper runs, as the last round has been waited for, and `busy` keeps other callers away.
+            unsafe { *shared.job.get() = Some(job_static) };
+            shared.running.store(self.threads.len(), Ordering::Relaxed);
+            // Sequentially consistent, as is what `help` does before it sleeps: either it sees the new round, or the
+            // flag is seen here.
+            shared.round.fetch_add(1, Ordering::SeqCst);
+            for (asleep, thread) in shared.asleep.iter().zip(&self.threads) {
+                if asleep.load(Ordering::SeqCst) {
+                    thread.thread().unpark();
+                }
+            }
+            {
+                let _wait = Wait(shared);
+                job(0);
+            }
+            let mut panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(panic) = panic.take() {
+                resume_unwind(panic);
+            }
+            true
+        }
+    }
+
+    /// Waits for the helpers when it is dropped, also by a panic of the caller's own share.
+    struct Wait<'a>(&'a Shared);
+
+    impl Drop for Wait<'_> {
+        fn drop(&mut self) {
+            let mut looks = 0;
+            while self.0.running.load(Ordering::Acquire) > 0 {
+                looks += 1;
+                if looks < LOOKS {
+                    spin_loop();
+                } else {
+                    // Somebody else may need this core, a helper perhaps.
+                    thread::yield_now();
+                }
+            }
+        }
+    }
+
+    impl Shared {
+        fn help(&self, helper: usize) {
+            let mut seen = 0;
+            loop {
+                self.await_round(seen, &self.asleep[helper]);
+                if self.stop.load(Ordering::Acquire) {
+                    return;
+                }
+                seen = seen.wrapping_add(1);
+                // SAFETY: this is a round, which ends only after `running` falls.
+                if let Some(job) = unsafe { *self.job.get() } {
+                    // SAFETY: the caller keeps the job alive for the round.
+                    let job = unsafe { &*job };
+                    let result = catch_unwind(AssertUnwindSafe(|| job(helper + 1)));
+                    if let Err(panic) = result {
+                        let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+                        first.get_or_insert(panic);
+                    }
+                }
+                self.running.fetch_sub(1, Ordering::Release);
+            }
+        }
+
+        /// Returns when the number of the round is no longer `seen`, or all shall stop.
+        fn await_round(&self, seen: usize, asleep: &AtomicBool) {
+            let ready = || self.round.load(Ordering::SeqCst) != seen;
+            for _ in 0..LOOKS {
+                if ready() {
+                    return;
+                }
+                spin_loop();
+            }
+            asleep.store(true, Ordering::SeqCst);
+            while !ready() {
+                thread::park();
+            }
+            asleep.store(false, Ordering::SeqCst);
+        }
+    }
+
+    impl Drop for Team {
+        fn drop(&mut self) {
+            self.shared.stop.store(true, Ordering::Release);
+            self.shared.round.fetch_add(1, Ordering::SeqCst);
+            for thread in self.threads.drain(..) {
+                thread.thread().unpark();
+                // A helper's panic was handed to the caller of its job.
+                let _ = thread.join();
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn every_unit_comes_once() {
+    fn pools() -> Vec<Threads> {
         let mut pools = vec![Threads::one()];
-        if cfg!(feature = "rayon") {
+        if cfg!(feature = "threads") {
             pools.extend([2, 3].map(|n| Threads::new(n).unwrap()));
         }
-        for pool in pools {
-            for (units, len, cost) in [(7, 3, 1 << 14), (1, 5, 1), (801, 2, 300), (0, 4, 4)] {
-                let (mut a, mut b) = (vec![0; units * len], vec![0; units]);
-                let parts = (Pieces::new(&mut a, len), Some(Pieces::new(&mut b, 1)));
-                pool.for_each(units, cost, parts, |i, (a, b)| {
-                    a.fill(i + 1);
-                    b.unwrap()[0] += i + 1;
-                });
-                assert!((0..units).all(|i| b[i] == i + 1));
-                assert!((0..units * len).all(|i| a[i] == i / len + 1));
+        pools
+    }
+
+    #[test]
+    fn every_unit_comes_once() {
+        for pool in pools() {
+            for round in 0..50 {
+                for (units, len, cost) in [(7, 3, 1 << 14), (1, 5, 1), (801, 2, 300), (0, 4, 4)] {
+                    let (mut a, mut b) = (vec![0; units * len], vec![0; units]);
+                    let parts = (Pieces::new(&mut a, len), Some(Pieces::new(&mut b, 1)));
+                    pool.for_each(units, cost, parts, |i, (a, b)| {
+                        a.fill(i + 1);
+                        b.unwrap()[0] += i + 1;
+                    });
+                    assert!((0..units).all(|i| b[i] == i + 1), "round {round}");
+                    assert!((0..units * len).all(|i| a[i] == i / len + 1));
+                }
             }
         }
         assert_eq!(Threads::new(0).unwrap_err(), Error::Threads { asked: 0 });
+    }
+
+    #[test]
+    fn scratch_belongs_to_one_thread_at_a_time() {
+        for pool in pools() {
+            let mut scratch = vec![0_u64; 16 * pool.count()];
+            let mut sums = vec![0; 300];
+            let parts = Pieces::new(&mut sums, 1);
+            let pieces = Pieces::new(&mut scratch, 16);
+            pool.for_each_with(300, usize::MAX, parts, pieces, |i, sum, scratch| {
+                scratch.fill(i as u64);
+                std::thread::yield_now();
+                sum[0] = scratch.iter().sum();
+            });
+            assert!((0..300).all(|i| sums[i] == 16 * i as u64));
+        }
+    }
+
+    #[test]
+    fn sleeping_threads_wake() {
+        for pool in pools() {
+            for _ in 0..5 {
+                std::thread::sleep(std::time::Duration::from_millis(3));
+                let mut seen = vec![0; 100];
+                pool.for_each(100, usize::MAX, Pieces::new(&mut seen, 1), |i, seen| {
+                    seen[0] = i;
+                });
+                assert!((0..100).all(|i| seen[i] == i));
+            }
+        }
+    }
+
+    #[test]
+    fn work_inside_work_runs_on_its_own_thread() {
+        for pool in pools() {
+            let mut sums = vec![0; 40];
+            pool.for_each(40, usize::MAX, Pieces::new(&mut sums, 1), |i, sum| {
+                let mut inner = [0; 8];
+                pool.for_each(8, usize::MAX, Pieces::new(&mut inner, 1), |j, x| x[0] = i + j);
+                sum[0] = inner.iter().sum();
+            });
+            assert!((0..40).all(|i| sums[i] == 8 * i + 28));
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_threads_live_on() {
+        for pool in pools() {
+            for bad in [0, 99] {
+                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                    pool.for_each(100, usize::MAX, (), |i, ()| assert_ne!(i, bad, "on purpose"));
+                }));
+                assert!(result.is_err());
+            }
+            let mut seen = vec![0; 100];
+            pool.for_each(100, usize::MAX, Pieces::new(&mut seen, 1), |i, seen| seen[0] = i);
+            assert!((0..100).all(|i| seen[i] == i));
+        }
     }
 }

@@ -27,7 +27,7 @@ fn outputs(isa: Isa, threads: usize) -> Vec<(String, Vec<u32>)> {
 
 #[test]
 fn conforms_with_the_same_bits_for_any_number_of_threads() {
-    let more: &[usize] = if cfg!(feature = "rayon") {
+    let more: &[usize] = if cfg!(feature = "threads") {
         &[2, 3]
     } else {
         &[]
