@@ -13,6 +13,7 @@ use crate::error::Error;
 
 /// Elements that are worth handing to another thread: 64 KiB at about 10 GB/s and core take some 6 µs, several times
 /// what the hand-over costs, and small enough that many threads find work.
+#[cfg(feature = "threads")]
 const GRAIN: usize = 16 * 1024;
 
 /// Threads, the caller's among them.
@@ -272,7 +273,9 @@ mod team {
             let shared = &*self.shared;
             // SAFETY: only the lifetime changes. No helper uses the job after `Wait` is dropped, before `job` ends.
             let job_static = unsafe {
-                core::mem::transmute::<*const Job<'_>, *const Job<'static>>(core::ptr::from_ref(job))
+                core::mem::transmute::<*const Job<'_>, *const Job<'static>>(core::ptr::from_ref(
+                    job,
+                ))
             };
             // SAFETY: no helper runs, as the last round has been waited for, and `busy` keeps other callers away.
             unsafe { *shared.job.get() = Some(job_static) };
@@ -435,7 +438,9 @@ mod tests {
             let mut sums = vec![0; 40];
             pool.for_each(40, usize::MAX, Pieces::new(&mut sums, 1), |i, sum| {
                 let mut inner = [0; 8];
-                pool.for_each(8, usize::MAX, Pieces::new(&mut inner, 1), |j, x| x[0] = i + j);
+                pool.for_each(8, usize::MAX, Pieces::new(&mut inner, 1), |j, x| {
+                    x[0] = i + j
+                });
                 sum[0] = inner.iter().sum();
             });
             assert!((0..40).all(|i| sums[i] == 8 * i + 28));
@@ -447,12 +452,16 @@ mod tests {
         for pool in pools() {
             for bad in [0, 99] {
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                    pool.for_each(100, usize::MAX, (), |i, ()| assert_ne!(i, bad, "on purpose"));
+                    pool.for_each(100, usize::MAX, (), |i, ()| {
+                        assert_ne!(i, bad, "on purpose")
+                    });
                 }));
                 assert!(result.is_err());
             }
             let mut seen = vec![0; 100];
-            pool.for_each(100, usize::MAX, Pieces::new(&mut seen, 1), |i, seen| seen[0] = i);
+            pool.for_each(100, usize::MAX, Pieces::new(&mut seen, 1), |i, seen| {
+                seen[0] = i
+            });
             assert!((0..100).all(|i| seen[i] == i));
         }
     }
