@@ -7,10 +7,11 @@ use pcae_kernel::backend::{
     RowDims, SCORE_EPS, Span, TokenDims,
 };
 use pcae_kernel::error::{Error as KernelError, expect_len, product};
+use pcae_kernel::layout::{Kind, Layout};
 
 use crate::attention::Attention;
 use crate::error::Error;
-use crate::gemm::{Matrix, gemm};
+use crate::gemm::{Dims, Finish, Left, Mode, Right, gemm, pack_weight};
 use crate::isa::Isa;
 use crate::rows;
 use crate::threads::{Pieces, Threads};
@@ -18,14 +19,16 @@ use crate::threads::{Pieces, Threads};
 /// The CPU backend: f32 throughout, vector instructions chosen at run time, an own pool of threads.
 ///
 /// Results depend on the instruction set, not on the number of threads. Working memory grows to what the largest
-/// operation needs and is kept, so that after the first step only the matrix products allocate (`matrixmultiply` packs
-/// into a buffer of its own per call).
+/// operation needs and is kept, so that nothing allocates after the first step.
 #[derive(Debug)]
 pub struct Cpu {
     pub(crate) isa: Isa,
     pub(crate) threads: Threads,
     pub(crate) scratch: Scratch,
 }
+
+/// Elements of a cache line, and of the longest vector.
+const LINE: usize = 16;
 
 /// Working memory, kept from operation to operation.
 #[derive(Debug, Default)]
@@ -37,7 +40,13 @@ pub(crate) struct Scratch {
 
 /// All parameters of a model.
 #[derive(Clone, Debug)]
-pub struct Params(pub(crate) Vec<f32>);
+pub struct Params {
+    values: Vec<f32>,
+    /// Where they begin in `values`: on a cache line.
+    start: usize,
+    /// The instruction set in whose panels the weights of linear layers are, if they are.
+    panels: Option<Isa>,
+}
 
 impl Cpu {
     /// The widest instruction set and all threads that this machine has; one thread where a pool cannot be started.
@@ -52,8 +61,7 @@ impl Cpu {
         Self::build(isa, threads)
     }
 
-    /// The given instruction set and number of threads. The matrix products of linear layers choose their instructions
-    /// by themselves.
+    /// The given instruction set and number of threads.
     ///
     /// # Errors
     /// [`Error::Threads`] for 0 threads, for more than 1 without the feature `threads`, and if they cannot be started.
@@ -87,8 +95,14 @@ impl Default for Cpu {
 }
 
 impl Scratch {
+    /// Aligned to a cache line, which vectors then do not straddle.
     pub(crate) fn floats(&mut self, len: usize) -> Result<&mut [f32], Error> {
-        grown(&mut self.floats, len)
+        let floats = grown(&mut self.floats, len.saturating_add(LINE))?;
+        let at = floats
+            .as_ptr()
+            .align_offset(LINE * size_of::<f32>())
+            .min(LINE);
+        Ok(&mut floats[at..][..len])
     }
 
     pub(crate) fn doubles(&mut self, len: usize) -> Result<&mut [f64], Error> {
@@ -98,6 +112,11 @@ impl Scratch {
     pub(crate) fn indices(&mut self, len: usize) -> Result<&mut [u32], Error> {
         grown(&mut self.indices, len)
     }
+}
+
+/// The first element on a boundary of cache lines.
+fn line_start(x: &[f32]) -> usize {
+    x.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE)
 }
 
 /// The front of `owned`, which grows where it is shorter.
@@ -154,6 +173,56 @@ pub(crate) fn check_span(
 }
 
 impl Params {
+    /// `values` as they are.
+    pub(crate) fn new(values: &[f32]) -> Result<Self, Error> {
+        let mut all: Vec<f32> = zeroed(values.len().saturating_add(LINE))?;
+        let start = line_start(&all);
+        all[start..][..values.len()].copy_from_slice(values);
+        all.truncate(start + values.len());
+        Ok(Self {
+            values: all,
+            start,
+            panels: None,
+        })
+    }
+
+    /// Puts the weights of linear layers in panels.
+    pub(crate) fn freeze(&mut self, isa: Isa, layout: &Layout) -> Result<(), Error> {
+        let mut copy = Vec::new();
+        let mut result = Ok(());
+        layout.for_each(|tensor| {
+            if tensor.kind != Kind::Weight || result.is_err() {
+                return;
+            }
+            let n = tensor.shape().first().copied().unwrap_or(0);
+            let range = self.start + tensor.span.start..self.start + tensor.span.end();
+            let weight = &mut self.values[range];
+            match grown(&mut copy, weight.len()) {
+                Ok(copy) => pack_weight(isa, weight, copy, n, weight.len() / n.max(1)),
+                Err(error) => result = Err(error),
+            }
+        });
+        self.panels = Some(isa);
+        result
+    }
+
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.values[self.start..]
+    }
+
+    /// To read and write all of them, which frozen ones do not allow.
+    pub(crate) fn trainable(&mut self, op: &'static str) -> Result<&mut [f32], Error> {
+        self.check_trainable(op)?;
+        Ok(&mut self.values[self.start..])
+    }
+
+    pub(crate) fn check_trainable(&self, op: &'static str) -> Result<(), Error> {
+        match self.panels {
+            Some(_) => Err(Error::Frozen { op }),
+            None => Ok(()),
+        }
+    }
+
     /// The first `len` parameters of `span`.
     pub(crate) fn part(
         &self,
@@ -162,7 +231,8 @@ impl Params {
         span: Span,
         len: usize,
     ) -> Result<&[f32], KernelError> {
-        Ok(&self.0[check_span(op, what, self.0.len(), span, len)?])
+        let values = self.values();
+        Ok(&values[check_span(op, what, values.len(), span, len)?])
     }
 
     /// The table of positions and how many patches have one; row 0 is the class token's.
@@ -238,18 +308,46 @@ pub(crate) fn linear_inputs<'a>(
     op: &'static str,
     dims: LinearDims,
     x: &'a [f32],
+    isa: Isa,
     params: &'a Params,
     layer: Linear,
-) -> Result<(Matrix<'a>, Matrix<'a>, &'a [f32]), KernelError> {
+) -> Result<(Left<'a>, Right<'a>, &'a [f32]), Error> {
     let x = front(op, "x", x, dims.in_len())?;
     let weight = params.part(op, "weight", layer.weight, dims.weight_len())?;
     let bias = params.part(op, "bias", layer.bias, dims.out_features)?;
-    let x = Matrix::new(x, dims.rows, dims.in_features);
-    let weight = Matrix::new(weight, dims.out_features, dims.in_features);
-    Ok((x, weight.t(), bias))
+    let weight = match params.panels {
+        None => Right::Columns(weight),
+        Some(with) if with == isa => Right::Panels(weight),
+        Some(_) => return Err(Error::Frozen { op }),
+    };
+    Ok((Left::Rows(x), weight, bias))
+}
+
+/// Of the product `x @ weight^T`.
+pub(crate) fn forward_dims(dims: LinearDims) -> Dims {
+    Dims {
+        m: dims.rows,
+        n: dims.out_features,
+        inner: dims.in_features,
+    }
 }
 
 impl Cpu {
+    pub(crate) fn product(
+        &mut self,
+        dims: Dims,
+        left: Left<'_>,
+        right: Right<'_>,
+        finish: &Finish<'_>,
+    ) -> Result<(), Error> {
+        let Self {
+            isa,
+            threads,
+            scratch,
+        } = self;
+        gemm(*isa, threads, scratch, dims, left, right, finish)
+    }
+
     /// Layer norm, saving mean and reciprocal standard deviation of each row where `stats` is given.
     pub(crate) fn layer_norm_rows(
         &self,
@@ -431,25 +529,14 @@ impl Backend for Cpu {
     ) -> Result<(), Error> {
         const OP: &str = "linear";
         let out = front_mut(OP, "out", out, dims.out_len())?;
-        let (x, weight, bias) = linear_inputs(OP, dims, x, params, layer)?;
-        let isa = self.isa;
-        let add = epilogue == Epilogue::BiasResidual;
-        gemm(
-            &self.threads,
-            out,
-            &mut [],
-            x,
-            weight,
-            add,
-            |_, col, out, _| {
-                let bias = &bias[col..][..out.len()];
-                match epilogue {
-                    Epilogue::Bias | Epilogue::BiasResidual => rows::add(isa, out, bias),
-                    Epilogue::BiasGelu => rows::bias_gelu(isa, out, bias),
-                }
-            },
-        );
-        Ok(())
+        let (x, weight, bias) = linear_inputs(OP, dims, x, self.isa, params, layer)?;
+        let mode = match epilogue {
+            Epilogue::Bias => Mode::Store,
+            Epilogue::BiasGelu => Mode::Gelu,
+            Epilogue::BiasResidual => Mode::Add,
+        };
+        let finish = Finish::new(out, dims.out_features, bias, mode);
+        self.product(forward_dims(dims), x, weight, &finish)
     }
 
     fn layer_norm(

@@ -13,6 +13,11 @@ pub enum Error {
         /// Elements asked for.
         elements: usize,
     },
+    /// Frozen parameters were given to what changes or reads them, or to a backend with another instruction set.
+    Frozen {
+        /// Which operation.
+        op: &'static str,
+    },
     /// No instruction set has this name.
     UnknownIsa,
     /// This processor lacks an instruction set.
@@ -43,6 +48,10 @@ impl fmt::Display for Error {
                     "no memory for {elements} elements; try a smaller batch or model"
                 )
             }
+            Self::Frozen { op } => write!(
+                f,
+                "{op}: expected parameters from `params`, or frozen ones for a forward with the instruction set that froze them; found frozen ones"
+            ),
             Self::UnknownIsa => f.write_str(
                 "unknown instruction set; expected `avx512`, `avx2`, `neon` or `portable`",
             ),

@@ -1,8 +1,8 @@
 //! PCAE on the CPU: [`Cpu`], a [`TrainBackend`](pcae_kernel::backend::TrainBackend) in f32.
 //!
 //! - Vector instructions are chosen when the backend is built: AVX-512, AVX2 with FMA, NEON, or plain Rust ([`Isa`]).
-//! - Matrix products of linear layers are `matrixmultiply`'s, cut over threads; bias, GELU and residual are applied to
-//!   each slab while it is in cache. Attention runs head by head on kernels of this crate.
+//! - Matrix products of linear layers keep their sums in registers and read packed operands; bias, GELU and residual are
+//!   applied to each tile before it is stored. Attention runs head by head.
 //! - The same input gives the same bits for any number of threads.
 //!
 //! ```
@@ -17,7 +17,7 @@
 //! init(&layout, 0, &mut values)?; // or read them from a checkpoint
 //!
 //! let mut cpu = Cpu::new();
-//! let params = cpu.params(&layout, &values)?;
+//! let params = cpu.frozen_params(&layout, &values)?;
 //! let mut model = Vit::new(&mut cpu, &vit, 1, vit.num_patches(), true, Reduction::NONE)?;
 //! let mut images = cpu.buf(28 * 28)?;
 //! cpu.write(&mut images, &[0.5; 28 * 28])?;

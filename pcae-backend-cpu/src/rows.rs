@@ -1,7 +1,7 @@
 //! Kernels on rows: what is not a matrix product.
 
 use crate::isa::kernel;
-use crate::math::{exp, gelu, gelu_grad};
+use crate::math::exp;
 use crate::simd::Simd;
 
 /// Sum of a row in vectors, two at a time to hide the latency of an addition.
@@ -173,13 +173,6 @@ kernel! {
         s.sum(total)
     }
 
-    /// `out += x`
-    fn add<'a, S>(s; out: &'a mut [f32], x: &'a [f32]) -> () {
-        for (out, x) in out.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
-            s.store(out, s.add(s.load(out), s.load(x)));
-        }
-    }
-
     /// `out = a + b`
     fn add_to<'a, S>(s; out: &'a mut [f32], a: &'a [f32], b: &'a [f32]) -> () {
         for ((out, a), b) in out.chunks_mut(S::LANES).zip(a.chunks(S::LANES)).zip(b.chunks(S::LANES)) {
@@ -192,40 +185,6 @@ kernel! {
         let scale = s.splat(scale);
         for (out, x) in out.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
             s.store(out, s.mul(scale, s.load(x)));
-        }
-    }
-
-    /// `out = residual + scale * (out + bias)`
-    fn bias_scale_residual<'a, S>(s; out: &'a mut [f32], bias: &'a [f32], residual: &'a [f32], scale: f32) -> () {
-        let scale = s.splat(scale);
-        let inputs = bias.chunks(S::LANES).zip(residual.chunks(S::LANES));
-        for (out, (bias, residual)) in out.chunks_mut(S::LANES).zip(inputs) {
-            let y = s.add(s.load(out), s.load(bias));
-            s.store(out, s.mul_add(scale, y, s.load(residual)));
-        }
-    }
-
-    /// `out = gelu(out + bias)`
-    fn bias_gelu<'a, S>(s; out: &'a mut [f32], bias: &'a [f32]) -> () {
-        for (out, bias) in out.chunks_mut(S::LANES).zip(bias.chunks(S::LANES)) {
-            s.store(out, gelu(s, s.add(s.load(out), s.load(bias))));
-        }
-    }
-
-    /// `pre_gelu += bias`, `out = gelu(pre_gelu)`
-    fn bias_gelu_saving<'a, S>(s; out: &'a mut [f32], pre_gelu: &'a mut [f32], bias: &'a [f32]) -> () {
-        let outputs = out.chunks_mut(S::LANES).zip(pre_gelu.chunks_mut(S::LANES));
-        for ((out, pre_gelu), bias) in outputs.zip(bias.chunks(S::LANES)) {
-            let y = s.add(s.load(pre_gelu), s.load(bias));
-            s.store(pre_gelu, y);
-            s.store(out, gelu(s, y));
-        }
-    }
-
-    /// `d *= gelu'(pre_gelu)`
-    fn mul_gelu_grad<'a, S>(s; d: &'a mut [f32], pre_gelu: &'a [f32]) -> () {
-        for (d, pre_gelu) in d.chunks_mut(S::LANES).zip(pre_gelu.chunks(S::LANES)) {
-            s.store(d, s.mul(s.load(d), gelu_grad(s, s.load(pre_gelu))));
         }
     }
 

@@ -24,6 +24,12 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// Vectors that fit in the registers.
     const REGISTERS: usize;
 
+    /// Rows of the tile of a matrix product: with [`Simd::VECTORS`], as many sums as leave registers for a row of the
+    /// right operand and an element of the left one.
+    const ROWS: usize;
+    /// Vectors in a row of that tile.
+    const VECTORS: usize;
+
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
     /// The first lanes from `x`, up to its length; `fill` in the rest.
@@ -54,6 +60,32 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn sum(self, a: Self::V) -> f32;
     /// The largest lane, if none is NaN.
     fn max_lane(self, a: Self::V) -> f32;
+
+    /// All lanes from `from`.
+    ///
+    /// # Safety
+    /// [`Simd::LANES`] elements can be read there.
+    unsafe fn load_at(self, from: *const f32) -> Self::V;
+
+    /// Transposes a square of [`Simd::LANES`] rows: `to[i * to_stride + j] = from[j * from_stride + i]`.
+    ///
+    /// # Safety
+    /// `LANES` elements can be read and written at each of the `LANES` rows of `from` and `to`, which do not overlap.
+    #[inline(always)]
+    unsafe fn transpose(
+        self,
+        to: *mut f32,
+        to_stride: usize,
+        from: *const f32,
+        from_stride: usize,
+    ) {
+        for j in 0..Self::LANES {
+            for i in 0..Self::LANES {
+                // SAFETY: by contract.
+                unsafe { *to.add(i * to_stride + j) = *from.add(j * from_stride + i) };
+            }
+        }
+    }
 
     /// [`Simd::load_or`] with zeros.
     #[inline(always)]

@@ -9,11 +9,11 @@ use pcae_kernel::layout::Layout;
 
 use crate::attention::Attention;
 use crate::cpu::{
-    Cpu, Params, check_numbers, check_prefix, check_span, checked_ids, copy_patches, front,
-    front_mut, linear_inputs, patch_tokens, zeroed,
+    Cpu, Params, check_numbers, check_prefix, check_span, checked_ids, copy_patches, forward_dims,
+    front, front_mut, linear_inputs, patch_tokens, zeroed,
 };
 use crate::error::Error;
-use crate::gemm::{Matrix, gemm};
+use crate::gemm::{Dims, Finish, Left, Mode, Right, Shared};
 use crate::rows::{self, AdamWConstants};
 use crate::threads::Pieces;
 
@@ -21,6 +21,9 @@ use crate::threads::Pieces;
 const PIECE: usize = 4096;
 /// Columns that one unit of a sum over rows takes: 256 bytes of each row.
 const COLUMNS: usize = 64;
+
+/// Rows of a batch that one product of a weight's gradient sums.
+const INNER: usize = 1024;
 
 impl TrainBackend for Cpu {
     type Vector = Vec<f32>;
@@ -43,13 +46,18 @@ impl TrainBackend for Cpu {
 
     fn params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
         let values = front("params", "values", values, layout.len())?;
-        let mut params = zeroed(layout.len())?;
-        params.copy_from_slice(values);
-        Ok(Params(params))
+        Params::new(values)
+    }
+
+    fn frozen_params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
+        let mut params = self.params(layout, values)?;
+        params.freeze(self.isa, layout)?;
+        Ok(params)
     }
 
     fn read_params(&mut self, to: &mut [f32], from: &Params, span: Span) -> Result<(), Error> {
         const OP: &str = "read_params";
+        from.check_trainable(OP)?;
         let values = from.part(OP, "span", span, span.len)?;
         front_mut(OP, "to", to, span.len)?.copy_from_slice(values);
         Ok(())
@@ -67,20 +75,10 @@ impl TrainBackend for Cpu {
         const OP: &str = "linear_gelu_saving";
         let out = front_mut(OP, "out", out, dims.out_len())?;
         let pre_gelu = front_mut(OP, "pre_gelu", pre_gelu, dims.out_len())?;
-        let (x, weight, bias) = linear_inputs(OP, dims, x, params, layer)?;
-        gemm(
-            &self.threads,
-            pre_gelu,
-            out,
-            x,
-            weight,
-            false,
-            |_, col, pre_gelu, out| {
-                let bias = &bias[col..][..out.len()];
-                rows::bias_gelu_saving(self.isa, out, pre_gelu, bias);
-            },
-        );
-        Ok(())
+        let (x, weight, bias) = linear_inputs(OP, dims, x, self.isa, params, layer)?;
+        let pre_gelu = Shared::new(pre_gelu);
+        let finish = Finish::new(out, dims.out_features, bias, Mode::GeluSaving { pre_gelu });
+        self.product(forward_dims(dims), x, weight, &finish)
     }
 
     fn linear_residual(
@@ -96,25 +94,18 @@ impl TrainBackend for Cpu {
         const OP: &str = "linear_residual";
         let out = front_mut(OP, "out", out, dims.out_len())?;
         let residual = front(OP, "residual", residual, dims.out_len())?;
-        let (x, weight, bias) = linear_inputs(OP, dims, x, params, layer)?;
+        let (x, weight, bias) = linear_inputs(OP, dims, x, self.isa, params, layer)?;
         if let Some((scale, per)) = scale {
             check_scale(OP, dims.rows, scale, per)?;
         }
-        gemm(
-            &self.threads,
+        let scale = scale.map(|(scale, per)| (scale.as_slice(), per));
+        let finish = Finish::new(
             out,
-            &mut [],
-            x,
-            weight,
-            false,
-            |row, col, out, _| {
-                let bias = &bias[col..][..out.len()];
-                let residual = &residual[row * dims.out_features + col..][..out.len()];
-                let scale = scale.map_or(1.0, |(scale, per)| scale[row / per]);
-                rows::bias_scale_residual(self.isa, out, bias, residual, scale);
-            },
+            dims.out_features,
+            bias,
+            Mode::Residual { residual, scale },
         );
-        Ok(())
+        self.product(forward_dims(dims), x, weight, &finish)
     }
 
     fn scale_rows(
@@ -151,6 +142,7 @@ impl TrainBackend for Cpu {
         pre_gelu: Option<&Vec<f32>>,
     ) -> Result<(), Error> {
         const OP: &str = "linear_backward_input";
+        params.check_trainable(OP)?;
         let d_x = front_mut(OP, "d_x", d_x, dims.in_len())?;
         let d_y = front(OP, "d_y", d_y, dims.out_len())?;
         let weight = params.part(OP, "weight", layer.weight, dims.weight_len())?;
@@ -158,23 +150,17 @@ impl TrainBackend for Cpu {
             Some(pre_gelu) => Some(front(OP, "pre_gelu", pre_gelu, dims.in_len())?),
             None => None,
         };
-        let d_y = Matrix::new(d_y, dims.rows, dims.out_features);
-        let weight = Matrix::new(weight, dims.out_features, dims.in_features);
-        gemm(
-            &self.threads,
-            d_x,
-            &mut [],
-            d_y,
-            weight,
-            false,
-            |row, col, d_x, _| {
-                if let Some(pre_gelu) = pre_gelu {
-                    let pre_gelu = &pre_gelu[row * dims.in_features + col..][..d_x.len()];
-                    rows::mul_gelu_grad(self.isa, d_x, pre_gelu);
-                }
-            },
-        );
-        Ok(())
+        let mode = match pre_gelu {
+            Some(pre_gelu) => Mode::GeluGrad { pre_gelu },
+            None => Mode::Store,
+        };
+        let product = Dims {
+            m: dims.rows,
+            n: dims.in_features,
+            inner: dims.out_features,
+        };
+        let finish = Finish::new(d_x, dims.in_features, &[], mode);
+        self.product(product, Left::Rows(d_y), Right::Rows(weight), &finish)
     }
 
     fn linear_backward_params(
@@ -191,15 +177,19 @@ impl TrainBackend for Cpu {
         let bias = check_span(OP, "bias", total, layer.bias, width)?;
         let d_y = front(OP, "d_y", d_y, dims.out_len())?;
         let x = front(OP, "x", x, dims.in_len())?;
-        gemm(
-            &self.threads,
-            &mut grads[weight],
-            &mut [],
-            Matrix::new(d_y, dims.rows, width).t(),
-            Matrix::new(x, dims.rows, dims.in_features),
-            true,
-            |_, _, _, _| {},
-        );
+        // The rows are the inner dimension: cut so that a panel of it stays in cache. The cuts depend on nothing else.
+        let (from, to) = (dims.in_features, dims.out_features);
+        for first in (0..dims.rows).step_by(INNER) {
+            let inner = INNER.min(dims.rows - first);
+            let product = Dims {
+                m: to,
+                n: from,
+                inner,
+            };
+            let (d_y, x) = (&d_y[first * to..], &x[first * from..]);
+            let finish = Finish::new(&mut grads[weight.clone()], from, &[], Mode::Add);
+            self.product(product, Left::Columns(d_y), Right::Rows(x), &finish)?;
+        }
         if d_y.is_empty() {
             return Ok(());
         }
@@ -706,7 +696,7 @@ impl TrainBackend for Cpu {
     fn adamw_ema(
         &mut self,
         student: &mut Params,
-        mut teacher: Option<&mut Params>,
+        teacher: Option<&mut Params>,
         grads: &mut Vec<f32>,
         exp_avg: &mut Vec<f32>,
         exp_avg_sq: &mut Vec<f32>,
@@ -715,7 +705,11 @@ impl TrainBackend for Cpu {
         clip: Option<Clip<'_, Vec<f32>>>,
     ) -> Result<(), Error> {
         const OP: &str = "adamw_ema";
-        let student = &mut student.0;
+        let student = student.trainable(OP)?;
+        let mut teacher = match teacher {
+            Some(teacher) => Some(teacher.trainable(OP)?),
+            None => None,
+        };
         for Segment { span, ema, .. } in segments {
             for (what, len) in [
                 ("student", student.len()),
@@ -728,7 +722,7 @@ impl TrainBackend for Cpu {
             if let Some(teacher) = &teacher
                 && *ema
             {
-                expect_len(OP, "teacher", teacher.0.len(), span.end())?;
+                expect_len(OP, "teacher", teacher.len(), span.end())?;
             }
         }
         let mut factor = 1.0;
@@ -758,7 +752,7 @@ impl TrainBackend for Cpu {
             let parts = (
                 (
                     pieces(&mut student[range.clone()]),
-                    teacher.map(|teacher| pieces(&mut teacher.0[range.clone()])),
+                    teacher.map(|teacher| pieces(&mut teacher[range.clone()])),
                 ),
                 (
                     pieces(&mut grads[range.clone()]),

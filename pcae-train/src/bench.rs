@@ -232,7 +232,7 @@ impl Timed {
     ) -> Result<f64, B::Error> {
         let layout = Layout::classifier(config);
         let params = random_params(&layout)?;
-        let params = backend.params(&layout, &params)?;
+        let params = backend.frozen_params(&layout, &params)?;
         let mut model = Classifier::new(backend, config, self.batch)?;
         let images = random_images(
             self.batch * config.vit.in_chans * config.vit.img_size[0] * config.vit.img_size[1],

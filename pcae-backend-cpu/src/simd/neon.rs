@@ -32,6 +32,8 @@ impl Simd for Neon {
     type V = float32x4_t;
     const LANES: usize = 4;
     const REGISTERS: usize = 32;
+    const ROWS: usize = 8;
+    const VECTORS: usize = 3;
 
     forward! {
         add(a, b) = vaddq_f32(a, b);
@@ -64,6 +66,12 @@ impl Simd for Neon {
         lanes[..x.len()].copy_from_slice(x);
         // SAFETY: `lanes` has the 4 elements that are read; `self` proves NEON.
         unsafe { vld1q_f32(lanes.as_ptr()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_at(self, from: *const f32) -> float32x4_t {
+        // SAFETY: by contract there are 4 elements; `self` proves NEON.
+        unsafe { vld1q_f32(from) }
     }
 
     #[inline(always)]

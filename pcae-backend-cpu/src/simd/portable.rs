@@ -26,6 +26,8 @@ impl Simd for Portable {
     type V = V;
     const LANES: usize = 8;
     const REGISTERS: usize = 8;
+    const ROWS: usize = 4;
+    const VECTORS: usize = 1;
 
     #[inline(always)]
     fn splat(self, x: f32) -> V {
@@ -40,6 +42,12 @@ impl Simd for Portable {
         let mut v = fill;
         v[..x.len()].copy_from_slice(x);
         v
+    }
+
+    #[inline(always)]
+    unsafe fn load_at(self, from: *const f32) -> V {
+        // SAFETY: by contract there are 8 elements; arrays are as aligned as they.
+        unsafe { *from.cast() }
     }
 
     #[inline(always)]

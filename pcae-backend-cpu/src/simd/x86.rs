@@ -58,6 +58,8 @@ impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
+    const ROWS: usize = 4;
+    const VECTORS: usize = 3;
 
     forward! { __m256:
         add(a, b) = _mm256_add_ps(a, b);
@@ -89,6 +91,43 @@ impl Simd for Avx2 {
         unsafe {
             let v = _mm256_maskload_ps(x.as_ptr(), mask);
             _mm256_blendv_ps(fill, v, _mm256_castsi256_ps(mask))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_at(self, from: *const f32) -> __m256 {
+        // SAFETY: by contract there are 8 elements; `self` proves AVX2.
+        unsafe { _mm256_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(
+        self,
+        to: *mut f32,
+        to_stride: usize,
+        from: *const f32,
+        from_stride: usize,
+    ) {
+        // SAFETY: by contract the rows can be read and written; `self` proves AVX2.
+        unsafe {
+            let row = |i: usize| _mm256_loadu_ps(from.add(i * from_stride));
+            // Pairs of rows, then pairs of pairs within halves of a vector, then the halves.
+            let mut quads = [_mm256_setzero_ps(); 8];
+            for (i, quads) in quads.chunks_exact_mut(4).enumerate() {
+                let (a, b, c, d) = (row(4 * i), row(4 * i + 1), row(4 * i + 2), row(4 * i + 3));
+                let (ab, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                let (cd, cd_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+                quads[0] = _mm256_shuffle_ps::<0x44>(ab, cd);
+                quads[1] = _mm256_shuffle_ps::<0xee>(ab, cd);
+                quads[2] = _mm256_shuffle_ps::<0x44>(ab_high, cd_high);
+                quads[3] = _mm256_shuffle_ps::<0xee>(ab_high, cd_high);
+            }
+            for i in 0..4 {
+                let low = _mm256_permute2f128_ps::<0x20>(quads[i], quads[4 + i]);
+                let high = _mm256_permute2f128_ps::<0x31>(quads[i], quads[4 + i]);
+                _mm256_storeu_ps(to.add(i * to_stride), low);
+                _mm256_storeu_ps(to.add((4 + i) * to_stride), high);
+            }
         }
     }
 
@@ -143,6 +182,8 @@ impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
+    const ROWS: usize = 8;
+    const VECTORS: usize = 3;
 
     forward! { __m512:
         add(a, b) = _mm512_add_ps(a, b);
@@ -173,6 +214,59 @@ impl Simd for Avx512 {
         let mask = (1u16 << x.len()) - 1;
         // SAFETY: only the lanes of the mask are read, and `x` has as many elements; `self` proves AVX-512.
         unsafe { _mm512_mask_loadu_ps(fill, mask, x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_at(self, from: *const f32) -> __m512 {
+        // SAFETY: by contract there are 16 elements; `self` proves AVX-512.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(
+        self,
+        to: *mut f32,
+        to_stride: usize,
+        from: *const f32,
+        from_stride: usize,
+    ) {
+        // SAFETY: by contract the rows can be read and written; `self` proves AVX-512.
+        unsafe {
+            let row = |i: usize| _mm512_loadu_ps(from.add(i * from_stride));
+            // Pairs of rows, then pairs of pairs within quarters of a vector, then the quarters: `quads[4 * i + j]` has
+            // column `4 * q + j` of rows `4 * i..4 * i + 4` in quarter `q`.
+            let mut quads = [_mm512_setzero_ps(); 16];
+            for (i, quads) in quads.chunks_exact_mut(4).enumerate() {
+                let (a, b, c, d) = (row(4 * i), row(4 * i + 1), row(4 * i + 2), row(4 * i + 3));
+                let (ab, ab_high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let (cd, cd_high) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                quads[0] = _mm512_shuffle_ps::<0x44>(ab, cd);
+                quads[1] = _mm512_shuffle_ps::<0xee>(ab, cd);
+                quads[2] = _mm512_shuffle_ps::<0x44>(ab_high, cd_high);
+                quads[3] = _mm512_shuffle_ps::<0xee>(ab_high, cd_high);
+            }
+            for j in 0..4 {
+                let [a, b, c, d] = [quads[j], quads[4 + j], quads[8 + j], quads[12 + j]];
+                // Quarters 0 and 2, 1 and 3 of two vectors each.
+                let (ab_even, ab_odd) = (
+                    _mm512_shuffle_f32x4::<0x88>(a, b),
+                    _mm512_shuffle_f32x4::<0xdd>(a, b),
+                );
+                let (cd_even, cd_odd) = (
+                    _mm512_shuffle_f32x4::<0x88>(c, d),
+                    _mm512_shuffle_f32x4::<0xdd>(c, d),
+                );
+                let columns = [
+                    _mm512_shuffle_f32x4::<0x88>(ab_even, cd_even),
+                    _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd),
+                    _mm512_shuffle_f32x4::<0xdd>(ab_even, cd_even),
+                    _mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd),
+                ];
+                for (q, column) in columns.into_iter().enumerate() {
+                    _mm512_storeu_ps(to.add((4 * q + j) * to_stride), column);
+                }
+            }
+        }
     }
 
     #[inline(always)]

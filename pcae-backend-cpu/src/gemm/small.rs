@@ -1,10 +1,9 @@
-//! Matrix products: large ones through `matrixmultiply`, split over threads, and small ones without packing.
+//! Small matrix products on one thread, without packing.
 
 use core::marker::PhantomData;
 
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
-use crate::threads::Threads;
 
 /// A matrix that is only read, element `(i, j)` at `data[i * row + j * col]`.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +70,10 @@ impl<'a> Shared<'a> {
         }
     }
 
+    pub(crate) fn len(self) -> usize {
+        self.len
+    }
+
     /// `len` elements from `at`.
     ///
     /// # Safety
@@ -83,132 +86,6 @@ impl<'a> Shared<'a> {
         // SAFETY: the range is within the slice that `new` borrowed, and by contract nobody else uses it.
         unsafe { core::slice::from_raw_parts_mut(self.start.add(at), len) }
     }
-}
-
-/// Tiles of `matrixmultiply` have 4, 8 or 16 rows and columns. Cuts at multiples of 16 leave every element in the same
-/// place of its tile, and as the inner dimension is never cut, no bit depends on where the cuts are.
-const ALIGN: usize = 16;
-/// Multiply-adds that are worth handing to another thread, some 20 µs.
-const GRAIN: usize = 1 << 20;
-
-/// One piece of the output: `rows` by `cols` elements from `(row, col)`.
-#[derive(Clone, Copy, Debug)]
-struct Slab {
-    row: usize,
-    col: usize,
-    rows: usize,
-    cols: usize,
-}
-
-/// How the output is cut: along one dimension, into slabs of `step`.
-#[derive(Clone, Copy, Debug)]
-struct Cuts {
-    rows: usize,
-    cols: usize,
-    by_rows: bool,
-    step: usize,
-    count: usize,
-}
-
-impl Cuts {
-    /// Cuts `rows` by `cols` for `threads` threads, with `inner` multiply-adds per element.
-    ///
-    /// Each slab packs all of the operand that is not cut, so the longer dimension is cut: that operand is then the
-    /// smaller one. Slabs that fit a level-2 cache for their epilogue would pack it more often, which costs more: a
-    /// ViT-B/16 step was 4 % slower with slabs of 1 MiB.
-    fn new(rows: usize, cols: usize, inner: usize, threads: usize) -> Self {
-        let by_rows = rows >= cols;
-        let long = if by_rows { rows } else { cols };
-        let worth = (rows.saturating_mul(cols).saturating_mul(inner) / GRAIN).max(1);
-        let count = threads.min(worth);
-        let step = long.div_ceil(count).next_multiple_of(ALIGN).max(ALIGN);
-        Self {
-            rows,
-            cols,
-            by_rows,
-            step,
-            count: long.div_ceil(step),
-        }
-    }
-
-    fn slab(&self, index: usize) -> Slab {
-        let at = index * self.step;
-        if self.by_rows {
-            Slab {
-                row: at,
-                col: 0,
-                rows: self.step.min(self.rows - at),
-                cols: self.cols,
-            }
-        } else {
-            Slab {
-                row: 0,
-                col: at,
-                rows: self.rows,
-                cols: self.step.min(self.cols - at),
-            }
-        }
-    }
-}
-
-/// `c = a @ b`, or `c += a @ b` where `add` is set; then `epilogue(row, first column, piece of c, piece of extra)` for
-/// each row of each slab, while it is in cache. `extra` has the shape of `c`, or is empty.
-pub(crate) fn gemm(
-    threads: &Threads,
-    c: &mut [f32],
-    extra: &mut [f32],
-    a: Matrix<'_>,
-    b: Matrix<'_>,
-    add: bool,
-    epilogue: impl Fn(usize, usize, &mut [f32], &mut [f32]) + Sync,
-) {
-    let (m, n, k) = (a.rows, b.cols, a.cols);
-    assert!(
-        b.rows == k && c.len() >= m * n,
-        "the operands of a product fit each other"
-    );
-    if m == 0 || n == 0 {
-        return;
-    }
-    let cuts = Cuts::new(m, n, k, threads.count());
-    let has_extra = !extra.is_empty();
-    let (c, extra) = (Shared::new(&mut c[..m * n]), Shared::new(extra));
-    // A slab is worth a thread by itself.
-    threads.for_each(cuts.count, usize::MAX, (), |index, ()| {
-        let slab = cuts.slab(index);
-        // SAFETY: `a` is m by k and `b` k by n within their slices (checked by `Matrix::strided`; transposing keeps it),
-        // `c` has m * n elements, and the slab lies within m by n. Slabs do not overlap, so no other thread uses it.
-        unsafe {
-            matrixmultiply::sgemm(
-                slab.rows,
-                k,
-                slab.cols,
-                1.0,
-                a.data.as_ptr().add(slab.row * a.row),
-                a.row as isize,
-                a.col as isize,
-                b.data.as_ptr().add(slab.col * b.col),
-                b.row as isize,
-                b.col as isize,
-                if add { 1.0 } else { 0.0 },
-                c.start.add(slab.row * n + slab.col),
-                n as isize,
-                1,
-            );
-        }
-        for row in slab.row..slab.row + slab.rows {
-            let at = row * n + slab.col;
-            // SAFETY: this row of this slab; slabs do not overlap, and the product above is done with it.
-            let piece = unsafe { c.part(at, slab.cols) };
-            let extra = if has_extra {
-                // SAFETY: as for `c`.
-                unsafe { extra.part(at, slab.cols) }
-            } else {
-                &mut []
-            };
-            epilogue(row, slab.col, piece, extra);
-        }
-    });
 }
 
 /// `c = a @ b` on this thread, without packing: `a` in any order, `b` in rows. For operands that fit in cache.
@@ -357,57 +234,6 @@ mod tests {
                 let mut c = vec![f32::NAN; m * n];
                 small_gemm(isa, &mut c, a, b);
                 assert_close(&c, &product(a, b), k);
-            }
-        }
-    }
-
-    #[test]
-    fn bits_do_not_depend_on_the_number_of_threads() {
-        let counts: &[usize] = if cfg!(feature = "threads") {
-            &[1, 2, 3, 7]
-        } else {
-            &[1]
-        };
-        let pools: Vec<Threads> = counts.iter().map(|&n| Threads::new(n).unwrap()).collect();
-        for (m, n, k) in [
-            (131, 517, 300),
-            (1, 4000, 700),
-            (1030, 70, 513),
-            (257, 33, 1),
-            (700, 1200, 17),
-        ] {
-            let (a, b, start) = (values(m * k, 3), values(n * k, 4), values(m * n, 5));
-            let (a, b) = (Matrix::new(&a, k, m).t(), Matrix::new(&b, n, k).t());
-            for add in [false, true] {
-                let mut first: Option<Vec<f32>> = None;
-                for pool in &pools {
-                    let (mut c, mut seen) = (start.clone(), vec![0.0; m * n]);
-                    gemm(pool, &mut c, &mut seen, a, b, add, |row, col, c, seen| {
-                        for (i, (c, seen)) in c.iter_mut().zip(seen).enumerate() {
-                            *seen += 1.0;
-                            *c += (row * 3 + col + i) as f32;
-                        }
-                    });
-                    assert!(seen.iter().all(|&times| times == 1.0));
-                    match &first {
-                        None => first = Some(c),
-                        Some(first) => assert!(
-                            first
-                                .iter()
-                                .zip(&c)
-                                .all(|(a, b)| a.to_bits() == b.to_bits())
-                        ),
-                    }
-                }
-                let mut c = start.clone();
-                gemm(&pools[0], &mut c, &mut [], a, b, add, |_, _, _, _| {});
-                let mut want = product(a, b);
-                if add {
-                    want.iter_mut()
-                        .zip(&start)
-                        .for_each(|(want, start)| *want += start);
-                }
-                assert_close(&c, &want, k);
             }
         }
     }
