@@ -98,6 +98,11 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn neg_mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         self.mul_add(self.sub(self.splat(0.0), a), b, c)
     }
+
+    /// `|a|`, also of NaN and zero: the sign bit is cleared.
+    fn abs(self, a: Self::V) -> Self::V;
+    /// `a`, its sign changed where `sign` has its sign bit set.
+    fn flip(self, a: Self::V, sign: Self::V) -> Self::V;
 }
 
 #[cfg(test)]
@@ -111,6 +116,7 @@ mod tests {
             let results = [
                 s.add(a, b), s.sub(a, b), s.mul(a, b), s.div(a, b), s.mul_add(a, b, a), s.max(a, b), s.min(a, b),
                 s.sqrt(b), s.round(a), s.scale_exp2(a, s.round(b)), s.neg_mul_add(a, b, a),
+                s.abs(a), s.flip(b, a),
             ];
             for (row, v) in out.iter_mut().zip(results) {
                 s.store(row, v);
@@ -126,7 +132,7 @@ mod tests {
             for len in 0..=lanes {
                 let x: Vec<f32> = (0..len).map(|i| 1.5 - i as f32 * 0.37).collect();
                 let y: Vec<f32> = (0..len).map(|i| 0.25 + i as f32 * 0.61).collect();
-                let mut out = vec![vec![0.0; len]; 11];
+                let mut out = vec![vec![0.0; len]; 13];
                 let (sum, max, _) = all(isa, &mut out, &x, &y);
                 let expected = x.iter().sum::<f32>();
                 assert!(
@@ -148,6 +154,8 @@ mod tests {
                         a.round_ties_even(),
                         a * b.round_ties_even().exp2(),
                         a - a * b,
+                        a.abs(),
+                        if a.is_sign_negative() { -b } else { b },
                     ];
                     for (op, want) in want.into_iter().enumerate() {
                         // Fused or not, the operations with a product differ by its rounding.
@@ -160,7 +168,7 @@ mod tests {
                 }
             }
             // NaN comes through from the second operand, and the extremes of the exponent are reached.
-            let mut out = vec![vec![0.0; 3]; 11];
+            let mut out = vec![vec![0.0; 3]; 13];
             all(
                 isa,
                 &mut out,
@@ -170,6 +178,14 @@ mod tests {
             assert!(out[5][0].is_nan() && out[6][0].is_nan(), "{isa}");
             assert_eq!((out[5][1], out[6][1]), (2.0, 2.0), "{isa}");
             assert_eq!(out[9][2], 2.0 * f32::from_bits(1), "{isa}");
+            // Signs are bits, also of zero, NaN and infinity.
+            let x = [-0.0, 0.0, -f32::NAN, f32::NEG_INFINITY];
+            let mut out = vec![vec![0.0; 4]; 13];
+            all(isa, &mut out, &x, &[1.0, -1.0, 0.0, f32::INFINITY]);
+            let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&out[11]), bits(&x.map(f32::abs)), "{isa}");
+            let want = [-1.0, -1.0, -0.0, f32::NEG_INFINITY];
+            assert_eq!(bits(&out[12]), bits(&want), "{isa}");
         }
     }
 }

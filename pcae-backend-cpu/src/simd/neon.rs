@@ -46,6 +46,7 @@ impl Simd for Neon {
         min(a, b) = vbslq_f32(vcltq_f32(a, b), a, b);
         sqrt(a) = vsqrtq_f32(a);
         round(a) = vrndnq_f32(a);
+        abs(a) = vabsq_f32(a);
     }
 
     #[inline(always)]
@@ -112,5 +113,14 @@ impl Simd for Neon {
     fn max_lane(self, a: float32x4_t) -> f32 {
         // SAFETY: `self` proves that the processor has the instruction.
         unsafe { vmaxvq_f32(a) }
+    }
+
+    #[inline(always)]
+    fn flip(self, a: float32x4_t, sign: float32x4_t) -> float32x4_t {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let sign = vandq_u32(vreinterpretq_u32_f32(sign), vdupq_n_u32(1 << 31));
+            vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), sign))
+        }
     }
 }

@@ -126,4 +126,16 @@ impl Simd for Portable {
     fn max_lane(self, a: V) -> f32 {
         a.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
+
+    #[inline(always)]
+    fn abs(self, a: V) -> V {
+        a.map(f32::abs)
+    }
+
+    #[inline(always)]
+    fn flip(self, a: V, sign: V) -> V {
+        zip(a, sign, |a, sign| {
+            f32::from_bits(a.to_bits() ^ (sign.to_bits() & (1 << 31)))
+        })
+    }
 }

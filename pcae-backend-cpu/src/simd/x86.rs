@@ -176,6 +176,18 @@ impl Simd for Avx2 {
             _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
         }
     }
+
+    #[inline(always)]
+    fn abs(self, a: __m256) -> __m256 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
+    }
+
+    #[inline(always)]
+    fn flip(self, a: __m256, sign: __m256) -> __m256 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { _mm256_xor_ps(a, _mm256_and_ps(_mm256_set1_ps(-0.0), sign)) }
+    }
 }
 
 impl Simd for Avx512 {
@@ -290,5 +302,21 @@ impl Simd for Avx512 {
     fn max_lane(self, a: __m512) -> f32 {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe { _mm512_reduce_max_ps(a) }
+    }
+
+    #[inline(always)]
+    fn abs(self, a: __m512) -> __m512 {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { _mm512_abs_ps(a) }
+    }
+
+    // In integers: AVX-512F has no bitwise operations on f32.
+    #[inline(always)]
+    fn flip(self, a: __m512, sign: __m512) -> __m512 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let sign = _mm512_and_si512(_mm512_castps_si512(sign), _mm512_set1_epi32(i32::MIN));
+            _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), sign))
+        }
     }
 }
