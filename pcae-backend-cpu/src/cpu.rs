@@ -11,7 +11,10 @@ use pcae_kernel::layout::{Kind, Layout};
 
 use crate::attention::Attention;
 use crate::error::Error;
-use crate::gemm::{Dims, Finish, Left, Mode, Right, gemm, pack_weight};
+use crate::gemm::{
+    Dims, Finish, Left, Mode, Precision, Right, gemm, pack_weight, pack_weight_bf16,
+    packed_len_bf16,
+};
 use crate::isa::Isa;
 use crate::rows;
 use crate::threads::{Pieces, Threads};
@@ -25,10 +28,12 @@ pub struct Cpu {
     pub(crate) isa: Isa,
     pub(crate) threads: Threads,
     pub(crate) scratch: Scratch,
+    pub(crate) precision: Precision,
+    pub(crate) teacher_precision: Precision,
 }
 
 /// Elements of a cache line, and of the longest vector.
-const LINE: usize = 16;
+pub(crate) const LINE: usize = 16;
 
 /// Working memory, kept from operation to operation.
 #[derive(Debug, Default)]
@@ -44,8 +49,20 @@ pub struct Params {
     values: Vec<f32>,
     /// Where they begin in `values`: on a cache line.
     start: usize,
-    /// The instruction set in whose panels the weights of linear layers are, if they are.
-    panels: Option<Isa>,
+    /// Of the operands of linear layers.
+    pub(crate) precision: Precision,
+    /// Weights of linear layers as one instruction set wants them, if they are.
+    frozen: Option<Frozen>,
+}
+
+/// Packed weights: f32 in the place of the unpacked, or bf16 beside them.
+#[derive(Clone, Debug)]
+struct Frozen {
+    isa: Isa,
+    pairs: Vec<f32>,
+    start: usize,
+    /// First parameter of each weight, and where its panels begin.
+    places: Vec<(usize, usize)>,
 }
 
 impl Cpu {
@@ -74,7 +91,24 @@ impl Cpu {
             isa,
             threads,
             scratch: Scratch::default(),
+            precision: Precision::F32,
+            teacher_precision: Precision::F32,
         }
+    }
+
+    /// The same backend with linear layers of parameters that it makes from now on, and their gradients, in `precision`:
+    /// operands are rounded to it as they are packed, sums, activations and everything else stay f32. A new backend has
+    /// [`Precision::F32`].
+    pub fn precision(mut self, precision: Precision) -> Self {
+        (self.precision, self.teacher_precision) = (precision, precision);
+        self
+    }
+
+    /// The same backend with [`TrainBackend::teacher_params`](pcae_kernel::backend::TrainBackend::teacher_params) in a
+    /// precision of their own, after [`Cpu::precision`]: a teacher has no gradient, and its output is standardised.
+    pub fn teacher_precision(mut self, precision: Precision) -> Self {
+        self.teacher_precision = precision;
+        self
     }
 
     /// The instruction set in use.
@@ -174,7 +208,7 @@ pub(crate) fn check_span(
 
 impl Params {
     /// `values` as they are.
-    pub(crate) fn new(values: &[f32]) -> Result<Self, Error> {
+    pub(crate) fn new(values: &[f32], precision: Precision) -> Result<Self, Error> {
         let mut all: Vec<f32> = zeroed(values.len().saturating_add(LINE))?;
         let start = line_start(&all);
         all[start..][..values.len()].copy_from_slice(values);
@@ -182,28 +216,84 @@ impl Params {
         Ok(Self {
             values: all,
             start,
-            panels: None,
+            precision,
+            frozen: None,
         })
     }
 
-    /// Puts the weights of linear layers in panels.
+    /// Packs the weights of linear layers.
     pub(crate) fn freeze(&mut self, isa: Isa, layout: &Layout) -> Result<(), Error> {
-        let mut copy = Vec::new();
-        let mut result = Ok(());
+        let mut weights = Vec::new();
         layout.for_each(|tensor| {
-            if tensor.kind != Kind::Weight || result.is_err() {
-                return;
-            }
-            let n = tensor.shape().first().copied().unwrap_or(0);
-            let range = self.start + tensor.span.start..self.start + tensor.span.end();
-            let weight = &mut self.values[range];
-            match grown(&mut copy, weight.len()) {
-                Ok(copy) => pack_weight(isa, weight, copy, n, weight.len() / n.max(1)),
-                Err(error) => result = Err(error),
+            if tensor.kind == Kind::Weight {
+                let n = tensor.shape().first().copied().unwrap_or(0);
+                weights.push((tensor.span, n, tensor.span.len / n.max(1)));
             }
         });
-        self.panels = Some(isa);
-        result
+        let mut frozen = Frozen {
+            isa,
+            pairs: Vec::new(),
+            start: 0,
+            places: Vec::new(),
+        };
+        match self.precision {
+            Precision::F32 => {
+                let mut copy = Vec::new();
+                for (span, n, inner) in weights {
+                    let weight = &mut self.values[self.start..][span.start..span.end()];
+                    pack_weight(isa, weight, grown(&mut copy, span.len)?, n, inner);
+                }
+            }
+            Precision::Bf16(unit) => {
+                let len = |n, inner| packed_len_bf16(isa, unit, n, inner);
+                let total = weights
+                    .iter()
+                    .map(|&(_, n, inner)| len(n, inner))
+                    .sum::<usize>();
+                frozen.pairs = zeroed(total.saturating_add(LINE))?;
+                frozen.start = line_start(&frozen.pairs);
+                let mut at = 0;
+                for (span, n, inner) in weights {
+                    let to = &mut frozen.pairs[frozen.start + at..][..len(n, inner)];
+                    let weight = &self.values[self.start..][span.start..span.end()];
+                    pack_weight_bf16(isa, unit, to, weight, n, inner);
+                    frozen.places.push((span.start, at));
+                    at += len(n, inner);
+                }
+                frozen.places.sort_unstable();
+            }
+        }
+        self.frozen = Some(frozen);
+        Ok(())
+    }
+
+    /// The weight of a linear layer as the right operand of its forward.
+    fn weight(
+        &self,
+        op: &'static str,
+        isa: Isa,
+        span: Span,
+        len: usize,
+    ) -> Result<Right<'_>, Error> {
+        let weight = self.part(op, "weight", span, len)?;
+        let Some(frozen) = &self.frozen else {
+            return Ok(Right::Columns(weight));
+        };
+        if frozen.isa != isa {
+            return Err(Error::Frozen { op });
+        }
+        if self.precision == Precision::F32 {
+            return Ok(Right::Panels(weight));
+        }
+        match frozen
+            .places
+            .binary_search_by_key(&span.start, |place| place.0)
+        {
+            Ok(i) => Ok(Right::Pairs(
+                &frozen.pairs[frozen.start + frozen.places[i].1..],
+            )),
+            Err(_) => Err(Error::Frozen { op }),
+        }
     }
 
     pub(crate) fn values(&self) -> &[f32] {
@@ -217,7 +307,7 @@ impl Params {
     }
 
     pub(crate) fn check_trainable(&self, op: &'static str) -> Result<(), Error> {
-        match self.panels {
+        match self.frozen {
             Some(_) => Err(Error::Frozen { op }),
             None => Ok(()),
         }
@@ -313,13 +403,8 @@ pub(crate) fn linear_inputs<'a>(
     layer: Linear,
 ) -> Result<(Left<'a>, Right<'a>, &'a [f32]), Error> {
     let x = front(op, "x", x, dims.in_len())?;
-    let weight = params.part(op, "weight", layer.weight, dims.weight_len())?;
+    let weight = params.weight(op, isa, layer.weight, dims.weight_len())?;
     let bias = params.part(op, "bias", layer.bias, dims.out_features)?;
-    let weight = match params.panels {
-        None => Right::Columns(weight),
-        Some(with) if with == isa => Right::Panels(weight),
-        Some(_) => return Err(Error::Frozen { op }),
-    };
     Ok((Left::Rows(x), weight, bias))
 }
 
@@ -335,6 +420,7 @@ pub(crate) fn forward_dims(dims: LinearDims) -> Dims {
 impl Cpu {
     pub(crate) fn product(
         &mut self,
+        precision: Precision,
         dims: Dims,
         left: Left<'_>,
         right: Right<'_>,
@@ -344,8 +430,9 @@ impl Cpu {
             isa,
             threads,
             scratch,
+            ..
         } = self;
-        gemm(*isa, threads, scratch, dims, left, right, finish)
+        gemm(*isa, precision, threads, scratch, dims, left, right, finish)
     }
 
     /// Layer norm, saving mean and reciprocal standard deviation of each row where `stats` is given.
@@ -536,7 +623,7 @@ impl Backend for Cpu {
             Epilogue::BiasResidual => Mode::Add,
         };
         let finish = Finish::new(out, dims.out_features, bias, mode);
-        self.product(forward_dims(dims), x, weight, &finish)
+        self.product(params.precision, forward_dims(dims), x, weight, &finish)
     }
 
     fn layer_norm(

@@ -50,6 +50,11 @@ impl Isa {
             .unwrap_or(Self(Kind::Portable(Portable)))
     }
 
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const fn is_avx512(self) -> bool {
+        matches!(self.0, Kind::Avx512(_))
+    }
+
     const fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]

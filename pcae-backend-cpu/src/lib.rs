@@ -45,4 +45,5 @@ mod train;
 
 pub use cpu::{Cpu, Params};
 pub use error::Error;
+pub use gemm::{Bf16Unit, Precision};
 pub use isa::Isa;

@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crate::Cpu;
+use crate::gemm::Precision;
 use crate::isa::kernel;
 use crate::threads::Pieces;
 
@@ -12,6 +13,8 @@ use crate::threads::Pieces;
 const CHAINS: usize = 12;
 /// Multiply-adds of each chain in one measurement: about a millisecond.
 const ROUNDS: usize = 1 << 18;
+/// The same of the units that multiply bf16, which take 16 to 64 cycles for a round.
+const BF16_ROUNDS: usize = 1 << 16;
 
 kernel! {
     /// `ROUNDS` dependent multiply-adds on each of `CHAINS` vectors; returns the floating-point operations.
@@ -33,8 +36,8 @@ kernel! {
 }
 
 impl Cpu {
-    /// Floating-point operations per second of multiply-adds in registers, with this backend's instruction set and
-    /// threads: what no matrix product can exceed. The best of some 50 ms.
+    /// Floating-point operations per second of multiply-adds in registers, with this backend's instruction set, precision
+    /// and threads: what no matrix product can exceed. The best of some 50 ms.
     pub fn peak_flops(&self) -> f64 {
         let mut sinks = vec![(0.0_f32, 0_usize); self.threads.count()];
         let mut best = 0.0_f64;
@@ -43,9 +46,15 @@ impl Cpu {
             let pieces = Pieces::new(&mut sinks, 1);
             self.threads
                 .for_each(self.threads.count(), usize::MAX, pieces, |_, sink| {
+                    let (value, flops) = &mut sink[0];
+                    if let Precision::Bf16(unit) = self.precision
+                        && let Some(done) = unit.spin(BF16_ROUNDS)
+                    {
+                        *flops = done;
+                        return;
+                    }
                     // Unknown to the compiler, and below 1 so that the sums stay finite.
                     let factors = black_box([0.999_f32, 0.001]);
-                    let (value, flops) = &mut sink[0];
                     *flops = multiply_adds(self.isa, &factors, value);
                     black_box(*value);
                 });
@@ -59,7 +68,7 @@ impl Cpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Isa;
+    use crate::{Bf16Unit, Isa};
 
     #[test]
     fn every_chain_is_computed() {
@@ -74,6 +83,10 @@ mod tests {
                 "{isa}: {sum} {expected}"
             );
             assert!(Cpu::with(isa, 1).unwrap().peak_flops() > 1e6);
+            for unit in Bf16Unit::available(isa) {
+                let cpu = Cpu::with(isa, 1).unwrap();
+                assert!(cpu.precision(Precision::Bf16(unit)).peak_flops() > 1e6);
+            }
         }
     }
 }

@@ -87,6 +87,11 @@ pub(crate) trait Simd: Copy + Send + Sync {
         }
     }
 
+    /// Each word's upper half, a bf16, as f32.
+    fn upper(self, words: Self::V) -> Self::V;
+    /// Each word's lower half, a bf16, as f32.
+    fn lower(self, words: Self::V) -> Self::V;
+
     /// [`Simd::load_or`] with zeros.
     #[inline(always)]
     fn load(self, x: &[f32]) -> Self::V {

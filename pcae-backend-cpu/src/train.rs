@@ -46,7 +46,12 @@ impl TrainBackend for Cpu {
 
     fn params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
         let values = front("params", "values", values, layout.len())?;
-        Params::new(values)
+        Params::new(values, self.precision)
+    }
+
+    fn teacher_params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
+        let values = front("teacher_params", "values", values, layout.len())?;
+        Params::new(values, self.teacher_precision)
     }
 
     fn frozen_params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
@@ -78,7 +83,7 @@ impl TrainBackend for Cpu {
         let (x, weight, bias) = linear_inputs(OP, dims, x, self.isa, params, layer)?;
         let pre_gelu = Shared::new(pre_gelu);
         let finish = Finish::new(out, dims.out_features, bias, Mode::GeluSaving { pre_gelu });
-        self.product(forward_dims(dims), x, weight, &finish)
+        self.product(params.precision, forward_dims(dims), x, weight, &finish)
     }
 
     fn linear_residual(
@@ -105,7 +110,7 @@ impl TrainBackend for Cpu {
             bias,
             Mode::Residual { residual, scale },
         );
-        self.product(forward_dims(dims), x, weight, &finish)
+        self.product(params.precision, forward_dims(dims), x, weight, &finish)
     }
 
     fn scale_rows(
@@ -160,7 +165,13 @@ impl TrainBackend for Cpu {
             inner: dims.out_features,
         };
         let finish = Finish::new(d_x, dims.in_features, &[], mode);
-        self.product(product, Left::Rows(d_y), Right::Rows(weight), &finish)
+        self.product(
+            params.precision,
+            product,
+            Left::Rows(d_y),
+            Right::Rows(weight),
+            &finish,
+        )
     }
 
     fn linear_backward_params(
@@ -188,7 +199,13 @@ impl TrainBackend for Cpu {
             };
             let (d_y, x) = (&d_y[first * to..], &x[first * from..]);
             let finish = Finish::new(&mut grads[weight.clone()], from, &[], Mode::Add);
-            self.product(product, Left::Columns(d_y), Right::Rows(x), &finish)?;
+            self.product(
+                self.precision,
+                product,
+                Left::Columns(d_y),
+                Right::Rows(x),
+                &finish,
+            )?;
         }
         if d_y.is_empty() {
             return Ok(());

@@ -11,25 +11,39 @@
 //! Each element adds its products in ascending order of the inner index, in one accumulator: its bits depend neither
 //! on the cuts nor on the number of threads.
 
+mod bf16;
 mod finish;
 mod pack;
 mod small;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use core::ops::Range;
 
-use crate::cpu::Scratch;
+use crate::cpu::{LINE, Scratch};
 use crate::error::Error;
 use crate::isa::Isa;
 use crate::threads::{Pieces, Threads};
 
+pub use bf16::Bf16Unit;
 pub(crate) use finish::{Finish, Mode};
-pub(crate) use pack::pack_weight;
+pub(crate) use pack::{pack_weight, pack_weight_bf16, packed_len_bf16};
 pub(crate) use small::{Matrix, Shared, small_gemm};
 
+use bf16::{PackRight, TilePairs, Unit};
 use finish::FinishTile;
 use pack::{PackColumns, PackLeft, PackRows};
 use tile::{Shape, Tile};
+
+/// The number format of a product's operands; sums are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// f32.
+    F32,
+    /// bf16, rounded as they are packed.
+    Bf16(Bf16Unit),
+}
 
 /// `[m, inner] @ [inner, n]`
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +71,8 @@ pub(crate) enum Right<'a> {
     Columns(&'a [f32]),
     /// In panels: the work of [`pack_weight`].
     Panels(&'a [f32]),
+    /// In panels of pairs: the work of [`pack_weight_bf16`].
+    Pairs(&'a [f32]),
 }
 
 /// Panels that a thread uses together take at most so many elements: 768 KiB of its level-2 cache.
@@ -83,10 +99,10 @@ struct Cuts {
 }
 
 impl Cuts {
-    fn new(dims: Dims, width: usize, threads: usize) -> Self {
+    fn new(dims: Dims, shape: &Shape, threads: usize) -> Self {
         let Dims { m, n, inner } = dims;
-        let panels = n.div_ceil(width);
-        let fits = (GROUP / (inner * width).max(1)).clamp(1, panels.min(MAX_GROUP));
+        let panels = n.div_ceil(shape.width);
+        let fits = (GROUP / shape.panel().max(1)).clamp(1, panels.min(MAX_GROUP));
         if threads == 1 {
             let groups = panels.div_ceil(fits);
             let group = panels.div_ceil(groups);
@@ -122,9 +138,10 @@ impl Cuts {
 /// If there is no memory for the packed operands, the first time that a product this large is asked for.
 ///
 /// # Panics
-/// If an operand is shorter than `dims` say.
+/// If an operand is shorter than `dims` say, or packed for another precision.
 pub(crate) fn gemm(
     isa: Isa,
+    precision: Precision,
     threads: &Threads,
     scratch: &mut Scratch,
     dims: Dims,
@@ -133,82 +150,78 @@ pub(crate) fn gemm(
     finish: &Finish<'_>,
 ) -> Result<(), Error> {
     let Dims { m, n, inner } = dims;
+    let shape = Shape::of(isa, precision, inner);
     let (Left::Rows(l) | Left::Columns(l)) = left;
-    let (Right::Rows(r) | Right::Columns(r) | Right::Panels(r)) = right;
+    let (len, right_len) = match right {
+        Right::Rows(r) | Right::Columns(r) | Right::Panels(r) => (r.len(), inner * n),
+        Right::Pairs(r) => (r.len(), n.div_ceil(shape.width) * shape.panel()),
+    };
     assert!(
-        l.len() >= m * inner && r.len() >= inner * n,
+        l.len() >= m * inner && len >= right_len,
         "the operands of a product are as long as it says"
     );
     finish.check(m, n);
     if m == 0 || n == 0 {
         return Ok(());
     }
-    let shape = Shape::of(isa);
-    let block = (BLOCK / inner.max(1))
+    let block = (BLOCK / shape.words.max(1))
         .max(MIN_BLOCK)
         .next_multiple_of(LEFT_ROWS)
         .min(m);
-    let panel = inner * shape.width;
-    let most = Cuts::new(Dims { m: block, ..dims }, shape.width, threads.count()).group * panel;
-    let left_len = (block * inner).next_multiple_of(shape.lanes);
+    let cut = |rows| Cuts::new(Dims { m: rows, ..dims }, &shape, threads.count());
+    let most = cut(block).group * shape.panel();
+    let left_len = (block.next_multiple_of(shape.least_rows) * shape.words).next_multiple_of(LINE);
     let scratch = scratch.floats(left_len + threads.count() * most)?;
     let (packed_left, packed_right) = scratch.split_at_mut(left_len);
     for start in (0..m).step_by(block) {
         let rows = block.min(m - start);
-        let cuts = Cuts::new(Dims { m: rows, ..dims }, shape.width, threads.count());
-        let pieces = Pieces::new(&mut packed_left[..rows * inner], LEFT_ROWS * inner);
-        threads.for_each(
-            rows.div_ceil(LEFT_ROWS),
-            LEFT_ROWS * inner,
-            pieces,
-            |i, to| {
-                let first = i * LEFT_ROWS;
-                let rows = LEFT_ROWS.min(rows - first);
-                isa.run(PackLeft {
-                    to,
-                    left,
-                    m,
-                    first: start + first,
-                    rows,
-                    inner,
-                });
-            },
-        );
+        let cuts = cut(rows);
+        let len = rows.next_multiple_of(shape.least_rows) * shape.words;
+        let piece = LEFT_ROWS * shape.words;
+        let pieces = Pieces::new(&mut packed_left[..len], piece);
+        threads.for_each(rows.div_ceil(LEFT_ROWS), piece, pieces, |i, to| {
+            let rows = i * LEFT_ROWS..rows.min((i + 1) * LEFT_ROWS);
+            pack_left(
+                isa,
+                precision,
+                &shape,
+                dims,
+                left,
+                start + rows.start,
+                rows.len(),
+                to,
+            );
+        });
         let packed_left = &*packed_left;
+        let packed_right = Pieces::new(&mut *packed_right, most);
+        let units = cuts.groups * cuts.row_chunks;
         threads.for_each_with(
-            cuts.groups * cuts.row_chunks,
+            units,
             usize::MAX,
             (),
-            Pieces::new(&mut *packed_right, most),
+            packed_right,
             |unit, (), packed_right| {
                 let first = unit / cuts.row_chunks * cuts.group;
                 let count = cuts.group.min(cuts.panels - first);
                 let mut panels = [&[][..]; MAX_GROUP];
-                let places = packed_right
-                    .chunks_mut(panel.max(1))
-                    .map(Some)
-                    .chain(core::iter::repeat_with(|| None));
-                for (i, (at, place)) in panels.iter_mut().take(count).zip(places).enumerate() {
+                let mut places = packed_right.chunks_mut(shape.panel().max(1));
+                for (i, panel) in panels.iter_mut().take(count).enumerate() {
                     let col = (first + i) * shape.width;
                     let columns = col..n.min(col + shape.width);
-                    *at = pack_right(isa, shape, dims, right, columns, place.unwrap_or_default());
+                    let place = places.next().unwrap_or_default();
+                    *panel = pack_right(isa, precision, &shape, dims, right, columns, place);
                 }
+                let tiles = Tiles::new(isa, precision);
                 let chunk = unit % cuts.row_chunks * cuts.rows;
                 let mut sums = [0.0; tile::MAX_ELEMENTS];
                 for row in (chunk..rows.min(chunk + cuts.rows)).step_by(shape.rows) {
                     let height = shape.rows.min(rows - row);
-                    let left = &packed_left[row * inner..][..height * inner];
+                    let packed = height.next_multiple_of(shape.least_rows);
+                    let left = &packed_left[row * shape.words..][..packed * shape.words];
                     for (i, right) in panels[..count].iter().enumerate() {
                         let col = (first + i) * shape.width;
                         let width = shape.width.min(n - col);
-                        isa.run(Tile {
-                            inner,
-                            left,
-                            right,
-                            rows: height,
-                            vectors: width.div_ceil(shape.lanes),
-                            sums: &mut sums,
-                        });
+                        tiles.sum(&shape, left, right, packed, width, &mut sums);
                         isa.run(FinishTile {
                             finish,
                             row: start + row,
@@ -226,19 +239,119 @@ pub(crate) fn gemm(
     Ok(())
 }
 
+/// What sums tiles, ready on this thread.
+enum Tiles {
+    F32(Isa),
+    Pairs(Isa),
+    #[cfg(target_arch = "x86_64")]
+    Dot(x86::Avx512Bf16),
+    #[cfg(target_arch = "x86_64")]
+    Amx(x86::AmxTiles),
+}
+
+impl Tiles {
+    fn new(isa: Isa, precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32(isa),
+            Precision::Bf16(unit) => match unit.0 {
+                Unit::Emulated => Self::Pairs(isa),
+                #[cfg(target_arch = "x86_64")]
+                Unit::Avx512Bf16(dot) => Self::Dot(dot),
+                #[cfg(target_arch = "x86_64")]
+                Unit::Amx(amx) => Self::Amx(amx.configure()),
+            },
+        }
+    }
+
+    /// `sums = left @ right`, the first `width` columns.
+    fn sum(
+        &self,
+        shape: &Shape,
+        left: &[f32],
+        right: &[f32],
+        rows: usize,
+        width: usize,
+        sums: &mut [f32; tile::MAX_ELEMENTS],
+    ) {
+        let (words, vectors) = (shape.words, width.div_ceil(shape.lanes));
+        match self {
+            Self::F32(isa) => isa.run(Tile {
+                inner: words,
+                left,
+                right,
+                rows,
+                vectors,
+                sums,
+            }),
+            Self::Pairs(isa) => isa.run(TilePairs {
+                words,
+                left,
+                right,
+                rows,
+                vectors,
+                sums,
+            }),
+            #[cfg(target_arch = "x86_64")]
+            Self::Dot(dot) => dot.tile(words, left, right, rows, sums),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(tiles) => tiles.tile(words, left, right, rows, sums),
+        }
+    }
+}
+
+/// Rows `first..first + rows` of the left operand.
+fn pack_left(
+    isa: Isa,
+    precision: Precision,
+    shape: &Shape,
+    dims: Dims,
+    left: Left<'_>,
+    first: usize,
+    rows: usize,
+    to: &mut [f32],
+) {
+    let Dims { m, inner, .. } = dims;
+    match precision {
+        Precision::F32 => isa.run(PackLeft {
+            to,
+            left,
+            m,
+            first,
+            rows,
+            inner,
+        }),
+        Precision::Bf16(_) => {
+            // AMX takes rows as they are.
+            let tile = (shape.least_rows == 1).then_some(shape.rows);
+            let words = shape.words;
+            isa.run(bf16::PackLeft {
+                to,
+                words,
+                tile,
+                left,
+                m,
+                first,
+                rows,
+                inner,
+            });
+        }
+    }
+}
+
 /// One panel of the right operand: its part that is one already, or a copy in `to`.
 fn pack_right<'a>(
     isa: Isa,
-    shape: Shape,
+    precision: Precision,
+    shape: &Shape,
     dims: Dims,
     right: Right<'a>,
     columns: Range<usize>,
     to: &'a mut [f32],
 ) -> &'a [f32] {
     let Dims { n, inner, .. } = dims;
-    let (col, width, step) = (columns.start, columns.len(), shape.width);
-    match right {
-        Right::Panels(data) => {
+    let (col, width, step, words) = (columns.start, columns.len(), shape.width, shape.words);
+    match (right, precision) {
+        (Right::Panels(data), Precision::F32) => {
             let data = &data[col * inner..][..inner * width];
             if width == step {
                 return data;
@@ -253,26 +366,52 @@ fn pack_right<'a>(
                 inner,
             });
         }
-        Right::Rows(data) => {
+        (Right::Pairs(data), Precision::Bf16(_)) => return &data[col * words..][..shape.panel()],
+        (Right::Rows(data), _) => {
             let data = &data[col.min(data.len())..];
-            isa.run(PackRows {
-                to,
-                step,
-                data,
-                stride: n,
-                width,
-                inner,
-            });
+            match precision {
+                Precision::F32 => isa.run(PackRows {
+                    to,
+                    step,
+                    data,
+                    stride: n,
+                    width,
+                    inner,
+                }),
+                Precision::Bf16(_) => isa.run(PackRight {
+                    to,
+                    step,
+                    words,
+                    data,
+                    stride: n,
+                    width,
+                    inner,
+                }),
+            }
         }
-        Right::Columns(data) => {
+        (Right::Columns(data), _) => {
             let data = &data[col * inner..][..inner * width];
-            isa.run(PackColumns {
-                to,
-                step,
-                data,
-                width,
-                inner,
-            });
+            match precision {
+                Precision::F32 => isa.run(PackColumns {
+                    to,
+                    step,
+                    data,
+                    width,
+                    inner,
+                }),
+                Precision::Bf16(_) => isa.run(PackRight {
+                    to,
+                    step,
+                    words,
+                    data,
+                    stride: 0,
+                    width,
+                    inner,
+                }),
+            }
+        }
+        (Right::Panels(_), Precision::Bf16(_)) | (Right::Pairs(_), Precision::F32) => {
+            panic!("an operand is packed for the precision it is used with")
         }
     }
     to
@@ -329,7 +468,17 @@ mod tests {
                 ] {
                     let mut out = start.clone();
                     let finish = Finish::new(&mut out, n, &bias, Mode::Add);
-                    gemm(isa, pool, &mut scratch, dims, left, right, &finish).unwrap();
+                    gemm(
+                        isa,
+                        Precision::F32,
+                        pool,
+                        &mut scratch,
+                        dims,
+                        left,
+                        right,
+                        &finish,
+                    )
+                    .unwrap();
                     for (i, (got, want)) in out.iter().zip(&product).enumerate() {
                         let want = want + f64::from(bias[i % n]) + f64::from(start[i]);
                         // Sums of inner products of numbers below 1, each rounded once or twice.
@@ -352,6 +501,105 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// [`check`] for bf16: close to the exact product of the rounded operands.
+    fn check_bf16(isa: Isa, unit: Bf16Unit, pools: &[Threads], dims: Dims) {
+        let Dims { m, n, inner } = dims;
+        let (left, right) = (values(m * inner, 1), values(inner * n, 2));
+        let (left_t, right_t) = (transposed(&left, m, inner), transposed(&right, inner, n));
+        let mut packed = vec![f32::NAN; packed_len_bf16(isa, unit, n, inner)];
+        pack_weight_bf16(isa, unit, &mut packed, &right_t, n, inner);
+        let round = |x: &[f32]| x.iter().map(|&x| bf16::rounded(x)).collect::<Vec<_>>();
+        let product = exact(dims, &round(&left), &round(&right));
+        let mut first: Option<Vec<f32>> = None;
+        for pool in pools {
+            let mut scratch = Scratch::default();
+            for left in [Left::Rows(&left), Left::Columns(&left_t)] {
+                for right in [
+                    Right::Rows(&right),
+                    Right::Columns(&right_t),
+                    Right::Pairs(&packed),
+                ] {
+                    let mut out = vec![f32::NAN; m * n];
+                    let finish = Finish::new(&mut out, n, &[], Mode::Store);
+                    let precision = Precision::Bf16(unit);
+                    gemm(
+                        isa,
+                        precision,
+                        pool,
+                        &mut scratch,
+                        dims,
+                        left,
+                        right,
+                        &finish,
+                    )
+                    .unwrap();
+                    for (i, (got, want)) in out.iter().zip(&product).enumerate() {
+                        // Exact products of numbers below 1, whose sum is rounded at each.
+                        let bound = (inner + 3) as f64 * f64::from(f32::EPSILON) * 2.0;
+                        assert!(
+                            (f64::from(*got) - want).abs() <= bound,
+                            "{isa} {unit} {dims:?} {i}: {got} {want}"
+                        );
+                    }
+                    match &first {
+                        None => first = Some(out),
+                        Some(first) => assert!(
+                            first
+                                .iter()
+                                .zip(&out)
+                                .all(|(a, b)| a.to_bits() == b.to_bits()),
+                            "{isa} {unit} {dims:?} {left:?} {right:?}"
+                        ),
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_products_match_the_exact_ones_of_rounded_operands() {
+        let pools = pools();
+        for isa in Isa::available() {
+            for unit in Bf16Unit::available(isa) {
+                println!("{isa}: {unit}");
+                let shapes = [
+                    (1, 1, 1),
+                    (17, 33, 31),
+                    (40, 100, 64),
+                    (131, 517, 300),
+                    (700, 70, 113),
+                    (3, 5, 0),
+                ];
+                for (m, n, inner) in shapes {
+                    check_bf16(isa, unit, &pools, Dims { m, n, inner });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_to_nearest_even() {
+        let cases = [
+            (1.0, 1.0),
+            (1.0 + 1.0 / 256.0, 1.0),
+            (1.0 + 3.0 / 256.0, 1.0 + 4.0 / 256.0),
+            (1.0 + 1.1 / 256.0, 1.0 + 2.0 / 256.0),
+            (-3.0e38, -3.004e38),
+            (f32::MAX, f32::INFINITY),
+            (f32::NEG_INFINITY, f32::NEG_INFINITY),
+            (0.0, 0.0),
+        ];
+        for (x, want) in cases {
+            let got = bf16::rounded(x);
+            assert!(
+                got == want || (got / want - 1.0).abs() < 1e-3,
+                "{x}: {got} {want}"
+            );
+        }
+        assert!(bf16::rounded(f32::NAN).is_nan());
+        assert!(bf16::rounded(f32::from_bits(0x7f80_0001)).is_nan());
     }
 
     fn pools() -> Vec<Threads> {
@@ -431,6 +679,7 @@ mod tests {
                 let (left, right) = (Left::Rows(&left), Right::Rows(&right));
                 gemm(
                     isa,
+                    Precision::F32,
                     &Threads::one(),
                     &mut Scratch::default(),
                     dims,

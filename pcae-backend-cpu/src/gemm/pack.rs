@@ -1,16 +1,19 @@
 //! Copies of operands in the order in which tiles read them.
 
+use pcae_kernel::error::product;
+
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
-use super::Left;
+use super::bf16::{Bf16Unit, PackRight};
 use super::tile::Shape;
+use super::{Left, Precision};
 
 /// Puts a weight, `[n, inner]`, in panels in place: panel after panel of `width` columns, each `[inner, width]`, the last
 /// one as narrow as what is left. `copy` is as long as the weight.
 pub(crate) fn pack_weight(isa: Isa, weight: &mut [f32], copy: &mut [f32], n: usize, inner: usize) {
     copy.copy_from_slice(weight);
-    let step = Shape::of(isa).width;
+    let step = Shape::of(isa, Precision::F32, inner).width;
     for col in (0..n).step_by(step) {
         let width = step.min(n - col);
         let range = col * inner..(col + width) * inner;
@@ -19,6 +22,36 @@ pub(crate) fn pack_weight(isa: Isa, weight: &mut [f32], copy: &mut [f32], n: usi
             step: width,
             data: &copy[range],
             width,
+            inner,
+        });
+    }
+}
+
+/// Elements that [`pack_weight_bf16`] writes.
+pub(crate) fn packed_len_bf16(isa: Isa, unit: Bf16Unit, n: usize, inner: usize) -> usize {
+    let shape = Shape::of(isa, Precision::Bf16(unit), inner);
+    product(&[n.div_ceil(shape.width), shape.panel()])
+}
+
+/// A weight, `[n, inner]`, in panels of pairs: whole ones, filled up with zeros.
+pub(crate) fn pack_weight_bf16(
+    isa: Isa,
+    unit: Bf16Unit,
+    to: &mut [f32],
+    weight: &[f32],
+    n: usize,
+    inner: usize,
+) {
+    let shape = Shape::of(isa, Precision::Bf16(unit), inner);
+    for (i, to) in to.chunks_exact_mut(shape.panel().max(1)).enumerate() {
+        let col = i * shape.width;
+        isa.run(PackRight {
+            to,
+            step: shape.width,
+            words: shape.words,
+            data: &weight[col * inner..],
+            stride: 0,
+            width: shape.width.min(n - col),
             inner,
         });
     }

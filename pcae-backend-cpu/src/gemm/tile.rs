@@ -1,25 +1,55 @@
 //! The inner loop of a product: one tile, its sums in registers.
 
+use super::Precision;
+#[cfg(target_arch = "x86_64")]
+use super::bf16::{Bf16Unit, Unit};
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
-/// Elements of the largest tile of any instruction set.
-pub(super) const MAX_ELEMENTS: usize = 8 * 48;
+/// Elements of the largest tile: of AMX.
+pub(super) const MAX_ELEMENTS: usize = 32 * 32;
 
-/// Size of the tiles of an instruction set.
+/// Sizes of the tiles and packed operands of a product.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Shape {
+pub(super) struct Shape {
     /// Rows of a full tile.
     pub(super) rows: usize,
+    /// Rows of a tile are a multiple of it.
+    pub(super) least_rows: usize,
     /// Columns of a full tile, and the width of a panel.
-    pub(crate) width: usize,
+    pub(super) width: usize,
     /// Columns of one vector.
     pub(super) lanes: usize,
+    /// The inner dimension in words of 32 bits, as packed.
+    pub(super) words: usize,
 }
 
 impl Shape {
-    pub(crate) fn of(isa: Isa) -> Self {
-        isa.run(Ask)
+    pub(super) fn of(isa: Isa, precision: Precision, inner: usize) -> Self {
+        let shape = isa.run(Ask);
+        match precision {
+            Precision::F32 => Self {
+                words: inner,
+                ..shape
+            },
+            #[cfg(target_arch = "x86_64")]
+            Precision::Bf16(Bf16Unit(Unit::Amx(_))) => Self {
+                rows: 32,
+                least_rows: 16,
+                width: 32,
+                words: inner.div_ceil(2).next_multiple_of(16),
+                ..shape
+            },
+            Precision::Bf16(_) => Self {
+                words: inner.div_ceil(2),
+                ..shape
+            },
+        }
+    }
+
+    /// Elements of a panel.
+    pub(super) fn panel(&self) -> usize {
+        self.words * self.width
     }
 }
 
@@ -32,8 +62,10 @@ impl Kernel for Ask {
     fn run<S: Simd>(self, _: S) -> Shape {
         Shape {
             rows: S::ROWS,
+            least_rows: 1,
             width: S::VECTORS * S::LANES,
             lanes: S::LANES,
+            words: 0,
         }
     }
 }

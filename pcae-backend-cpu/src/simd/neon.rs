@@ -123,4 +123,19 @@ impl Simd for Neon {
             vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), sign))
         }
     }
+
+    #[inline(always)]
+    fn upper(self, words: float32x4_t) -> float32x4_t {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let mask = vdupq_n_u32(0xffff_0000);
+            vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(words), mask))
+        }
+    }
+
+    #[inline(always)]
+    fn lower(self, words: float32x4_t) -> float32x4_t {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_f32(words))) }
+    }
 }

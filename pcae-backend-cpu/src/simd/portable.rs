@@ -138,4 +138,14 @@ impl Simd for Portable {
             f32::from_bits(a.to_bits() ^ (sign.to_bits() & (1 << 31)))
         })
     }
+
+    #[inline(always)]
+    fn upper(self, words: V) -> V {
+        words.map(|word| f32::from_bits(word.to_bits() & 0xffff_0000))
+    }
+
+    #[inline(always)]
+    fn lower(self, words: V) -> V {
+        words.map(|word| f32::from_bits(word.to_bits() << 16))
+    }
 }

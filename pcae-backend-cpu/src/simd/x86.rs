@@ -188,6 +188,21 @@ impl Simd for Avx2 {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe { _mm256_xor_ps(a, _mm256_and_ps(_mm256_set1_ps(-0.0), sign)) }
     }
+
+    #[inline(always)]
+    fn upper(self, words: __m256) -> __m256 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            _mm256_and_ps(words, _mm256_castsi256_ps(mask))
+        }
+    }
+
+    #[inline(always)]
+    fn lower(self, words: __m256) -> __m256 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(words))) }
+    }
 }
 
 impl Simd for Avx512 {
@@ -318,5 +333,20 @@ impl Simd for Avx512 {
             let sign = _mm512_and_si512(_mm512_castps_si512(sign), _mm512_set1_epi32(i32::MIN));
             _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), sign))
         }
+    }
+
+    #[inline(always)]
+    fn upper(self, words: __m512) -> __m512 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let mask = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(words), mask))
+        }
+    }
+
+    #[inline(always)]
+    fn lower(self, words: __m512) -> __m512 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(words))) }
     }
 }

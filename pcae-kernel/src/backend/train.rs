@@ -102,6 +102,19 @@ pub trait TrainBackend: Backend {
     /// If `values` is shorter than the layout or memory is short.
     fn params(&mut self, layout: &Layout, values: &[f32]) -> Result<Self::Params, Self::Error>;
 
+    /// [`TrainBackend::params`] for a teacher: they have no gradient, so a backend may compute with them in a lower
+    /// precision. Their moving average is kept in f32 at least.
+    ///
+    /// # Errors
+    /// As [`TrainBackend::params`].
+    fn teacher_params(
+        &mut self,
+        layout: &Layout,
+        values: &[f32],
+    ) -> Result<Self::Params, Self::Error> {
+        self.params(layout, values)
+    }
+
     /// [`TrainBackend::params`] for forwards alone: a backend may keep weights in the order that its products read.
     /// No other method than those of [`Backend`] need take them.
     ///

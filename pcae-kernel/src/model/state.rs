@@ -67,7 +67,7 @@ impl<B: TrainBackend> TrainState<B> {
                     values.len(),
                     layout.encoder_len(),
                 )?;
-                Some(backend.params(&Self::teacher_layout(&layout.vit), values)?)
+                Some(backend.teacher_params(&Self::teacher_layout(&layout.vit), values)?)
             }
             None => None,
         };
