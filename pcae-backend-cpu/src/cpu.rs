@@ -111,6 +111,11 @@ impl Cpu {
         self
     }
 
+    /// The precisions of trained parameters and of a teacher's.
+    pub fn precisions(&self) -> (Precision, Precision) {
+        (self.precision, self.teacher_precision)
+    }
+
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.isa

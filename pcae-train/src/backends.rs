@@ -1,6 +1,6 @@
 //! From a name to a backend.
 
-use pcae_backend_cpu::{Cpu, Isa};
+use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Precision as CpuPrecision};
 use pcae_kernel::backend::TrainBackend;
 use pcae_kernel::reference::Reference;
 
@@ -31,18 +31,30 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
         })
     };
     match (machine.backend, machine.precision) {
-        (BackendKind::Cpu, Precision::F32) => {
+        (BackendKind::Cpu, _) => {
             let mut backend = cpu(machine)?;
-            let name = format!(
-                "cpu ({}, {}, f32)",
+            let precision = |precision| match precision {
+                CpuPrecision::F32 => "f32".to_owned(),
+                CpuPrecision::Bf16(unit) => format!("bf16 by {unit}"),
+            };
+            let mut name = format!(
+                "cpu ({}, {}, {}",
                 backend.isa(),
-                count(backend.threads(), "thread")
+                count(backend.threads(), "thread"),
+                precision(backend.precisions().0)
             );
-            job.run(&mut backend, &name)
+            if backend.precisions().1 != backend.precisions().0 {
+                name += &format!(", teacher {}", precision(backend.precisions().1));
+            }
+            job.run(&mut backend, &(name + ")"))
         }
-        (BackendKind::Cpu, Precision::F64) => wrong(
+        (BackendKind::Reference, Precision::Bf16) => wrong(
             "--precision",
-            "expected f32 for --backend cpu, found f64; use --backend reference".to_owned(),
+            "expected f32 or f64 for --backend reference, found bf16; use --backend cpu".to_owned(),
+        ),
+        (BackendKind::Reference, _) if machine.teacher_precision.is_some() => wrong(
+            "--teacher-precision",
+            "expected none for --backend reference; use --backend cpu".to_owned(),
         ),
         (BackendKind::Reference, _) if machine.isa.is_some() => wrong(
             "--set isa",
@@ -62,7 +74,7 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
 /// The CPU backend with the instruction set and threads that `machine` asks for.
 ///
 /// # Errors
-/// [`Error::Setting`] if this CPU lacks the instruction set or the threads cannot be started.
+/// [`Error::Setting`] if this CPU lacks the instruction set, the threads cannot be started, or the precision is f64.
 pub fn cpu(machine: &Machine) -> Result<Cpu, Error> {
     let threads = match machine.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -75,10 +87,28 @@ pub fn cpu(machine: &Machine) -> Result<Cpu, Error> {
             });
         }
     };
-    Cpu::with(isa(machine)?, threads).map_err(|error| Error::Setting {
-        name: "--threads".to_owned(),
-        reason: error.to_string(),
-    })
+    let isa = isa(machine)?;
+    let precision = |name: &str, precision| match precision {
+        Precision::F32 => Ok(CpuPrecision::F32),
+        Precision::Bf16 => Ok(CpuPrecision::Bf16(Bf16Unit::detect(isa))),
+        Precision::F64 => Err(Error::Setting {
+            name: name.to_owned(),
+            reason: "expected f32 or bf16 for --backend cpu, found f64; use --backend reference"
+                .to_owned(),
+        }),
+    };
+    let student = precision("--precision", machine.precision)?;
+    let teacher = match machine.teacher_precision {
+        Some(teacher) => precision("--teacher-precision", teacher)?,
+        None => student,
+    };
+    match Cpu::with(isa, threads) {
+        Ok(cpu) => Ok(cpu.precision(student).teacher_precision(teacher)),
+        Err(error) => Err(Error::Setting {
+            name: "--threads".to_owned(),
+            reason: error.to_string(),
+        }),
+    }
 }
 
 fn isa(machine: &Machine) -> Result<Isa, Error> {

@@ -111,12 +111,13 @@ impl Error {
 }
 
 /// Settings that have a flag of their own.
-const FLAGS: [&str; 17] = [
+const FLAGS: [&str; 18] = [
     "data",
     "model",
     "method",
     "backend",
     "precision",
+    "teacher_precision",
     "epochs",
     "steps",
     "batch_size",

@@ -143,6 +143,8 @@ pub struct Machine {
     pub backend: BackendKind,
     /// Number format of the computation.
     pub precision: Precision,
+    /// Number format of the teacher's, if not the same: it has no gradient.
+    pub teacher_precision: Option<Precision>,
     /// Instruction set of the CPU backend; the best there is if `None`.
     pub isa: Option<String>,
     /// Threads that compute; 0 for all.
@@ -173,6 +175,9 @@ pub enum Precision {
     F32,
     /// 64 bits, on the reference alone.
     F64,
+    /// 16 bits with the range of f32, for the operands of linear layers, on the CPU backend: sums, norms, softmax, loss,
+    /// and the parameters that are trained stay f32.
+    Bf16,
 }
 
 /// As typed: `0,4,8`, or `LAYOUT:STAGES` with a layout of `starts`, `ends`, `even`, `first`, or `none`.
@@ -376,6 +381,7 @@ impl Default for Machine {
         Self {
             backend: BackendKind::Cpu,
             precision: Precision::F32,
+            teacher_precision: None,
             isa: None,
             threads: 0,
             workers: 1,
@@ -386,8 +392,15 @@ impl Default for Machine {
 
 impl Machine {
     /// The keys of these settings.
-    pub const KEYS: [&'static str; 6] =
-        ["backend", "precision", "isa", "threads", "workers", "out"];
+    pub const KEYS: [&'static str; 7] = [
+        "backend",
+        "precision",
+        "teacher_precision",
+        "isa",
+        "threads",
+        "workers",
+        "out",
+    ];
 }
 
 /// What a run needs, all of it checked.

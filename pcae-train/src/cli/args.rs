@@ -61,9 +61,12 @@ pub(super) struct PretrainArgs {
     /// What computes: cpu or reference [default: cpu]
     #[arg(long)]
     backend: Option<String>,
-    /// Number format of the computation: f32, or f64 on the reference [default: f32]
+    /// Number format of the computation: f32, bf16 (cpu), f64 (reference) [default: f32]
     #[arg(long)]
     precision: Option<String>,
+    /// Number format of the teacher's computation [default: the same]
+    #[arg(long, value_name = "FORMAT")]
+    teacher_precision: Option<String>,
     /// Passes over the data [default: 24]
     #[arg(long, conflicts_with = "steps")]
     epochs: Option<String>,
@@ -124,6 +127,7 @@ impl PretrainArgs {
             ("method", &self.method),
             ("backend", &self.backend),
             ("precision", &self.precision),
+            ("teacher_precision", &self.teacher_precision),
             ("epochs", &self.epochs),
             ("steps", &self.steps),
             ("batch_size", &self.batch_size),
@@ -214,6 +218,9 @@ pub(super) struct BenchArgs {
     /// Number format of the computation
     #[arg(long, default_value = "f32")]
     precision: String,
+    /// Number format of the teacher's computation [default: the same]
+    #[arg(long)]
+    teacher_precision: Option<String>,
     /// Instruction set of the CPU backend [default: the best there is]
     #[arg(long)]
     isa: Option<String>,
@@ -234,6 +241,7 @@ impl BenchArgs {
             ("mask_ratio", Some(&self.mask_ratio)),
             ("backend", Some(&self.backend)),
             ("precision", Some(&self.precision)),
+            ("teacher_precision", self.teacher_precision.as_ref()),
             ("isa", self.isa.as_ref()),
         ];
         for (key, value) in flags {
