@@ -213,12 +213,12 @@ impl Kernel for PackRight<'_> {
     }
 }
 
-/// Rows `first..first + rows` of the left operand in pairs: `[rows, words]`, or as tiles of `[words, height]`, one after
-/// the other, the height `tile` but for the last.
+/// Rows `first..first + rows` of the left operand in pairs: in squares of 16 rows by 16 words, those of the same rows one
+/// after the other, or as tiles of `[words, height]`, one after the other, the height `tile` but for the last.
 pub(super) struct PackLeft<'a> {
     pub(super) to: &'a mut [f32],
     pub(super) words: usize,
-    /// `None` for `[rows, words]`.
+    /// `None` for squares, of which there are then whole ones.
     pub(super) tile: Option<usize>,
     pub(super) left: Left<'a>,
     pub(super) m: usize,
@@ -283,14 +283,10 @@ impl Kernel for PackLeft<'_> {
                 }
                 let count = SQUARE.min(words - word);
                 match tile {
+                    // Zeros in the rows past the last fill up its square.
                     None => {
-                        for (j, from) in square.iter().enumerate() {
-                            // Zeros in the rows past the last fill up its tile.
-                            if let Some(to) = to.get_mut((row + j) * words + word..) {
-                                let count = count.min(to.len());
-                                to[..count].copy_from_slice(&from[..count]);
-                            }
-                        }
+                        to[row * words + word * SQUARE..][..SQUARE * SQUARE]
+                            .copy_from_slice(square.as_flattened());
                     }
                     Some(tile) => {
                         for (i, from) in out.iter().enumerate().take(count) {

@@ -321,7 +321,7 @@ fn pack_left(
             inner,
         }),
         Precision::Bf16(_) => {
-            // AMX takes rows as they are.
+            // AMX takes squares.
             let tile = (shape.least_rows == 1).then_some(shape.rows);
             let words = shape.words;
             isa.run(bf16::PackLeft {

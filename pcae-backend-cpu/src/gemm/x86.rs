@@ -225,8 +225,8 @@ impl Drop for AmxTiles {
 }
 
 impl AmxTiles {
-    /// `sums = left @ right` for a tile of 32 columns and 16 or 32 rows: `left: [rows, words]`, `right: [words, 32]`,
-    /// pairs of bf16, `words` a multiple of 16; `sums: [rows, 32]`.
+    /// `sums = left @ right` for a tile of 32 columns and 16 or 32 rows: `left` in squares of 16 rows and words,
+    /// those of the same rows one after the other, `right: [words, 32]`, pairs of bf16, `words` a multiple of 16; `sums: [rows, 32]`.
     pub(super) fn tile(
         &self,
         words: usize,
@@ -249,9 +249,9 @@ impl AmxTiles {
         }
         let blocks = words / TILE;
         // Bytes from row to row.
-        let (left_stride, right_stride) = (words * 4, 32_usize * 4);
+        let (left_stride, right_stride) = (TILE * 4, 32_usize * 4);
         if rows == 16 {
-            // SAFETY: AMX-BF16 is there and configured. Each round reads 16 words of 16 rows of `left` and 16 rows of
+            // SAFETY: AMX-BF16 is there and configured. Each round reads one square of `left` and 16 rows of
             // `right`, `blocks` rounds read all; 16 rows of 32 sums are written. The lengths are checked above.
             unsafe {
                 asm!(
@@ -262,7 +262,7 @@ impl AmxTiles {
                     "tileloadd tmm7, [{r} + {rs}*1 + 64]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tdpbf16ps tmm1, tmm4, tmm7",
-                    "add {l}, 64",
+                    "add {l}, 1024",
                     "add {r}, 2048",
                     "dec {n}",
                     "jnz 2b",
@@ -280,7 +280,7 @@ impl AmxTiles {
             }
             return;
         }
-        // SAFETY: as above, with 32 rows of `left` and of sums.
+        // SAFETY: as above, with two rows of squares of `left` and 32 rows of sums.
         unsafe {
             asm!(
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
@@ -293,8 +293,8 @@ impl AmxTiles {
                 "tileloadd tmm5, [{l2} + {ls}*1]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {l}, 64",
-                "add {l2}, 64",
+                "add {l}, 1024",
+                "add {l2}, 1024",
                 "add {r}, 2048",
                 "dec {n}",
                 "jnz 2b",
