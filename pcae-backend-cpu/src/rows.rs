@@ -66,6 +66,32 @@ fn sum_wide(a: &[f32], b: &[f32], f: impl Fn(f64, f64) -> f64) -> f64 {
     sums.iter().sum()
 }
 
+/// `x = softmax(scale * x)`; gives the logarithm of the sum of `exp(scale * x)`.
+#[inline(always)]
+pub(crate) fn softmax_row<S: Simd>(s: S, x: &mut [f32], scale: f32) -> f32 {
+    let lowest = s.splat(f32::NEG_INFINITY);
+    let mut max = lowest;
+    for x in x.chunks(S::LANES) {
+        max = s.max(max, s.load_or(x, lowest));
+    }
+    // `scale` is positive. A NaN that the maximum passed over comes back with its own exponential.
+    let max = s.max_lane(max) * scale;
+    let (scale, shift) = (s.splat(scale), s.splat(max));
+    let mut total = s.splat(0.0);
+    for x in x.chunks_mut(S::LANES) {
+        let shifted = s.sub(s.mul(s.load_or(x, lowest), scale), shift);
+        let e = exp(s, shifted);
+        total = s.add(total, e);
+        s.store(x, e);
+    }
+    let total = s.sum(total);
+    let rescale = s.splat(1.0 / total);
+    for x in x.chunks_mut(S::LANES) {
+        s.store(x, s.mul(s.load(x), rescale));
+    }
+    max + total.ln()
+}
+
 kernel! {
     /// Layer norm of one row; gives mean and reciprocal standard deviation.
     fn layer_norm<'a, S>(s; out: &'a mut [f32], x: &'a [f32], weight: &'a [f32], bias: &'a [f32], eps: f64) -> (f32, f32) {
@@ -119,31 +145,6 @@ kernel! {
         for (out, x) in out.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
             s.store(out, s.mul(s.sub(s.load(x), m), r));
         }
-    }
-
-    /// `x = softmax(scale * x)`; gives the logarithm of the sum of `exp(scale * x)`.
-    fn softmax<'a, S>(s; x: &'a mut [f32], scale: f32) -> f32 {
-        let lowest = s.splat(f32::NEG_INFINITY);
-        let mut max = lowest;
-        for x in x.chunks(S::LANES) {
-            max = s.max(max, s.load_or(x, lowest));
-        }
-        // `scale` is positive. A NaN that the maximum passed over comes back with its own exponential.
-        let max = s.max_lane(max) * scale;
-        let (scale, shift) = (s.splat(scale), s.splat(max));
-        let mut total = s.splat(0.0);
-        for x in x.chunks_mut(S::LANES) {
-            let shifted = s.sub(s.mul(s.load_or(x, lowest), scale), shift);
-            let e = exp(s, shifted);
-            total = s.add(total, e);
-            s.store(x, e);
-        }
-        let total = s.sum(total);
-        let rescale = s.splat(1.0 / total);
-        for x in x.chunks_mut(S::LANES) {
-            s.store(x, s.mul(s.load(x), rescale));
-        }
-        max + total.ln()
     }
 
     /// `p = exp(scale * p - lse)`, the softmax again from its saved log-sum-exp.
@@ -442,6 +443,12 @@ mod tests {
         let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / x.len() as f64;
         let squares = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum();
         (mean, squares)
+    }
+
+    kernel! {
+        fn softmax<'a, S>(s; x: &'a mut [f32], scale: f32) -> f32 {
+            softmax_row(s, x, scale)
+        }
     }
 
     proptest! {

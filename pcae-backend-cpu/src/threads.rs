@@ -95,6 +95,46 @@ impl<A: Parts, B: Parts> Parts for (A, B) {
     }
 }
 
+/// A slice of which several threads write different parts.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<'a> {
+    start: *mut f32,
+    len: usize,
+    life: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it is a `&mut [f32]` whose parts are borrowed by `Shared::part`, whose caller keeps them apart.
+unsafe impl Send for Shared<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    pub(crate) fn new(data: &'a mut [f32]) -> Self {
+        Self {
+            start: data.as_mut_ptr(),
+            len: data.len(),
+            life: PhantomData,
+        }
+    }
+
+    pub(crate) fn len(self) -> usize {
+        self.len
+    }
+
+    /// `len` elements from `at`.
+    ///
+    /// # Safety
+    /// No other part that is in use overlaps it.
+    pub(crate) unsafe fn part(self, at: usize, len: usize) -> &'a mut [f32] {
+        assert!(
+            at <= self.len && len <= self.len - at,
+            "a part lies within its slice"
+        );
+        // SAFETY: the range is within the slice that `new` borrowed, and by contract nobody else uses it.
+        unsafe { core::slice::from_raw_parts_mut(self.start.add(at), len) }
+    }
+}
+
 impl Threads {
     /// `count` threads: the caller's and `count - 1` more.
     pub(crate) fn new(count: usize) -> Result<Self, Error> {

@@ -13,9 +13,9 @@ use crate::cpu::{
     front, front_mut, linear_inputs, patch_tokens, zeroed,
 };
 use crate::error::Error;
-use crate::gemm::{Dims, Finish, Left, Mode, Right, Shared};
+use crate::gemm::{Dims, Finish, Left, Mode, Right};
 use crate::rows::{self, AdamWConstants};
-use crate::threads::Pieces;
+use crate::threads::{Pieces, Shared};
 
 /// Elements of a piece of a flat vector.
 const PIECE: usize = 4096;

@@ -3,8 +3,8 @@
 use crate::isa::Kernel;
 use crate::math::{gelu, gelu_grad};
 use crate::simd::Simd;
+use crate::threads::Shared;
 
-use super::small::Shared;
 use super::tile::MAX_ELEMENTS;
 
 /// Where the sums of a product go, `y = sum + bias` element by element.

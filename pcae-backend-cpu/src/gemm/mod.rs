@@ -14,7 +14,6 @@
 mod bf16;
 mod finish;
 mod pack;
-mod small;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -29,7 +28,6 @@ use crate::threads::{Pieces, Threads};
 pub use bf16::Bf16Unit;
 pub(crate) use finish::{Finish, Mode};
 pub(crate) use pack::{pack_weight, pack_weight_bf16, packed_len_bf16};
-pub(crate) use small::{Matrix, Shared, small_gemm};
 
 use bf16::{PackRight, TilePairs, Unit};
 use finish::FinishTile;
@@ -420,6 +418,7 @@ fn pack_right<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::threads::Shared;
     use proptest::prelude::*;
 
     fn values(len: usize, seed: u64) -> Vec<f32> {
