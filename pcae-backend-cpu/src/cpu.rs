@@ -16,6 +16,7 @@ use crate::gemm::{
     packed_len_bf16,
 };
 use crate::isa::Isa;
+use crate::memory;
 use crate::rows;
 use crate::threads::{Pieces, Threads};
 
@@ -164,6 +165,7 @@ fn grown<T: Clone + Default>(owned: &mut Vec<T>, len: usize) -> Result<&mut [T],
         owned
             .try_reserve_exact(len - owned.len())
             .map_err(|_| Error::OutOfMemory { elements: len })?;
+        memory::prefer_huge_pages(owned.spare_capacity_mut());
         owned.resize(len, T::default());
     }
     Ok(&mut owned[..len])

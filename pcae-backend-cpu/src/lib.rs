@@ -37,6 +37,7 @@ mod error;
 mod gemm;
 mod isa;
 mod math;
+mod memory;
 mod peak;
 mod rows;
 mod simd;

@@ -67,6 +67,12 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// [`Simd::LANES`] elements can be read there.
     unsafe fn load_at(self, from: *const f32) -> Self::V;
 
+    /// Asks for the cache line at `at`, which need not be readable, in the level-2 cache.
+    #[inline(always)]
+    fn prefetch(self, at: *const f32) {
+        let _ = at;
+    }
+
     /// Transposes a square of [`Simd::LANES`] rows: `to[i * to_stride + j] = from[j * from_stride + i]`.
     ///
     /// # Safety

@@ -32,7 +32,7 @@ pub(crate) use pack::{pack_weight, pack_weight_bf16, packed_len_bf16};
 use bf16::{PackRight, TilePairs, Unit};
 use finish::FinishTile;
 use pack::{PackColumns, PackLeft, PackRows};
-use tile::{Shape, Tile};
+use tile::{Fetch, FetchLines, Shape, Tile};
 
 /// The number format of a product's operands; sums are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,8 +73,9 @@ pub(crate) enum Right<'a> {
     Pairs(&'a [f32]),
 }
 
-/// Panels that a thread uses together take at most so many elements: 768 KiB of its level-2 cache.
-const GROUP: usize = 192 * 1024;
+/// Panels that a thread uses together take at most so many elements: 256 KiB of its level-2 cache, which also holds the
+/// next ones, that are being fetched, and the left operand of a small batch.
+const GROUP: usize = 64 * 1024;
 /// Panels in a group at most; a group's share of the cache is reached before, but for tiny inner dimensions.
 const MAX_GROUP: usize = 64;
 /// The left operand is packed in pieces of so many rows, a multiple of all tiles' heights ...
@@ -212,6 +213,16 @@ pub(crate) fn gemm(
                 let tiles = Tiles::new(isa, precision);
                 let chunk = unit % cuts.row_chunks * cuts.rows;
                 let mut sums = [0.0; tile::MAX_ELEMENTS];
+                // The group that this thread will probably take next, fetched evenly over the tiles of this one.
+                let next = (first + cuts.group * threads.count()).min(cuts.panels);
+                let next_end = (next + cuts.group).min(cuts.panels);
+                let (mut fetch, total) = next_group(&shape, dims, right, next..next_end);
+                let tiles_here = cuts.rows.div_ceil(shape.rows) * count;
+                let lines = if cuts.row_chunks == 1 {
+                    total.div_ceil(tiles_here)
+                } else {
+                    0
+                };
                 for row in (chunk..rows.min(chunk + cuts.rows)).step_by(shape.rows) {
                     let height = shape.rows.min(rows - row);
                     let packed = height.next_multiple_of(shape.least_rows);
@@ -219,7 +230,9 @@ pub(crate) fn gemm(
                     for (i, right) in panels[..count].iter().enumerate() {
                         let col = (first + i) * shape.width;
                         let width = shape.width.min(n - col);
-                        tiles.sum(&shape, left, right, packed, width, &mut sums);
+                        tiles.sum(
+                            isa, &shape, left, right, packed, width, &mut fetch, lines, &mut sums,
+                        );
                         isa.run(FinishTile {
                             finish,
                             row: start + row,
@@ -235,6 +248,32 @@ pub(crate) fn gemm(
         );
     }
     Ok(())
+}
+
+/// The cache lines of the panels `panels` of the right operand, as it is given, and their number.
+fn next_group(shape: &Shape, dims: Dims, right: Right<'_>, panels: Range<usize>) -> (Fetch, usize) {
+    let Dims { n, inner, .. } = dims;
+    let columns = (panels.start * shape.width).min(n)..(panels.end * shape.width).min(n);
+    let (data, start, len, rows, stride) = match right {
+        Right::Rows(data) => (data, columns.start, columns.len(), inner, n),
+        Right::Panels(data) | Right::Columns(data) => {
+            (data, columns.start * inner, columns.len() * inner, 1, 0)
+        }
+        Right::Pairs(data) => (
+            data,
+            panels.start * shape.panel(),
+            panels.len() * shape.panel(),
+            1,
+            0,
+        ),
+    };
+    if columns.is_empty() {
+        return (Fetch::new(&[], 0, 0), 0);
+    }
+    (
+        Fetch::new(&data[start.min(data.len())..], len, stride),
+        rows * len.div_ceil(LINE),
+    )
 }
 
 /// What sums tiles, ready on this thread.
@@ -264,23 +303,33 @@ impl Tiles {
     /// `sums = left @ right`, the first `width` columns.
     fn sum(
         &self,
+        isa: Isa,
         shape: &Shape,
         left: &[f32],
         right: &[f32],
         rows: usize,
         width: usize,
+        fetch: &mut Fetch,
+        lines: usize,
         sums: &mut [f32; tile::MAX_ELEMENTS],
     ) {
         let (words, vectors) = (shape.words, width.div_ceil(shape.lanes));
-        match self {
-            Self::F32(isa) => isa.run(Tile {
-                inner: words,
+        if let Self::F32(isa) = self {
+            let inner = words;
+            return isa.run(Tile {
+                inner,
                 left,
                 right,
                 rows,
                 vectors,
+                fetch,
+                lines,
                 sums,
-            }),
+            });
+        }
+        isa.run(FetchLines { fetch, lines });
+        match self {
+            Self::F32(_) => {}
             Self::Pairs(isa) => isa.run(TilePairs {
                 words,
                 left,

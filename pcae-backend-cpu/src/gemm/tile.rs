@@ -3,6 +3,7 @@
 use super::Precision;
 #[cfg(target_arch = "x86_64")]
 use super::bf16::{Bf16Unit, Unit};
+use crate::cpu::LINE;
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
@@ -70,6 +71,55 @@ impl Kernel for Ask {
     }
 }
 
+/// Cache lines of what is used next, one after the other: rows of `row_lines` lines, `stride` elements apart.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fetch {
+    row: *const f32,
+    line: usize,
+    row_lines: usize,
+    stride: usize,
+}
+
+impl Fetch {
+    /// Rows of `len` elements from the front of `data`.
+    pub(super) fn new(data: &[f32], len: usize, stride: usize) -> Self {
+        Self {
+            row: data.as_ptr(),
+            line: 0,
+            row_lines: len.div_ceil(LINE).max(1),
+            stride,
+        }
+    }
+
+    /// The next line. It may lie beyond the data; nothing is read there.
+    #[inline(always)]
+    pub(super) fn next(&mut self) -> *const f32 {
+        let at = self.row.wrapping_add(self.line * LINE);
+        self.line += 1;
+        if self.line == self.row_lines {
+            (self.row, self.line) = (self.row.wrapping_add(self.stride), 0);
+        }
+        at
+    }
+}
+
+/// Asks for some lines at once.
+pub(super) struct FetchLines<'a> {
+    pub(super) fetch: &'a mut Fetch,
+    pub(super) lines: usize,
+}
+
+impl Kernel for FetchLines<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for _ in 0..self.lines {
+            s.prefetch(self.fetch.next());
+        }
+    }
+}
+
 /// `sums = left @ right` for one tile.
 pub(super) struct Tile<'a> {
     pub(super) inner: usize,
@@ -81,6 +131,9 @@ pub(super) struct Tile<'a> {
     pub(super) rows: usize,
     /// Vectors that have columns, at most [`Simd::VECTORS`].
     pub(super) vectors: usize,
+    /// What is used next, and how many of its lines to ask for meanwhile.
+    pub(super) fetch: &'a mut Fetch,
+    pub(super) lines: usize,
     /// `[rows, width of a full tile]`, of which `vectors` vectors of each row are written.
     pub(super) sums: &'a mut [f32; MAX_ELEMENTS],
 }
@@ -128,21 +181,35 @@ impl Tile<'_> {
         let width = S::VECTORS * S::LANES;
         let mut sums = [[s.splat(0.0); V]; R];
         let (mut left, mut right) = (self.left.as_ptr(), self.right.as_ptr());
-        for _ in 0..self.inner {
-            // SAFETY: row `i` of the panel has `width >= V * LANES` elements and `R` is `rows`; `run` has checked the
-            // length of both operands.
-            unsafe {
-                let vectors: [S::V; V] =
-                    core::array::from_fn(|v| s.load_at(right.add(v * S::LANES)));
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = s.splat(*left.add(r));
-                    for (sum, vector) in sums.iter_mut().zip(vectors) {
-                        *sum = s.mul_add(x, vector, *sum);
-                    }
-                }
-                left = left.add(R);
-                right = right.add(width);
+        // A line every few rounds: many at once would hold up the loads of the product.
+        let step = self
+            .inner
+            .checked_div(self.lines)
+            .unwrap_or(self.inner)
+            .max(1);
+        let mut at = 0;
+        while at < self.inner {
+            if self.lines > 0 {
+                s.prefetch(self.fetch.next());
             }
+            let end = self.inner.min(at + step);
+            for _ in at..end {
+                // SAFETY: row `i` of the panel has `width >= V * LANES` elements and `R` is `rows`; `run` has checked the
+                // length of both operands.
+                unsafe {
+                    let vectors: [S::V; V] =
+                        core::array::from_fn(|v| s.load_at(right.add(v * S::LANES)));
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let x = s.splat(*left.add(r));
+                        for (sum, vector) in sums.iter_mut().zip(vectors) {
+                            *sum = s.mul_add(x, vector, *sum);
+                        }
+                    }
+                    left = left.add(R);
+                    right = right.add(width);
+                }
+            }
+            at = end;
         }
         for (row, sums) in self.sums.chunks_exact_mut(width).zip(sums) {
             for (lanes, sum) in row.chunks_exact_mut(S::LANES).zip(sums) {

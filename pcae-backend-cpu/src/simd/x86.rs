@@ -95,6 +95,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch(self, at: *const f32) {
+        // SAFETY: a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn load_at(self, from: *const f32) -> __m256 {
         // SAFETY: by contract there are 8 elements; `self` proves AVX2.
         unsafe { _mm256_loadu_ps(from) }
@@ -241,6 +247,12 @@ impl Simd for Avx512 {
         let mask = (1u16 << x.len()) - 1;
         // SAFETY: only the lanes of the mask are read, and `x` has as many elements; `self` proves AVX-512.
         unsafe { _mm512_mask_loadu_ps(fill, mask, x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, at: *const f32) {
+        // SAFETY: a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 
     #[inline(always)]
