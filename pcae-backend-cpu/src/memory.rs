@@ -1,4 +1,4 @@
-//! Large pages for large buffers.
+//! Caches, and large pages for large buffers.
 //!
 //! Weights and activations are read in long streams. A processor fetches ahead only within a page, and has to look up
 //! each page: with 4 KiB, and without fetching ahead by ourselves, a product whose weights come from memory loses a
@@ -26,9 +26,51 @@ pub(crate) fn prefer_huge_pages<T>(spare: &mut [MaybeUninit<T>]) {
     let _ = spare;
 }
 
+/// Bytes of a core's level-2 cache; 512 KiB where the processor does not say.
+pub(crate) fn level2_cache() -> usize {
+    const UNKNOWN: usize = 512 * 1024;
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{__cpuid, __cpuid_count};
+        use std::sync::OnceLock;
+
+        static FOUND: OnceLock<usize> = OnceLock::new();
+        *FOUND.get_or_init(|| {
+            // Intel's leaf, then AMD's, which describe one cache in each subleaf in the same way.
+            for (leaf, base) in [(4, 0), (0x8000_001d, 0x8000_0000)] {
+                if __cpuid(base).eax < leaf {
+                    continue;
+                }
+                for index in 0..8 {
+                    let cache = __cpuid_count(leaf, index);
+                    if cache.eax & 0x1f == 0 {
+                        break;
+                    }
+                    if cache.eax >> 5 & 7 == 2 {
+                        let [ways, partitions, line] = [22, 12, 0].map(|at| {
+                            let width = if at == 0 { 12 } else { 10 };
+                            (cache.ebx >> at & ((1 << width) - 1)) as usize + 1
+                        });
+                        return ways * partitions * line * (cache.ecx as usize + 1);
+                    }
+                }
+            }
+            UNKNOWN
+        })
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    UNKNOWN
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_level_2_cache_has_a_plausible_size() {
+        let size = level2_cache();
+        assert!((64 << 10..256 << 20).contains(&size), "{size}");
+    }
 
     #[test]
     fn contents_and_capacity_stay() {

@@ -73,6 +73,12 @@ pub(crate) trait Simd: Copy + Send + Sync {
         let _ = at;
     }
 
+    /// Asks for the cache line at `at`, which need not be readable, in the level-1 cache.
+    #[inline(always)]
+    fn prefetch_near(self, at: *const f32) {
+        let _ = at;
+    }
+
     /// Transposes a square of [`Simd::LANES`] rows: `to[i * to_stride + j] = from[j * from_stride + i]`.
     ///
     /// # Safety

@@ -121,6 +121,11 @@ impl<'a> Shared<'a> {
         self.len
     }
 
+    /// The first element, not to be read.
+    pub(crate) fn as_ptr(self) -> *const f32 {
+        self.start
+    }
+
     /// `len` elements from `at`.
     ///
     /// # Safety

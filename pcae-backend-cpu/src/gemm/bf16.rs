@@ -4,11 +4,13 @@
 //! in the lower half. The product of two bf16 is exact in f32; sums are f32.
 
 use core::fmt;
+use core::ops::Range;
 
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
 use super::Left;
+use super::tile::Strips;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Amx, Avx512Bf16};
 
@@ -45,6 +47,15 @@ impl Bf16Unit {
     /// The fastest unit that this processor has beside `isa`.
     pub fn detect(isa: Isa) -> Self {
         Self::available(isa).next().unwrap_or(Self(Unit::Emulated))
+    }
+
+    /// Whether the left operand comes in squares, of AMX.
+    pub(super) fn wants_squares(self) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Unit::Amx(_) => true,
+            _ => false,
+        }
     }
 
     /// `rounds` of multiply-adds in registers, and the floating-point operations in them; `None` where there is no
@@ -100,12 +111,13 @@ pub(super) fn rounded(x: f32) -> f32 {
 /// Side of the squares that are transposed, in words: at least that of any instruction set's.
 const SQUARE: usize = 16;
 
-/// `to[j] = words of row j` for the square whose first word is `word`, of `rows` rows of `inner` elements; zeros
-/// beyond the last row and element.
+/// `to[j] = words of row j` for the square whose first word is `word`, of `rows` rows of `inner` elements, `stride`
+/// apart; zeros beyond the last row and element.
 #[inline(always)]
 fn gather(
     square: &mut [[f32; SQUARE]; SQUARE],
     data: &[f32],
+    stride: usize,
     inner: usize,
     rows: usize,
     word: usize,
@@ -115,7 +127,7 @@ fn gather(
         if j >= rows {
             continue;
         }
-        let row = &data[j * inner..][..inner];
+        let row = &data[j * stride..][..inner];
         if let Some(from) = row
             .get(2 * word..)
             .and_then(<[f32]>::first_chunk::<{ 2 * SQUARE }>)
@@ -147,14 +159,22 @@ fn transpose<S: Simd>(s: S, out: &mut [[f32; SQUARE]; SQUARE], square: &[[f32; S
     }
 }
 
+/// How the right operand of [`PackRight`] lies.
+#[derive(Clone, Copy)]
+pub(super) enum Turned<'a> {
+    /// `[inner, stride]`
+    Rows(&'a [f32]),
+    /// `[width, stride]`
+    Columns(&'a [f32]),
+}
+
 /// A panel of pairs, `[words, step]`, of the columns `..width` of the right operand: zeros beyond its last row and
 /// column.
 pub(super) struct PackRight<'a> {
     pub(super) to: &'a mut [f32],
     pub(super) step: usize,
     pub(super) words: usize,
-    pub(super) data: &'a [f32],
-    /// Elements from row to row of `data`, which is `[inner, stride]`; 0 where it is `[width, inner]`.
+    pub(super) data: Turned<'a>,
     pub(super) stride: usize,
     pub(super) width: usize,
     pub(super) inner: usize,
@@ -165,32 +185,52 @@ impl Kernel for PackRight<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        match self.data {
+            Turned::Rows(data) => self.rows(data),
+            Turned::Columns(data) => self.columns(s, data),
+        }
+    }
+}
+
+impl PackRight<'_> {
+    #[inline(always)]
+    fn columns<S: Simd>(self, s: S, data: &[f32]) {
         let Self {
             to,
             step,
             words,
-            data,
             stride,
             width,
             inner,
+            ..
         } = self;
-        if stride == 0 {
-            let (mut square, mut out) = ([[0.0; SQUARE]; SQUARE], [[0.0; SQUARE]; SQUARE]);
-            for col in (0..step).step_by(SQUARE) {
-                let rows = width.saturating_sub(col).min(SQUARE);
-                let data = &data[(col * inner).min(data.len())..];
-                for word in (0..words).step_by(SQUARE) {
-                    gather(&mut square, data, inner, rows, word);
-                    transpose(s, &mut out, &square);
-                    let to = to[word * step..].chunks_mut(step).take(words - word);
-                    for (to, row) in to.zip(&out) {
-                        let len = SQUARE.min(step - col);
-                        to[col..][..len].copy_from_slice(&row[..len]);
-                    }
+        let (mut square, mut out) = ([[0.0; SQUARE]; SQUARE], [[0.0; SQUARE]; SQUARE]);
+        for col in (0..step).step_by(SQUARE) {
+            let rows = width.saturating_sub(col).min(SQUARE);
+            let data = &data[(col * stride).min(data.len())..];
+            for word in (0..words).step_by(SQUARE) {
+                gather(&mut square, data, stride, inner, rows, word);
+                transpose(s, &mut out, &square);
+                let to = to[word * step..].chunks_mut(step).take(words - word);
+                for (to, row) in to.zip(&out) {
+                    let len = SQUARE.min(step - col);
+                    to[col..][..len].copy_from_slice(&row[..len]);
                 }
             }
-            return;
         }
+    }
+
+    #[inline(always)]
+    fn rows(self, data: &[f32]) {
+        let Self {
+            to,
+            step,
+            words,
+            stride,
+            width,
+            inner,
+            ..
+        } = self;
         for (word, to) in to.chunks_exact_mut(step).take(words).enumerate() {
             let row = |i: usize| match i < inner {
                 true => &data[i * stride..][..width],
@@ -213,17 +253,20 @@ impl Kernel for PackRight<'_> {
     }
 }
 
-/// Rows `first..first + rows` of the left operand in pairs: in squares of 16 rows by 16 words, those of the same rows one
-/// after the other, or as tiles of `[words, height]`, one after the other, the height `tile` but for the last.
+/// Tiles of the left operand in pairs, one after the other: each `[words, height]`, or rows of squares of 16 rows by 16
+/// words, filled up with zeros.
 pub(super) struct PackLeft<'a> {
+    /// The place of these tiles.
     pub(super) to: &'a mut [f32],
     pub(super) words: usize,
-    /// `None` for squares, of which there are then whole ones.
-    pub(super) tile: Option<usize>,
+    pub(super) squares: bool,
     pub(super) left: Left<'a>,
+    /// Rows of the whole operand.
     pub(super) m: usize,
+    /// Row of the operand that is row 0 of `strips`.
     pub(super) first: usize,
-    pub(super) rows: usize,
+    pub(super) strips: Strips,
+    pub(super) tiles: Range<usize>,
     pub(super) inner: usize,
 }
 
@@ -235,73 +278,77 @@ impl Kernel for PackLeft<'_> {
         let Self {
             to,
             words,
-            tile,
+            squares,
             left,
             m,
             first,
-            rows,
+            strips,
+            tiles,
             inner,
         } = self;
+        let start = strips.start(tiles.start);
         let (mut square, mut out) = ([[0.0; SQUARE]; SQUARE], [[0.0; SQUARE]; SQUARE]);
-        for row in (0..rows).step_by(SQUARE) {
-            let height = SQUARE.min(rows - row);
-            for word in (0..words).step_by(SQUARE) {
-                // `square[row][word]`, and `out[word][row]` where tiles want it.
-                match left {
-                    Left::Rows(data) => {
-                        let data = &data[(first + row) * inner..];
-                        gather(&mut square, data, inner, height, word);
-                        if tile.is_some() {
-                            transpose(s, &mut out, &square);
-                        }
-                    }
-                    Left::Columns(data) => {
-                        for (i, to) in out.iter_mut().enumerate() {
-                            let line = |i: usize| match i < inner {
-                                true => &data[i * m + first + row..][..height],
-                                false => &[],
-                            };
-                            let (a, b) = (line(2 * (word + i)), line(2 * (word + i) + 1));
-                            if let (Some(a), Some(b)) =
-                                (a.first_chunk::<SQUARE>(), b.first_chunk::<SQUARE>())
-                            {
-                                for ((to, a), b) in to.iter_mut().zip(a).zip(b) {
-                                    *to = pair(*a, *b);
-                                }
-                            } else {
-                                let at =
-                                    |line: &[f32], j: usize| line.get(j).copied().unwrap_or(0.0);
-                                for (j, to) in to.iter_mut().enumerate() {
-                                    *to = pair(at(a, j), at(b, j));
-                                }
+        for tile in tiles {
+            let (top, end) = (strips.start(tile), strips.start(tile + 1));
+            for row in (top..end).step_by(SQUARE) {
+                let height = SQUARE.min(end - row);
+                let to = &mut to[(row - start) * words..];
+                for word in (0..words).step_by(SQUARE) {
+                    // `square[row][word]`, and `out[word][row]` where tiles want it.
+                    match left {
+                        Left::Rows(data) => {
+                            let data = &data[(first + row) * inner..];
+                            gather(&mut square, data, inner, inner, height, word);
+                            if !squares {
+                                transpose(s, &mut out, &square);
                             }
                         }
-                        if tile.is_none() {
-                            transpose(s, &mut square, &out);
+                        Left::Columns(data) => {
+                            turn(&mut out, &data[first + row..], m, inner, height, word);
+                            if squares {
+                                transpose(s, &mut square, &out);
+                            }
                         }
                     }
-                }
-                let count = SQUARE.min(words - word);
-                match tile {
-                    // Zeros in the rows past the last fill up its square.
-                    None => {
-                        to[row * words + word * SQUARE..][..SQUARE * SQUARE]
+                    if squares {
+                        to[word * SQUARE..][..SQUARE * SQUARE]
                             .copy_from_slice(square.as_flattened());
-                    }
-                    Some(tile) => {
-                        for (i, from) in out.iter().enumerate().take(count) {
-                            let mut at = row;
-                            while at < row + height {
-                                let top = at / tile * tile;
-                                let tall = tile.min(rows - top);
-                                let len = (top + tall).min(row + height) - at;
-                                let start = top * words + (word + i) * tall + at - top;
-                                to[start..][..len].copy_from_slice(&from[at - row..][..len]);
-                                at += len;
-                            }
+                    } else {
+                        let lines = to[word * height..].chunks_exact_mut(height);
+                        for (to, from) in lines.zip(&out).take(words - word) {
+                            to.copy_from_slice(&from[..height]);
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// `out[i] = word + i of each of height columns` of `data`, `[inner, stride]`; zeros beyond the last column and row.
+#[inline(always)]
+fn turn(
+    out: &mut [[f32; SQUARE]; SQUARE],
+    data: &[f32],
+    stride: usize,
+    inner: usize,
+    height: usize,
+    word: usize,
+) {
+    for (i, to) in out.iter_mut().enumerate() {
+        let line = |i: usize| match i < inner {
+            true => &data[i * stride..][..height],
+            false => &[],
+        };
+        let (a, b) = (line(2 * (word + i)), line(2 * (word + i) + 1));
+        if let (Some(a), Some(b)) = (a.first_chunk::<SQUARE>(), b.first_chunk::<SQUARE>()) {
+            for ((to, a), b) in to.iter_mut().zip(a).zip(b) {
+                *to = pair(*a, *b);
+            }
+        } else {
+            let at = |line: &[f32], j: usize| line.get(j).copied().unwrap_or(0.0);
+            for (j, to) in to.iter_mut().enumerate() {
+                *to = pair(at(a, j), at(b, j));
             }
         }
     }
@@ -316,6 +363,7 @@ pub(super) struct TilePairs<'a> {
     pub(super) right: &'a [f32],
     pub(super) rows: usize,
     pub(super) vectors: usize,
+    pub(super) add: bool,
     pub(super) sums: &'a mut [f32],
 }
 
@@ -354,6 +402,14 @@ impl TilePairs<'_> {
         }
         let width = S::VECTORS * S::LANES;
         let mut sums = [[s.splat(0.0); V]; R];
+        if self.add {
+            // Counted by constants: an iterator over the slice would keep the sums out of registers.
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = s.load(&self.sums[r * width + v * S::LANES..][..S::LANES]);
+                }
+            }
+        }
         let lines = self
             .right
             .chunks_exact(width)

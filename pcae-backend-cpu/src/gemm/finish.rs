@@ -1,11 +1,10 @@
 //! What is done to the sums of a tile before they are stored.
 
+use crate::cpu::LINE;
 use crate::isa::Kernel;
 use crate::math::{gelu, gelu_grad};
 use crate::simd::Simd;
 use crate::threads::Shared;
-
-use super::tile::MAX_ELEMENTS;
 
 /// Where the sums of a product go, `y = sum + bias` element by element.
 pub(crate) struct Finish<'a> {
@@ -71,6 +70,38 @@ impl<'a> Finish<'a> {
     }
 }
 
+/// Asks for the cache lines that [`FinishTile`] will read and write: they come while the tile is computed.
+pub(super) struct FetchTile<'a, 'b> {
+    pub(super) finish: &'a Finish<'b>,
+    pub(super) row: usize,
+    pub(super) rows: usize,
+    pub(super) col: usize,
+    pub(super) width: usize,
+}
+
+impl Kernel for FetchTile<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let f = self.finish;
+        let other = match &f.mode {
+            Mode::Store | Mode::Add | Mode::Gelu => None,
+            Mode::GeluSaving { pre_gelu } => Some(pre_gelu.as_ptr()),
+            Mode::Residual { residual: x, .. } | Mode::GeluGrad { pre_gelu: x } => Some(x.as_ptr()),
+        };
+        for row in self.row..self.row + self.rows {
+            let at = row * f.n + self.col;
+            for line in (at..at + self.width).step_by(LINE) {
+                s.prefetch(f.out.as_ptr().wrapping_add(line));
+                if let Some(other) = other {
+                    s.prefetch(other.wrapping_add(line));
+                }
+            }
+        }
+    }
+}
+
 /// Stores one tile.
 pub(super) struct FinishTile<'a, 'b> {
     pub(super) finish: &'a Finish<'b>,
@@ -80,7 +111,7 @@ pub(super) struct FinishTile<'a, 'b> {
     pub(super) width: usize,
     /// Elements of a row of `sums`.
     pub(super) step: usize,
-    pub(super) sums: &'a [f32; MAX_ELEMENTS],
+    pub(super) sums: &'a [f32],
 }
 
 impl Kernel for FinishTile<'_, '_> {

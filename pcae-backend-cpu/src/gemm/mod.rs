@@ -1,12 +1,15 @@
 //! Matrix products of linear layers.
 //!
 //! A product is cut into tiles of a few rows by [`Simd::VECTORS`](crate::simd::Simd::VECTORS) vectors, whose sums stay
-//! in registers over the whole inner dimension. Both operands are read in the order of a tile's needs, without gaps: the
-//! right one in *panels*, one column of tiles each, `[inner, width of a tile]`, which stay in a thread's level-2 cache; the
-//! left one in rows of tiles, `[inner, height of a tile]` (read where it lies, in as many streams as rows, it costs 10 %
-//! more than packing it). Weights come in panels already ([`pack_weight`]) or are packed by the thread that needs them,
-//! just before: a training step uses each weight once forward and once backward, so packing them all beforehand would only
-//! add a trip through memory.
+//! in registers. Both operands are read in the order of a tile's needs, without gaps: the right one in *panels*, one
+//! column of tiles each, `[inner, width of a tile]`; the left one in rows of tiles, `[inner, height of a tile]`. Weights
+//! come in panels already ([`pack_weight`]) or are packed by the thread that needs them, just before: a training step
+//! uses each weight once forward and once backward, so packing them all beforehand would only add a trip through memory.
+//!
+//! A tile reads its operands from the level-2 cache, and so the product is also cut where that would overflow: a thread
+//! works on a *group* of panels, for some of the rows of tiles at a time, in *chunks* of the inner dimension. Between
+//! chunks the sums wait in the thread's scratch. ([Goto and van de Geijn](https://doi.org/10.1145/1356052.1356053)
+//! explain such cuts.)
 //!
 //! Each element adds its products in ascending order of the inner index, in one accumulator: its bits depend neither
 //! on the cuts nor on the number of threads.
@@ -23,16 +26,17 @@ use core::ops::Range;
 use crate::cpu::{LINE, Scratch};
 use crate::error::Error;
 use crate::isa::Isa;
-use crate::threads::{Pieces, Threads};
+use crate::memory;
+use crate::threads::{Pieces, Shared, Threads};
 
 pub use bf16::Bf16Unit;
 pub(crate) use finish::{Finish, Mode};
 pub(crate) use pack::{pack_weight, pack_weight_bf16, packed_len_bf16};
 
-use bf16::{PackRight, TilePairs, Unit};
-use finish::FinishTile;
+use bf16::{PackRight, TilePairs, Turned, Unit};
+use finish::{FetchTile, FinishTile};
 use pack::{PackColumns, PackLeft, PackRows};
-use tile::{Fetch, FetchLines, Shape, Tile};
+use tile::{Fetch, FetchLines, Shape, Strips, Tile};
 
 /// The number format of a product's operands; sums are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,62 +77,123 @@ pub(crate) enum Right<'a> {
     Pairs(&'a [f32]),
 }
 
-/// Panels that a thread uses together take at most so many elements: 256 KiB of its level-2 cache, which also holds the
-/// next ones, that are being fetched, and the left operand of a small batch.
-const GROUP: usize = 64 * 1024;
-/// Panels in a group at most; a group's share of the cache is reached before, but for tiny inner dimensions.
-const MAX_GROUP: usize = 64;
-/// The left operand is packed in pieces of so many rows, a multiple of all tiles' heights ...
-const LEFT_ROWS: usize = 64;
-/// ... and used in blocks of so many elements (8 MiB), but of `MIN_BLOCK` rows at least: each block packs the right
-/// operand anew, where it comes unpacked.
-const BLOCK: usize = 2 << 20;
-const MIN_BLOCK: usize = 512;
-/// Multiply-adds that are worth handing to another thread: some 10 µs.
-const GRAIN: usize = 1 << 19;
-
-/// How a block of rows is cut into units of work: chunks of rows times groups of panels.
+/// Where a product is cut. Sizes are in elements of 4 bytes.
 #[derive(Clone, Copy, Debug)]
 struct Cuts {
-    rows: usize,
-    row_chunks: usize,
-    panels: usize,
+    /// The inner dimension of a chunk, at most.
+    chunk: usize,
+    /// The left operand's part that a thread goes through for each panel, at most: most of its level-2 cache, which a
+    /// panel's chunk and the next one take the rest of.
+    left: usize,
+    /// Panels of a group, at most. Where the left operand exceeds the cache, a thread reads it once for each group.
     group: usize,
-    groups: usize,
+    /// The left operand is packed in blocks of so many elements, but of `min_block` rows at least: each block packs the
+    /// right operand anew, where it comes unpacked.
+    block: usize,
+    min_block: usize,
 }
 
 impl Cuts {
-    fn new(dims: Dims, shape: &Shape, threads: usize) -> Self {
-        let Dims { m, n, inner } = dims;
-        let panels = n.div_ceil(shape.width);
-        let fits = (GROUP / shape.panel().max(1)).clamp(1, panels.min(MAX_GROUP));
-        if threads == 1 {
-            let groups = panels.div_ceil(fits);
-            let group = panels.div_ceil(groups);
-            return Self {
-                rows: m,
-                row_chunks: 1,
-                panels,
-                group,
-                groups: panels.div_ceil(group),
-            };
-        }
-        // Four units per thread even out what disturbs one of them.
-        let worth = m.saturating_mul(n).saturating_mul(inner) / GRAIN;
-        let wanted = worth.clamp(1, 4 * threads);
-        let group = fits.min(panels.div_ceil(wanted));
-        let groups = panels.div_ceil(group);
-        // Rows are cut only where panels do not suffice: every chunk of rows packs its panels anew.
-        let row_chunks = (wanted / groups).clamp(1, m.div_ceil(LEFT_ROWS));
-        let rows = m.div_ceil(row_chunks).next_multiple_of(LEFT_ROWS).min(m);
+    fn of_this_machine() -> Self {
         Self {
-            rows,
-            row_chunks: m.div_ceil(rows),
-            panels,
-            group,
-            groups,
+            chunk: 768,
+            left: memory::level2_cache() / size_of::<f32>() * 3 / 4,
+            group: 8,
+            block: 4 << 20,
+            min_block: 512,
         }
     }
+}
+
+/// Rows of tiles that are packed at a time: runs of some cache lines of a transposed operand.
+const PACKED_TILES: usize = 16;
+/// Chunks begin at a multiple of it, the side of the squares of AMX.
+const CHUNK_STEP: usize = 16;
+const PACKED_OTHERWISE: &str = "an operand is packed for the precision it is used with";
+/// Multiply-adds that are worth handing to another thread: some 10 µs.
+const GRAIN: usize = 1 << 19;
+
+/// How a block of rows is cut into units of work, chunks of rows of tiles times groups of panels, and each unit again.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    strips: Strips,
+    /// Parts of the rows of tiles, each a unit with each group.
+    row_chunks: usize,
+    /// Rows of tiles that stay in the cache.
+    cached: usize,
+    panels: usize,
+    group: usize,
+    groups: usize,
+    /// Parts of the inner dimension.
+    chunks: usize,
+}
+
+impl Plan {
+    fn new(cuts: &Cuts, dims: Dims, shape: &Shape, threads: usize) -> Self {
+        let Dims { m, n, inner } = dims;
+        let strips = Strips::new(m, shape);
+        let chunks = shape.words.div_ceil(cuts.chunk).max(1);
+        let chunk = shape.words.div_ceil(chunks).max(1);
+        let cached = (cuts.left / chunk / shape.rows).clamp(1, strips.count.max(1));
+        let panels = n.div_ceil(shape.width);
+        let fits = cuts.group.clamp(1, panels.max(1));
+        let (group, row_chunks) = if threads == 1 {
+            (fits, 1)
+        } else {
+            // Four units per thread even out what disturbs one of them.
+            let worth = m.saturating_mul(n).saturating_mul(inner) / GRAIN;
+            let wanted = worth.clamp(1, 4 * threads);
+            let group = fits.min(panels.div_ceil(wanted)).max(1);
+            // Rows are cut only where panels do not suffice: every chunk of rows packs its panels anew.
+            let row_chunks = wanted / panels.div_ceil(group).max(1);
+            (group, row_chunks.clamp(1, strips.count.max(1)))
+        };
+        Self {
+            strips,
+            row_chunks,
+            cached,
+            panels,
+            group,
+            groups: panels.div_ceil(group),
+            chunks,
+        }
+    }
+
+    /// How often a unit goes through its panels.
+    fn passes(&self) -> usize {
+        self.strips
+            .count
+            .div_ceil(self.row_chunks)
+            .div_ceil(self.cached)
+    }
+
+    /// Scratch of a thread: packed panels of a group, or one that is used once, and sums between chunks, or of one tile.
+    fn scratch(&self, shape: &Shape) -> (usize, usize) {
+        let panels = match self.passes() {
+            1 => 1,
+            _ => self.group,
+        };
+        let sums = match self.chunks {
+            1 => 1,
+            _ => self.group * self.cached,
+        };
+        (panels * shape.panel(), sums * shape.rows * shape.width)
+    }
+
+    /// The words of a chunk.
+    fn words(&self, shape: &Shape, chunk: usize) -> Range<usize> {
+        let start = |i: usize| (shape.words * i / self.chunks).next_multiple_of(CHUNK_STEP);
+        let end = match chunk + 1 == self.chunks {
+            true => shape.words,
+            false => start(chunk + 1),
+        };
+        start(chunk).min(end)..end
+    }
+}
+
+/// Part `i` of `count` parts of `all`, as even as can be.
+fn part(all: &Range<usize>, i: usize, count: usize) -> Range<usize> {
+    all.start + all.len() * i / count..all.start + all.len() * (i + 1) / count
 }
 
 /// `left @ right`, each tile of which goes to `finish`.
@@ -148,132 +213,340 @@ pub(crate) fn gemm(
     right: Right<'_>,
     finish: &Finish<'_>,
 ) -> Result<(), Error> {
-    let Dims { m, n, inner } = dims;
-    let shape = Shape::of(isa, precision, inner);
-    let (Left::Rows(l) | Left::Columns(l)) = left;
-    let (len, right_len) = match right {
-        Right::Rows(r) | Right::Columns(r) | Right::Panels(r) => (r.len(), inner * n),
-        Right::Pairs(r) => (r.len(), n.div_ceil(shape.width) * shape.panel()),
+    let product = Product {
+        isa,
+        precision,
+        shape: Shape::of(isa, precision, dims.inner),
+        dims,
+        left,
+        right,
+        finish,
     };
-    assert!(
-        l.len() >= m * inner && len >= right_len,
-        "the operands of a product are as long as it says"
-    );
-    finish.check(m, n);
-    if m == 0 || n == 0 {
-        return Ok(());
-    }
-    let block = (BLOCK / shape.words.max(1))
-        .max(MIN_BLOCK)
-        .next_multiple_of(LEFT_ROWS)
-        .min(m);
-    let cut = |rows| Cuts::new(Dims { m: rows, ..dims }, &shape, threads.count());
-    let most = cut(block).group * shape.panel();
-    let left_len = (block.next_multiple_of(shape.least_rows) * shape.words).next_multiple_of(LINE);
-    let scratch = scratch.floats(left_len + threads.count() * most)?;
-    let (packed_left, packed_right) = scratch.split_at_mut(left_len);
-    for start in (0..m).step_by(block) {
-        let rows = block.min(m - start);
-        let cuts = cut(rows);
-        let len = rows.next_multiple_of(shape.least_rows) * shape.words;
-        let piece = LEFT_ROWS * shape.words;
-        let pieces = Pieces::new(&mut packed_left[..len], piece);
-        threads.for_each(rows.div_ceil(LEFT_ROWS), piece, pieces, |i, to| {
-            let rows = i * LEFT_ROWS..rows.min((i + 1) * LEFT_ROWS);
-            pack_left(
-                isa,
-                precision,
-                &shape,
-                dims,
-                left,
-                start + rows.start,
-                rows.len(),
-                to,
-            );
-        });
-        let packed_left = &*packed_left;
-        let packed_right = Pieces::new(&mut *packed_right, most);
-        let units = cuts.groups * cuts.row_chunks;
-        threads.for_each_with(
-            units,
-            usize::MAX,
-            (),
-            packed_right,
-            |unit, (), packed_right| {
-                let first = unit / cuts.row_chunks * cuts.group;
-                let count = cuts.group.min(cuts.panels - first);
-                let mut panels = [&[][..]; MAX_GROUP];
-                let mut places = packed_right.chunks_mut(shape.panel().max(1));
-                for (i, panel) in panels.iter_mut().take(count).enumerate() {
-                    let col = (first + i) * shape.width;
-                    let columns = col..n.min(col + shape.width);
-                    let place = places.next().unwrap_or_default();
-                    *panel = pack_right(isa, precision, &shape, dims, right, columns, place);
-                }
-                let tiles = Tiles::new(isa, precision);
-                let chunk = unit % cuts.row_chunks * cuts.rows;
-                let mut sums = [0.0; tile::MAX_ELEMENTS];
-                // The group that this thread will probably take next, fetched evenly over the tiles of this one.
-                let next = (first + cuts.group * threads.count()).min(cuts.panels);
-                let next_end = (next + cuts.group).min(cuts.panels);
-                let (mut fetch, total) = next_group(&shape, dims, right, next..next_end);
-                let tiles_here = cuts.rows.div_ceil(shape.rows) * count;
-                let lines = if cuts.row_chunks == 1 {
-                    total.div_ceil(tiles_here)
-                } else {
-                    0
-                };
-                for row in (chunk..rows.min(chunk + cuts.rows)).step_by(shape.rows) {
-                    let height = shape.rows.min(rows - row);
-                    let packed = height.next_multiple_of(shape.least_rows);
-                    let left = &packed_left[row * shape.words..][..packed * shape.words];
-                    for (i, right) in panels[..count].iter().enumerate() {
-                        let col = (first + i) * shape.width;
-                        let width = shape.width.min(n - col);
-                        tiles.sum(
-                            isa, &shape, left, right, packed, width, &mut fetch, lines, &mut sums,
-                        );
-                        isa.run(FinishTile {
-                            finish,
-                            row: start + row,
-                            rows: height,
-                            col,
-                            width,
-                            step: shape.width,
-                            sums: &sums,
-                        });
-                    }
-                }
-            },
-        );
-    }
-    Ok(())
+    product.run(&Cuts::of_this_machine(), threads, scratch)
 }
 
-/// The cache lines of the panels `panels` of the right operand, as it is given, and their number.
-fn next_group(shape: &Shape, dims: Dims, right: Right<'_>, panels: Range<usize>) -> (Fetch, usize) {
-    let Dims { n, inner, .. } = dims;
-    let columns = (panels.start * shape.width).min(n)..(panels.end * shape.width).min(n);
-    let (data, start, len, rows, stride) = match right {
-        Right::Rows(data) => (data, columns.start, columns.len(), inner, n),
-        Right::Panels(data) | Right::Columns(data) => {
-            (data, columns.start * inner, columns.len() * inner, 1, 0)
+struct Product<'a> {
+    isa: Isa,
+    precision: Precision,
+    shape: Shape,
+    dims: Dims,
+    left: Left<'a>,
+    right: Right<'a>,
+    finish: &'a Finish<'a>,
+}
+
+impl Product<'_> {
+    fn run(&self, cuts: &Cuts, threads: &Threads, scratch: &mut Scratch) -> Result<(), Error> {
+        let Dims { m, n, inner } = self.dims;
+        let shape = &self.shape;
+        let (Left::Rows(l) | Left::Columns(l)) = self.left;
+        let (len, right_len) = match self.right {
+            Right::Rows(r) | Right::Columns(r) | Right::Panels(r) => (r.len(), inner * n),
+            Right::Pairs(r) => (r.len(), n.div_ceil(shape.width) * shape.panel()),
+        };
+        assert!(
+            l.len() >= m * inner && len >= right_len,
+            "the operands of a product are as long as it says"
+        );
+        self.finish.check(m, n);
+        if m == 0 || n == 0 {
+            return Ok(());
         }
-        Right::Pairs(data) => (
-            data,
-            panels.start * shape.panel(),
-            panels.len() * shape.panel(),
-            1,
-            0,
-        ),
-    };
-    if columns.is_empty() {
-        return (Fetch::new(&[], 0, 0), 0);
+        let block = (cuts.block / shape.words.max(1))
+            .max(cuts.min_block)
+            .next_multiple_of(shape.rows)
+            .min(m);
+        let plan = |rows| {
+            let dims = Dims {
+                m: rows,
+                ..self.dims
+            };
+            Plan::new(cuts, dims, shape, threads.count())
+        };
+        // The last block may be smaller and be cut otherwise.
+        let lens = [block, m - (m - 1) / block * block].map(|rows| plan(rows).scratch(shape));
+        let panels_len = lens[0].0.max(lens[1].0).next_multiple_of(LINE);
+        let per_thread = panels_len + lens[0].1.max(lens[1].1).next_multiple_of(LINE);
+        let left_len =
+            (block.next_multiple_of(shape.least_rows) * shape.words).next_multiple_of(LINE);
+        let scratch = scratch.floats(left_len + threads.count() * per_thread)?;
+        let (packed_left, scratch) = scratch.split_at_mut(left_len);
+        for first in (0..m).step_by(block) {
+            let plan = plan(block.min(m - first));
+            self.pack_left(threads, &plan, first, packed_left);
+            let (packed_left, per_thread) = (&*packed_left, Pieces::new(&mut *scratch, per_thread));
+            threads.for_each_with(
+                plan.groups * plan.row_chunks,
+                usize::MAX,
+                (),
+                per_thread,
+                |unit, (), scratch| {
+                    let (panels, sums) = scratch.split_at_mut(panels_len);
+                    self.unit(
+                        threads.count(),
+                        &plan,
+                        unit,
+                        first,
+                        packed_left,
+                        panels,
+                        sums,
+                    );
+                },
+            );
+        }
+        Ok(())
     }
-    (
-        Fetch::new(&data[start.min(data.len())..], len, stride),
-        rows * len.div_ceil(LINE),
-    )
+
+    /// The rows of a block from row `first`.
+    fn pack_left(&self, threads: &Threads, plan: &Plan, first: usize, to: &mut [f32]) {
+        let Dims { m, inner, .. } = self.dims;
+        let (strips, words, left) = (plan.strips, self.shape.words, self.left);
+        let place = Shared::new(to);
+        let cost = PACKED_TILES * self.shape.rows * words;
+        let pieces = strips.count.div_ceil(PACKED_TILES);
+        threads.for_each(pieces, cost, (), |i, ()| {
+            let tiles = i * PACKED_TILES..strips.count.min((i + 1) * PACKED_TILES);
+            let start = strips.start(tiles.start);
+            let end = strips
+                .start(tiles.end)
+                .next_multiple_of(self.shape.least_rows);
+            // SAFETY: tiles do not overlap, and each belongs to one piece.
+            let to = unsafe { place.part(start * words, (end - start) * words) };
+            match self.precision {
+                Precision::F32 => self.isa.run(PackLeft {
+                    to,
+                    left,
+                    m,
+                    first,
+                    strips,
+                    tiles,
+                    inner,
+                }),
+                Precision::Bf16(unit) => self.isa.run(bf16::PackLeft {
+                    to,
+                    words,
+                    squares: unit.wants_squares(),
+                    left,
+                    m,
+                    first,
+                    strips,
+                    tiles,
+                    inner,
+                }),
+            }
+        });
+    }
+
+    /// A unit of work of the block from row `first`.
+    fn unit(
+        &self,
+        threads: usize,
+        plan: &Plan,
+        unit: usize,
+        first: usize,
+        packed_left: &[f32],
+        panels: &mut [f32],
+        sums: &mut [f32],
+    ) {
+        let Dims { n, .. } = self.dims;
+        let shape = &self.shape;
+        let (group, row_chunk) = (unit / plan.row_chunks, unit % plan.row_chunks);
+        let group = group * plan.group..plan.panels.min((group + 1) * plan.group);
+        // The first panel of what this thread will probably take next.
+        let next = group.start + threads * plan.group;
+        let all = part(&(0..plan.strips.count), row_chunk, plan.row_chunks);
+        let passes = plan.passes();
+        let place = |i: usize, words: &Range<usize>| {
+            let panel = if passes == 1 { 0 } else { i * shape.panel() };
+            panel + words.start * shape.width..panel + words.end * shape.width
+        };
+        let ready = Tiles::new(self.isa, self.precision);
+        for pass in 0..passes {
+            let tiles = part(&all, pass, passes);
+            let top = plan.strips.start(tiles.start);
+            for chunk in 0..plan.chunks {
+                let words = plan.words(shape, chunk);
+                let last = chunk + 1 == plan.chunks;
+                for (i, panel) in group.clone().enumerate() {
+                    let columns = panel * shape.width..n.min((panel + 1) * shape.width);
+                    if pass == 0 && self.panel(&columns, &words).is_none() {
+                        self.pack_panel(&columns, &words, &mut panels[place(i, &words)]);
+                    }
+                    // What comes next is fetched evenly over the tiles.
+                    let (mut fetch, lines) = if plan.row_chunks > 1 {
+                        (Fetch::NONE, 0)
+                    } else {
+                        let (pass, chunk, i) = match (i + 1 < group.len(), last) {
+                            (true, _) => (pass, chunk, i + 1),
+                            (false, false) => (pass, chunk + 1, 0),
+                            (false, true) => (pass + 1, 0, 0),
+                        };
+                        let words = plan.words(shape, chunk);
+                        if pass == passes {
+                            self.lines(next, words)
+                        } else if pass > 0 && self.panel(&columns, &words).is_none() {
+                            let panel = &panels[place(i, &words)];
+                            (
+                                Fetch::new(panel, panel.len(), 0),
+                                panel.len().div_ceil(LINE),
+                            )
+                        } else {
+                            self.lines(group.start + i, words)
+                        }
+                    };
+                    let lines = lines.div_ceil(tiles.len().max(1));
+                    let right = match self.panel(&columns, &words) {
+                        Some(panel) => panel,
+                        None => &panels[place(i, &words)],
+                    };
+                    for tile in tiles.clone() {
+                        let (row, end) = (plan.strips.start(tile), plan.strips.start(tile + 1));
+                        let waiting = match plan.chunks {
+                            1 => 0,
+                            _ => (i * plan.cached * shape.rows + row - top) * shape.width,
+                        };
+                        let sums = &mut sums[waiting..];
+                        let height = (end - row).next_multiple_of(shape.least_rows);
+                        if last {
+                            self.isa.run(FetchTile {
+                                finish: self.finish,
+                                row: first + row,
+                                rows: end - row,
+                                col: columns.start,
+                                width: columns.len(),
+                            });
+                        }
+                        ready.sum(
+                            shape,
+                            &packed_left[row * shape.words..][..height * shape.words],
+                            right,
+                            &words,
+                            height,
+                            columns.len(),
+                            &mut fetch,
+                            lines,
+                            sums,
+                        );
+                        if last {
+                            self.isa.run(FinishTile {
+                                finish: self.finish,
+                                row: first + row,
+                                rows: end - row,
+                                col: columns.start,
+                                width: columns.len(),
+                                step: shape.width,
+                                sums,
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The cache lines of the words `words` of a panel, as the right operand is given, and their number.
+    fn lines(&self, panel: usize, words: Range<usize>) -> (Fetch, usize) {
+        let Dims { n, inner, .. } = self.dims;
+        let width = self.shape.width;
+        let columns = (panel * width).min(n)..((panel + 1) * width).min(n);
+        let per_word = match self.precision {
+            Precision::F32 => 1,
+            Precision::Bf16(_) => 2,
+        };
+        let rows = (words.start * per_word).min(inner)..(words.end * per_word).min(inner);
+        let (data, start, len, count, stride) = match self.right {
+            Right::Rows(data) => {
+                let start = rows.start * n + columns.start;
+                (data, start, columns.len(), rows.len(), n)
+            }
+            Right::Columns(data) => {
+                let start = columns.start * inner + rows.start;
+                (data, start, rows.len(), columns.len(), inner)
+            }
+            Right::Panels(data) | Right::Pairs(data) => {
+                let start = panel * self.shape.panel() + words.start * width;
+                (data, start, words.len() * width, 1, 0)
+            }
+        };
+        if columns.is_empty() || rows.is_empty() {
+            return (Fetch::NONE, 0);
+        }
+        (
+            Fetch::new(&data[start.min(data.len())..], len, stride),
+            count * len.div_ceil(LINE),
+        )
+    }
+
+    /// The words `words` of the panel of some columns, if it lies ready in the right operand.
+    fn panel(&self, columns: &Range<usize>, words: &Range<usize>) -> Option<&[f32]> {
+        let width = self.shape.width;
+        let start = columns.start * self.shape.words + words.start * width;
+        match self.right {
+            // The last panel of weights in place is as narrow as its columns; a tile wants zeros behind them.
+            Right::Panels(data) if columns.len() == width => {
+                Some(&data[start..][..words.len() * width])
+            }
+            Right::Pairs(data) => Some(&data[start..][..words.len() * width]),
+            _ => None,
+        }
+    }
+
+    /// Packs the words `words` of the panel of some columns.
+    fn pack_panel(&self, columns: &Range<usize>, words: &Range<usize>, to: &mut [f32]) {
+        let Dims { n, inner, .. } = self.dims;
+        let (isa, step, col, width) = (self.isa, self.shape.width, columns.start, columns.len());
+        match self.precision {
+            Precision::F32 => {
+                let (data, stride) = match self.right {
+                    Right::Rows(data) => (&data[(words.start * n + col).min(data.len())..], n),
+                    Right::Panels(data) => (&data[col * inner + words.start * width..], width),
+                    Right::Columns(data) => {
+                        return isa.run(PackColumns {
+                            to,
+                            step,
+                            data: &data[col * inner + words.start..],
+                            stride: inner,
+                            width,
+                            inner: words.len(),
+                        });
+                    }
+                    Right::Pairs(_) => panic!("{PACKED_OTHERWISE}"),
+                };
+                isa.run(PackRows {
+                    to,
+                    step,
+                    data,
+                    stride,
+                    width,
+                    inner: words.len(),
+                });
+            }
+            Precision::Bf16(_) => {
+                let start = (2 * words.start).min(inner);
+                let (data, stride) = match self.right {
+                    Right::Rows(data) => {
+                        (Turned::Rows(&data[(start * n + col).min(data.len())..]), n)
+                    }
+                    Right::Columns(data) => {
+                        let start = (col * inner + start).min(data.len());
+                        (Turned::Columns(&data[start..]), inner)
+                    }
+                    Right::Panels(_) | Right::Pairs(_) => {
+                        panic!("{PACKED_OTHERWISE}")
+                    }
+                };
+                isa.run(PackRight {
+                    to,
+                    step,
+                    words: words.len(),
+                    data,
+                    stride,
+                    width,
+                    inner: (inner - start).min(2 * words.len()),
+                });
+            }
+        }
+    }
 }
 
 /// What sums tiles, ready on this thread.
@@ -281,9 +554,9 @@ enum Tiles {
     F32(Isa),
     Pairs(Isa),
     #[cfg(target_arch = "x86_64")]
-    Dot(x86::Avx512Bf16),
+    Dot(Isa, x86::Avx512Bf16),
     #[cfg(target_arch = "x86_64")]
-    Amx(x86::AmxTiles),
+    Amx(Isa, x86::AmxTiles),
 }
 
 impl Tiles {
@@ -293,187 +566,113 @@ impl Tiles {
             Precision::Bf16(unit) => match unit.0 {
                 Unit::Emulated => Self::Pairs(isa),
                 #[cfg(target_arch = "x86_64")]
-                Unit::Avx512Bf16(dot) => Self::Dot(dot),
+                Unit::Avx512Bf16(dot) => Self::Dot(isa, dot),
                 #[cfg(target_arch = "x86_64")]
-                Unit::Amx(amx) => Self::Amx(amx.configure()),
+                Unit::Amx(amx) => Self::Amx(isa, amx.configure()),
             },
         }
     }
 
-    /// `sums = left @ right`, the first `width` columns.
+    /// Adds the words `words` of `left @ right` to the first `width` columns of `sums`, or stores them there if they are
+    /// the first. `left` has all words of its `rows` rows, `right` those words.
     fn sum(
         &self,
-        isa: Isa,
         shape: &Shape,
         left: &[f32],
         right: &[f32],
+        words: &Range<usize>,
         rows: usize,
         width: usize,
         fetch: &mut Fetch,
         lines: usize,
-        sums: &mut [f32; tile::MAX_ELEMENTS],
+        sums: &mut [f32],
     ) {
-        let (words, vectors) = (shape.words, width.div_ceil(shape.lanes));
-        if let Self::F32(isa) = self {
-            let inner = words;
-            return isa.run(Tile {
-                inner,
-                left,
+        let vectors = width.div_ceil(shape.lanes);
+        let (count, add) = (words.len(), words.start > 0);
+        let tile = &left[words.start * rows..][..count * rows];
+        match self {
+            Self::F32(isa) => isa.run(Tile {
+                inner: count,
+                left: tile,
                 right,
                 rows,
                 vectors,
+                add,
                 fetch,
                 lines,
                 sums,
-            });
-        }
-        isa.run(FetchLines { fetch, lines });
-        match self {
-            Self::F32(_) => {}
-            Self::Pairs(isa) => isa.run(TilePairs {
-                words,
-                left,
-                right,
-                rows,
-                vectors,
-                sums,
             }),
+            Self::Pairs(isa) => {
+                isa.run(FetchLines { fetch, lines });
+                isa.run(TilePairs {
+                    words: count,
+                    left: tile,
+                    right,
+                    rows,
+                    vectors,
+                    add,
+                    sums,
+                });
+            }
             #[cfg(target_arch = "x86_64")]
-            Self::Dot(dot) => dot.tile(words, left, right, rows, sums),
+            Self::Dot(isa, dot) => {
+                isa.run(FetchLines { fetch, lines });
+                dot.tile(count, tile, right, rows, add, sums);
+            }
             #[cfg(target_arch = "x86_64")]
-            Self::Amx(tiles) => tiles.tile(words, left, right, rows, sums),
-        }
-    }
-}
-
-/// Rows `first..first + rows` of the left operand.
-fn pack_left(
-    isa: Isa,
-    precision: Precision,
-    shape: &Shape,
-    dims: Dims,
-    left: Left<'_>,
-    first: usize,
-    rows: usize,
-    to: &mut [f32],
-) {
-    let Dims { m, inner, .. } = dims;
-    match precision {
-        Precision::F32 => isa.run(PackLeft {
-            to,
-            left,
-            m,
-            first,
-            rows,
-            inner,
-        }),
-        Precision::Bf16(_) => {
-            // AMX takes squares.
-            let tile = (shape.least_rows == 1).then_some(shape.rows);
-            let words = shape.words;
-            isa.run(bf16::PackLeft {
-                to,
-                words,
-                tile,
-                left,
-                m,
-                first,
-                rows,
-                inner,
-            });
-        }
-    }
-}
-
-/// One panel of the right operand: its part that is one already, or a copy in `to`.
-fn pack_right<'a>(
-    isa: Isa,
-    precision: Precision,
-    shape: &Shape,
-    dims: Dims,
-    right: Right<'a>,
-    columns: Range<usize>,
-    to: &'a mut [f32],
-) -> &'a [f32] {
-    let Dims { n, inner, .. } = dims;
-    let (col, width, step, words) = (columns.start, columns.len(), shape.width, shape.words);
-    match (right, precision) {
-        (Right::Panels(data), Precision::F32) => {
-            let data = &data[col * inner..][..inner * width];
-            if width == step {
-                return data;
-            }
-            // The last panel is as narrow as its columns; a tile wants zeros behind them.
-            isa.run(PackRows {
-                to,
-                step,
-                data,
-                stride: width,
-                width,
-                inner,
-            });
-        }
-        (Right::Pairs(data), Precision::Bf16(_)) => return &data[col * words..][..shape.panel()],
-        (Right::Rows(data), _) => {
-            let data = &data[col.min(data.len())..];
-            match precision {
-                Precision::F32 => isa.run(PackRows {
-                    to,
-                    step,
-                    data,
-                    stride: n,
-                    width,
-                    inner,
-                }),
-                Precision::Bf16(_) => isa.run(PackRight {
-                    to,
-                    step,
-                    words,
-                    data,
-                    stride: n,
-                    width,
-                    inner,
-                }),
+            Self::Amx(isa, amx) => {
+                isa.run(FetchLines { fetch, lines });
+                let left = &left[words.start * x86::TILE..];
+                amx.tile(count, left, shape.words * x86::TILE, right, rows, add, sums);
             }
         }
-        (Right::Columns(data), _) => {
-            let data = &data[col * inner..][..inner * width];
-            match precision {
-                Precision::F32 => isa.run(PackColumns {
-                    to,
-                    step,
-                    data,
-                    width,
-                    inner,
-                }),
-                Precision::Bf16(_) => isa.run(PackRight {
-                    to,
-                    step,
-                    words,
-                    data,
-                    stride: 0,
-                    width,
-                    inner,
-                }),
-            }
-        }
-        (Right::Panels(_), Precision::Bf16(_)) | (Right::Pairs(_), Precision::F32) => {
-            panic!("an operand is packed for the precision it is used with")
-        }
     }
-    to
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::threads::Shared;
     use proptest::prelude::*;
 
     fn values(len: usize, seed: u64) -> Vec<f32> {
         (0..len as u64)
             .map(|i| ((i * 7 + seed) * 2_654_435_761 % 1009) as f32 / 504.5 - 1.0)
             .collect()
+    }
+
+    /// Cuts at which small products have several of everything.
+    const SMALL: Cuts = Cuts {
+        chunk: 48,
+        left: 48 * 24,
+        group: 2,
+        block: 0,
+        min_block: 90,
+    };
+
+    fn run(
+        isa: Isa,
+        precision: Precision,
+        threads: &Threads,
+        cuts: &Cuts,
+        dims: Dims,
+        left: Left<'_>,
+        right: Right<'_>,
+        finish: &Finish<'_>,
+    ) {
+        let shape = Shape::of(isa, precision, dims.inner);
+        let product = Product {
+            isa,
+            precision,
+            shape,
+            dims,
+            left,
+            right,
+            finish,
+        };
+        // What an earlier product left in the scratch must not matter.
+        let mut scratch = Scratch::default();
+        scratch.floats(1000).unwrap().fill(f32::NAN);
+        product.run(cuts, threads, &mut scratch).unwrap();
     }
 
     fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
@@ -506,8 +705,10 @@ mod tests {
         pack_weight(isa, &mut panels, &mut vec![0.0; n * inner], n, inner);
         let mut first: Option<Vec<f32>> = None;
         let product = exact(dims, &left, &right);
-        for pool in pools {
-            let mut scratch = Scratch::default();
+        for (pool, cuts) in pools
+            .iter()
+            .flat_map(|pool| [(pool, Cuts::of_this_machine()), (pool, SMALL)])
+        {
             for left in [Left::Rows(&left), Left::Columns(&left_t)] {
                 for right in [
                     Right::Rows(&right),
@@ -516,17 +717,7 @@ mod tests {
                 ] {
                     let mut out = start.clone();
                     let finish = Finish::new(&mut out, n, &bias, Mode::Add);
-                    gemm(
-                        isa,
-                        Precision::F32,
-                        pool,
-                        &mut scratch,
-                        dims,
-                        left,
-                        right,
-                        &finish,
-                    )
-                    .unwrap();
+                    run(isa, Precision::F32, pool, &cuts, dims, left, right, &finish);
                     for (i, (got, want)) in out.iter().zip(&product).enumerate() {
                         let want = want + f64::from(bias[i % n]) + f64::from(start[i]);
                         // Sums of inner products of numbers below 1, each rounded once or twice.
@@ -561,8 +752,10 @@ mod tests {
         let round = |x: &[f32]| x.iter().map(|&x| bf16::rounded(x)).collect::<Vec<_>>();
         let product = exact(dims, &round(&left), &round(&right));
         let mut first: Option<Vec<f32>> = None;
-        for pool in pools {
-            let mut scratch = Scratch::default();
+        for (pool, cuts) in pools
+            .iter()
+            .flat_map(|pool| [(pool, Cuts::of_this_machine()), (pool, SMALL)])
+        {
             for left in [Left::Rows(&left), Left::Columns(&left_t)] {
                 for right in [
                     Right::Rows(&right),
@@ -572,17 +765,7 @@ mod tests {
                     let mut out = vec![f32::NAN; m * n];
                     let finish = Finish::new(&mut out, n, &[], Mode::Store);
                     let precision = Precision::Bf16(unit);
-                    gemm(
-                        isa,
-                        precision,
-                        pool,
-                        &mut scratch,
-                        dims,
-                        left,
-                        right,
-                        &finish,
-                    )
-                    .unwrap();
+                    run(isa, precision, pool, &cuts, dims, left, right, &finish);
                     for (i, (got, want)) in out.iter().zip(&product).enumerate() {
                         // Exact products of numbers below 1, whose sum is rounded at each.
                         let bound = (inner + 3) as f64 * f64::from(f32::EPSILON) * 2.0;

@@ -1,12 +1,14 @@
 //! Copies of operands in the order in which tiles read them.
 
+use core::ops::Range;
+
 use pcae_kernel::error::product;
 
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
-use super::bf16::{Bf16Unit, PackRight};
-use super::tile::Shape;
+use super::bf16::{Bf16Unit, PackRight, Turned};
+use super::tile::{Shape, Strips};
 use super::{Left, Precision};
 
 /// Puts a weight, `[n, inner]`, in panels in place: panel after panel of `width` columns, each `[inner, width]`, the last
@@ -21,6 +23,7 @@ pub(crate) fn pack_weight(isa: Isa, weight: &mut [f32], copy: &mut [f32], n: usi
             to: &mut weight[range.clone()],
             step: width,
             data: &copy[range],
+            stride: inner,
             width,
             inner,
         });
@@ -49,8 +52,8 @@ pub(crate) fn pack_weight_bf16(
             to,
             step: shape.width,
             words: shape.words,
-            data: &weight[col * inner..],
-            stride: 0,
+            data: Turned::Columns(&weight[col * inner..]),
+            stride: inner,
             width: shape.width.min(n - col),
             inner,
         });
@@ -88,11 +91,12 @@ impl Kernel for PackRows<'_> {
     }
 }
 
-/// `to[i * step + j] = data[j * inner + i]` for `j < width`, zeros from there to `step`.
+/// `to[i * step + j] = data[j * stride + i]` for `i < inner` and `j < width`, zeros from there to `step`.
 pub(super) struct PackColumns<'a> {
     pub(super) to: &'a mut [f32],
     pub(super) step: usize,
     pub(super) data: &'a [f32],
+    pub(super) stride: usize,
     pub(super) width: usize,
     pub(super) inner: usize,
 }
@@ -106,27 +110,29 @@ impl Kernel for PackColumns<'_> {
             to,
             step,
             data,
+            stride,
             width,
             inner,
         } = self;
+        let end = width.saturating_sub(1) * stride + inner;
         assert!(
-            to.len() >= inner * step && data.len() >= width * inner && width <= step,
+            to.len() >= inner * step && data.len() >= end && inner <= stride && width <= step,
             "what is packed is as long as it says"
         );
         let (square_cols, square_rows) = (width - width % S::LANES, inner - inner % S::LANES);
         for j in (0..square_cols).step_by(S::LANES) {
             for i in (0..square_rows).step_by(S::LANES) {
-                // SAFETY: a square of `LANES` by `LANES` within `to`, `[inner, step]`, and within `data`,
-                // `[width, inner]`, whose lengths are checked above.
+                // SAFETY: a square of `LANES` by `LANES` within `to`, `[inner, step]`, and within the columns of
+                // `data`, whose lengths are checked above.
                 unsafe {
                     let to = to.as_mut_ptr().add(i * step + j);
-                    s.transpose(to, step, data.as_ptr().add(j * inner + i), inner);
+                    s.transpose(to, step, data.as_ptr().add(j * stride + i), stride);
                 }
             }
         }
-        for (j, column) in data.chunks_exact(inner.max(1)).take(width).enumerate() {
+        for (j, column) in data.chunks(stride.max(1)).take(width).enumerate() {
             let first = if j < square_cols { square_rows } else { 0 };
-            for (i, x) in column.iter().enumerate().skip(first) {
+            for (i, x) in column[..inner].iter().enumerate().skip(first) {
                 to[i * step + j] = *x;
             }
         }
@@ -138,15 +144,17 @@ impl Kernel for PackColumns<'_> {
     }
 }
 
-/// `rows` rows of the left operand from row `first`, as tiles of `[inner, height]`, one after the other: the height is
-/// [`Simd::ROWS`] but for the last.
+/// Tiles of the left operand, each `[inner, height]`, one after the other.
 pub(super) struct PackLeft<'a> {
+    /// The place of these tiles.
     pub(super) to: &'a mut [f32],
     pub(super) left: Left<'a>,
     /// Rows of the whole operand.
     pub(super) m: usize,
+    /// Row of the operand that is row 0 of `strips`.
     pub(super) first: usize,
-    pub(super) rows: usize,
+    pub(super) strips: Strips,
+    pub(super) tiles: Range<usize>,
     pub(super) inner: usize,
 }
 
@@ -155,84 +163,92 @@ impl Kernel for PackLeft<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        let start = self.strips.start(self.tiles.start);
+        let end = self.strips.start(self.tiles.end);
+        let len = self.m * self.inner;
+        let (Left::Rows(data) | Left::Columns(data)) = self.left;
+        assert!(
+            data.len() >= len
+                && self.first + end <= self.m
+                && self.to.len() >= (end - start) * self.inner,
+            "what is packed is as long as it says"
+        );
         match self.left {
-            Left::Rows(data) => self.rows(s, data),
-            Left::Columns(data) => self.columns::<S>(data),
+            Left::Rows(data) => self.rows(s, &data[..len], start),
+            Left::Columns(data) => self.columns(s, &data[..len], start),
         }
     }
 }
 
 impl PackLeft<'_> {
     #[inline(always)]
-    fn rows<S: Simd>(self, s: S, data: &[f32]) {
-        let Self {
-            to,
-            first,
-            rows,
-            inner,
-            ..
-        } = self;
-        let data = &data[first * inner..][..rows * inner];
-        let to = &mut to[..rows * inner];
-        // Squares whose rows belong to full tiles.
-        let square_rows = rows - rows % S::LANES.max(S::ROWS);
-        let square_cols = inner - inner % S::LANES;
+    fn rows<S: Simd>(self, s: S, data: &[f32], start: usize) {
         let mut square = [0.0; 16 * 16];
-        // Rows of a square that belong to the same tile.
-        let piece = if S::ROWS < S::LANES {
-            S::ROWS
-        } else {
-            S::LANES
-        };
-        for row in (0..square_rows).step_by(S::LANES) {
-            for col in (0..square_cols).step_by(S::LANES) {
-                // SAFETY: a square of `LANES` rows and columns within `data`; `square` holds the largest.
-                unsafe {
-                    let from = data.as_ptr().add(row * inner + col);
-                    s.transpose(square.as_mut_ptr(), S::LANES, from, inner);
-                }
-                for (i, lanes) in square.chunks_exact(S::LANES).take(S::LANES).enumerate() {
-                    for (p, from) in lanes.chunks_exact(piece).enumerate() {
-                        let row = row + p * piece;
-                        let (tile, at) = (row / S::ROWS, row % S::ROWS);
-                        let start = tile * S::ROWS * inner + (col + i) * S::ROWS + at;
-                        to[start..][..piece].copy_from_slice(from);
+        for tile in self.tiles {
+            let (row, end) = (self.strips.start(tile), self.strips.start(tile + 1));
+            let height = end - row;
+            let to = &mut self.to[(row - start) * self.inner..][..height * self.inner];
+            let data = &data[(self.first + row) * self.inner..];
+            let by_squares = self.inner - self.inner % S::LANES;
+            for col in (0..by_squares).step_by(S::LANES) {
+                for part in (0..height).step_by(S::LANES) {
+                    let there = (height - part).min(S::LANES);
+                    // SAFETY: `LANES` columns within `inner` of `LANES` rows, where as many follow, or of `there`;
+                    // `square` holds the largest square.
+                    unsafe {
+                        let from = data.as_ptr().add(part * self.inner + col);
+                        if data.len() >= (part + S::LANES) * self.inner {
+                            s.transpose(square.as_mut_ptr(), S::LANES, from, self.inner);
+                        } else {
+                            let mut lines = [0.0; 16 * 16];
+                            for (i, line) in
+                                lines.chunks_exact_mut(S::LANES).take(there).enumerate()
+                            {
+                                s.store(line, s.load_at(from.add(i * self.inner)));
+                            }
+                            s.transpose(square.as_mut_ptr(), S::LANES, lines.as_ptr(), S::LANES);
+                        }
+                    }
+                    let lines = to[col * height..].chunks_exact_mut(height);
+                    for (to, from) in lines.zip(square.chunks_exact(S::LANES)).take(S::LANES) {
+                        copy_line::<S>(s, &mut to[part..][..there], from);
                     }
                 }
             }
-        }
-        for (row, data) in data.chunks_exact(inner.max(1)).enumerate() {
-            let (tile, at) = (row / S::ROWS, row % S::ROWS);
-            let height = S::ROWS.min(rows - tile * S::ROWS);
-            let tile = &mut to[tile * S::ROWS * inner..][..height * inner];
-            let done = if row < square_rows { square_cols } else { 0 };
-            for (to, x) in tile.chunks_exact_mut(height).zip(data).skip(done) {
-                to[at] = *x;
+            for (i, data) in data
+                .chunks_exact(self.inner.max(1))
+                .take(height)
+                .enumerate()
+            {
+                for (to, x) in to.chunks_exact_mut(height).zip(data).skip(by_squares) {
+                    to[i] = *x;
+                }
             }
         }
     }
 
     #[inline(always)]
-    fn columns<S: Simd>(self, data: &[f32]) {
-        let Self {
-            to,
-            m,
-            first,
-            rows,
-            inner,
-            ..
-        } = self;
-        for i in 0..inner {
-            let row = &data[i * m + first..][..rows];
-            for (tile, from) in row.chunks(S::ROWS).enumerate() {
-                let to = &mut to[tile * S::ROWS * inner + i * from.len()..];
-                if from.len() == S::ROWS {
-                    // A length that the compiler knows: no call.
-                    to[..S::ROWS].copy_from_slice(&from[..S::ROWS]);
-                } else {
-                    to[..from.len()].copy_from_slice(from);
+    fn columns<S: Simd>(self, s: S, data: &[f32], start: usize) {
+        for i in 0..self.inner {
+            for tile in self.tiles.clone() {
+                let (row, end) = (self.strips.start(tile), self.strips.start(tile + 1));
+                let to = &mut self.to[(row - start) * self.inner + i * (end - row)..][..end - row];
+                let from = &data[i * self.m + self.first + row..][..end - row];
+                for (to, from) in to.chunks_mut(S::LANES).zip(from.chunks(S::LANES)) {
+                    copy_line::<S>(s, to, from);
                 }
             }
         }
+    }
+}
+
+/// Copies at most a vector, as long as `to`.
+#[inline(always)]
+fn copy_line<S: Simd>(s: S, to: &mut [f32], from: &[f32]) {
+    if to.len() == S::ROWS {
+        // The usual length, and the compiler knows it: no mask, which some processors are slow to store by.
+        to[..S::ROWS].copy_from_slice(&from[..S::ROWS]);
+    } else {
+        s.store(to, s.load(&from[..to.len()]));
     }
 }

@@ -7,9 +7,6 @@ use crate::cpu::LINE;
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
-/// Elements of the largest tile: of AMX.
-pub(super) const MAX_ELEMENTS: usize = 32 * 32;
-
 /// Sizes of the tiles and packed operands of a product.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
@@ -54,6 +51,37 @@ impl Shape {
     }
 }
 
+/// Rows cut into tiles, as even as can be: the last is not a remainder, on which a tile of few rows would waste time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Strips {
+    rows: usize,
+    /// Tiles.
+    pub(super) count: usize,
+    /// Heights are multiples of it, but for the last.
+    least: usize,
+}
+
+impl Strips {
+    pub(super) fn new(rows: usize, shape: &Shape) -> Self {
+        Self {
+            rows,
+            count: rows.div_ceil(shape.rows),
+            least: shape.least_rows,
+        }
+    }
+
+    /// First row of a tile; the end of the last for `tile == count`.
+    #[inline(always)]
+    pub(super) fn start(&self, tile: usize) -> usize {
+        let units = self.rows.div_ceil(self.least);
+        let Some(each) = units.checked_div(self.count) else {
+            return 0;
+        };
+        let start = tile * each + tile.min(units % self.count);
+        (start * self.least).min(self.rows)
+    }
+}
+
 struct Ask;
 
 impl Kernel for Ask {
@@ -81,6 +109,13 @@ pub(super) struct Fetch {
 }
 
 impl Fetch {
+    pub(super) const NONE: Self = Self {
+        row: core::ptr::null(),
+        line: 0,
+        row_lines: 1,
+        stride: 0,
+    };
+
     /// Rows of `len` elements from the front of `data`.
     pub(super) fn new(data: &[f32], len: usize, stride: usize) -> Self {
         Self {
@@ -120,7 +155,12 @@ impl Kernel for FetchLines<'_> {
     }
 }
 
-/// `sums = left @ right` for one tile.
+/// Rounds between two requests for what is used next.
+const ROUNDS: usize = 8;
+/// Rows of a panel that are on their way from the level-2 to the level-1 cache.
+const AHEAD: usize = 16;
+
+/// `sums = left @ right`, or `sums += left @ right`, for one tile.
 pub(super) struct Tile<'a> {
     pub(super) inner: usize,
     /// `[inner, rows]`
@@ -131,11 +171,13 @@ pub(super) struct Tile<'a> {
     pub(super) rows: usize,
     /// Vectors that have columns, at most [`Simd::VECTORS`].
     pub(super) vectors: usize,
+    /// Whether to add to what `sums` hold.
+    pub(super) add: bool,
     /// What is used next, and how many of its lines to ask for meanwhile.
     pub(super) fetch: &'a mut Fetch,
     pub(super) lines: usize,
     /// `[rows, width of a full tile]`, of which `vectors` vectors of each row are written.
-    pub(super) sums: &'a mut [f32; MAX_ELEMENTS],
+    pub(super) sums: &'a mut [f32],
 }
 
 impl Kernel for Tile<'_> {
@@ -146,7 +188,7 @@ impl Kernel for Tile<'_> {
         assert!(
             self.left.len() >= self.rows * self.inner
                 && self.right.len() >= self.inner * S::VECTORS * S::LANES
-                && self.rows * S::VECTORS * S::LANES <= MAX_ELEMENTS,
+                && self.sums.len() >= self.rows * S::VECTORS * S::LANES,
             "the operands of a tile are as long as it says"
         );
         match self.vectors {
@@ -180,41 +222,66 @@ impl Tile<'_> {
         }
         let width = S::VECTORS * S::LANES;
         let mut sums = [[s.splat(0.0); V]; R];
-        let (mut left, mut right) = (self.left.as_ptr(), self.right.as_ptr());
-        // A line every few rounds: many at once would hold up the loads of the product.
-        let step = self
-            .inner
-            .checked_div(self.lines)
-            .unwrap_or(self.inner)
-            .max(1);
-        let mut at = 0;
-        while at < self.inner {
-            if self.lines > 0 {
-                s.prefetch(self.fetch.next());
-            }
-            let end = self.inner.min(at + step);
-            for _ in at..end {
-                // SAFETY: row `i` of the panel has `width >= V * LANES` elements and `R` is `rows`; `run` has checked the
-                // length of both operands.
-                unsafe {
-                    let vectors: [S::V; V] =
-                        core::array::from_fn(|v| s.load_at(right.add(v * S::LANES)));
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let x = s.splat(*left.add(r));
-                        for (sum, vector) in sums.iter_mut().zip(vectors) {
-                            *sum = s.mul_add(x, vector, *sum);
-                        }
-                    }
-                    left = left.add(R);
-                    right = right.add(width);
+        if self.add {
+            // Counted by constants: an iterator over the slice would keep the sums out of registers.
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = s.load(&self.sums[r * width + v * S::LANES..][..S::LANES]);
                 }
             }
-            at = end;
+        }
+        let (mut left, mut right) = (self.left.as_ptr(), self.right.as_ptr());
+        // Lines now and then: many at once would hold up the loads of the product.
+        let parts = self.inner / ROUNDS;
+        let each = self.lines.div_ceil(parts.max(1));
+        let mut lines = self.lines;
+        for _ in 0..parts {
+            for _ in 0..each.min(lines) {
+                s.prefetch(self.fetch.next());
+            }
+            lines = lines.saturating_sub(each);
+            for _ in 0..ROUNDS {
+                // SAFETY: `run` has checked the length of both operands for `inner` rounds, and there are no more.
+                unsafe { round::<S, R, V>(s, &mut sums, &mut left, &mut right) };
+            }
+        }
+        for _ in parts * ROUNDS..self.inner {
+            // SAFETY: as above.
+            unsafe { round::<S, R, V>(s, &mut sums, &mut left, &mut right) };
         }
         for (row, sums) in self.sums.chunks_exact_mut(width).zip(sums) {
             for (lanes, sum) in row.chunks_exact_mut(S::LANES).zip(sums) {
                 s.store(lanes, sum);
             }
         }
+    }
+}
+
+/// Adds one row of `R` elements times one row of a panel, and moves on to the next.
+///
+/// # Safety
+/// There are these rows.
+#[inline(always)]
+unsafe fn round<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    sums: &mut [[S::V; V]; R],
+    left: &mut *const f32,
+    right: &mut *const f32,
+) {
+    let width = S::VECTORS * S::LANES;
+    for line in (0..V * S::LANES).step_by(LINE) {
+        s.prefetch_near(right.wrapping_add(AHEAD * width + line));
+    }
+    // SAFETY: by contract; `V` vectors are at most the panel's width.
+    unsafe {
+        let vectors: [S::V; V] = core::array::from_fn(|v| s.load_at(right.add(v * S::LANES)));
+        for (r, sums) in sums.iter_mut().enumerate() {
+            let x = s.splat(*left.add(r));
+            for (sum, vector) in sums.iter_mut().zip(vectors) {
+                *sum = s.mul_add(x, vector, *sum);
+            }
+        }
+        *left = left.add(R);
+        *right = right.add(width);
     }
 }

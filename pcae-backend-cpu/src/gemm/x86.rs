@@ -6,8 +6,6 @@ use std::sync::OnceLock;
 
 use crate::isa::Isa;
 
-use super::tile::MAX_ELEMENTS;
-
 /// Proof of AVX512-BF16 and AVX-512F.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Avx512Bf16 {
@@ -27,32 +25,33 @@ impl Avx512Bf16 {
         found.then_some(Self { _private: () })
     }
 
-    /// `sums = left @ right` for a tile of `rows <= 8` rows and 48 columns: `left: [words, rows]`,
-    /// `right: [words, 48]`, pairs of bf16; `sums: [rows, 48]`.
+    /// `sums = left @ right`, or `+=` where `add` is set, for a tile of `rows <= 8` rows and 48 columns:
+    /// `left: [words, rows]`, `right: [words, 48]`, pairs of bf16; `sums: [rows, 48]`.
     pub(super) fn tile(
         self,
         words: usize,
         left: &[f32],
         right: &[f32],
         rows: usize,
-        sums: &mut [f32; MAX_ELEMENTS],
+        add: bool,
+        sums: &mut [f32],
     ) {
         assert!(
-            left.len() >= words * rows && right.len() >= words * 48 && rows * 48 <= MAX_ELEMENTS,
+            left.len() >= words * rows && right.len() >= words * 48 && sums.len() >= rows * 48,
             "the operands of a tile are as long as it says"
         );
         let (left, right, sums) = (left.as_ptr(), right.as_ptr(), sums.as_mut_ptr());
         // SAFETY: `self` proves AVX512-BF16; the lengths are checked above.
         unsafe {
             match rows {
-                8 => dot_tile::<8>(words, left, right, sums),
-                7 => dot_tile::<7>(words, left, right, sums),
-                6 => dot_tile::<6>(words, left, right, sums),
-                5 => dot_tile::<5>(words, left, right, sums),
-                4 => dot_tile::<4>(words, left, right, sums),
-                3 => dot_tile::<3>(words, left, right, sums),
-                2 => dot_tile::<2>(words, left, right, sums),
-                _ => dot_tile::<1>(words, left, right, sums),
+                8 => dot_tile::<8>(words, left, right, add, sums),
+                7 => dot_tile::<7>(words, left, right, add, sums),
+                6 => dot_tile::<6>(words, left, right, add, sums),
+                5 => dot_tile::<5>(words, left, right, add, sums),
+                4 => dot_tile::<4>(words, left, right, add, sums),
+                3 => dot_tile::<3>(words, left, right, add, sums),
+                2 => dot_tile::<2>(words, left, right, add, sums),
+                _ => dot_tile::<1>(words, left, right, add, sums),
             }
         }
     }
@@ -81,15 +80,24 @@ fn dot_spin(rounds: usize) {
 }
 
 /// # Safety
-/// `words * R` elements can be read at `left`, `words * 48` at `right`, and `R * 48` be written at `sums`.
+/// `words * R` elements can be read at `left`, `words * 48` at `right`, and `R * 48` be read and written at `sums`.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn dot_tile<const R: usize>(
     words: usize,
     left: *const f32,
     right: *const f32,
+    add: bool,
     sums: *mut f32,
 ) {
     let mut all = [[_mm512_setzero_ps(); 3]; R];
+    if add {
+        for (r, row) in all.iter_mut().enumerate() {
+            for (v, sum) in row.iter_mut().enumerate() {
+                // SAFETY: by contract.
+                *sum = unsafe { _mm512_loadu_ps(sums.add(r * 48 + 16 * v)) };
+            }
+        }
+    }
     for word in 0..words {
         // SAFETY: by contract; vectors of the same size, any bits of which are valid.
         unsafe {
@@ -225,26 +233,31 @@ impl Drop for AmxTiles {
 }
 
 impl AmxTiles {
-    /// `sums = left @ right` for a tile of 32 columns and 16 or 32 rows: `left` in squares of 16 rows and words,
-    /// those of the same rows one after the other, `right: [words, 32]`, pairs of bf16, `words` a multiple of 16; `sums: [rows, 32]`.
+    /// `sums = left @ right`, or `+=` where `add` is set, for a tile of 32 columns and 16 or 32 rows: `left` in squares of
+    /// 16 rows and words, those of the same rows one after the other and the second rows `left_step` behind the first,
+    /// `right: [words, 32]`, pairs of bf16, `words` a multiple of 16; `sums: [rows, 32]`.
     pub(super) fn tile(
         &self,
         words: usize,
         left: &[f32],
+        left_step: usize,
         right: &[f32],
         rows: usize,
-        sums: &mut [f32; MAX_ELEMENTS],
+        add: bool,
+        sums: &mut [f32],
     ) {
         assert!(
             matches!(rows, 16 | 32)
                 && words.is_multiple_of(TILE)
-                && left.len() >= rows * words
+                && left.len() >= (rows / TILE - 1) * left_step + TILE * words
                 && right.len() >= words * 32
-                && rows * 32 <= MAX_ELEMENTS,
+                && sums.len() >= rows * 32,
             "the operands of a tile are as long as it says"
         );
-        if words == 0 {
+        if !add {
             sums[..rows * 32].fill(0.0);
+        }
+        if words == 0 {
             return;
         }
         let blocks = words / TILE;
@@ -252,10 +265,11 @@ impl AmxTiles {
         let (left_stride, right_stride) = (TILE * 4, 32_usize * 4);
         if rows == 16 {
             // SAFETY: AMX-BF16 is there and configured. Each round reads one square of `left` and 16 rows of
-            // `right`, `blocks` rounds read all; 16 rows of 32 sums are written. The lengths are checked above.
+            // `right`, `blocks` rounds read all; 16 rows of 32 sums are read and written. The lengths are checked above.
             unsafe {
                 asm!(
-                    "tilezero tmm0", "tilezero tmm1",
+                    "tileloadd tmm0, [{s} + {rs}*1]",
+                    "tileloadd tmm1, [{s} + {rs}*1 + 64]",
                     "2:",
                     "tileloadd tmm4, [{l} + {ls}*1]",
                     "tileloadd tmm6, [{r} + {rs}*1]",
@@ -283,7 +297,10 @@ impl AmxTiles {
         // SAFETY: as above, with two rows of squares of `left` and 32 rows of sums.
         unsafe {
             asm!(
-                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                "tileloadd tmm0, [{s} + {rs}*1]",
+                "tileloadd tmm1, [{s} + {rs}*1 + 64]",
+                "tileloadd tmm2, [{s2} + {rs}*1]",
+                "tileloadd tmm3, [{s2} + {rs}*1 + 64]",
                 "2:",
                 "tileloadd tmm6, [{r} + {rs}*1]",
                 "tileloadd tmm4, [{l} + {ls}*1]",
@@ -300,14 +317,14 @@ impl AmxTiles {
                 "jnz 2b",
                 "tilestored [{s} + {rs}*1], tmm0",
                 "tilestored [{s} + {rs}*1 + 64], tmm1",
-                "add {s}, 2048",
-                "tilestored [{s} + {rs}*1], tmm2",
-                "tilestored [{s} + {rs}*1 + 64], tmm3",
+                "tilestored [{s2} + {rs}*1], tmm2",
+                "tilestored [{s2} + {rs}*1 + 64], tmm3",
                 l = inout(reg) left.as_ptr() => _,
-                l2 = inout(reg) left.as_ptr().add(16 * words) => _,
+                l2 = inout(reg) left.as_ptr().add(left_step) => _,
                 r = inout(reg) right.as_ptr() => _,
                 n = inout(reg) blocks => _,
-                s = inout(reg) sums.as_mut_ptr() => _,
+                s = in(reg) sums.as_mut_ptr(),
+                s2 = in(reg) sums.as_mut_ptr().add(16 * 32),
                 ls = in(reg) left_stride,
                 rs = in(reg) right_stride,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
