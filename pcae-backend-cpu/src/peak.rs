@@ -11,6 +11,8 @@ use crate::threads::Pieces;
 /// Independent sums: a multiply-add takes 4 to 5 cycles and two start per cycle, so 10 keep both units busy; 12 and the two
 /// factors fit in 16 registers.
 const CHAINS: usize = 12;
+/// Threads that are measured at most.
+const MAX_SINKS: usize = 1024;
 /// Multiply-adds of each chain in one measurement: about a millisecond.
 const ROUNDS: usize = 1 << 18;
 /// The same of the units that multiply bf16, which take 16 to 64 cycles for a round.
@@ -39,29 +41,32 @@ impl Cpu {
     /// Floating-point operations per second of multiply-adds in registers, with this backend's instruction set, precision
     /// and threads: what no matrix product can exceed. The best of some 50 ms.
     pub fn peak_flops(&self) -> f64 {
-        let mut sinks = vec![(0.0_f32, 0_usize); self.threads.count()];
-        let mut best = 0.0_f64;
-        for _ in 0..50 {
-            let began = Instant::now();
-            let pieces = Pieces::new(&mut sinks, 1);
-            self.threads
-                .for_each(self.threads.count(), usize::MAX, pieces, |_, sink| {
-                    let (value, flops) = &mut sink[0];
-                    if let Precision::Bf16(unit) = self.precision
-                        && let Some(done) = unit.spin(BF16_ROUNDS)
-                    {
-                        *flops = done;
-                        return;
-                    }
-                    // Unknown to the compiler, and below 1 so that the sums stay finite.
-                    let factors = black_box([0.999_f32, 0.001]);
-                    *flops = multiply_adds(self.isa, &factors, value);
-                    black_box(*value);
-                });
-            let flops: usize = sinks.iter().map(|(_, flops)| flops).sum();
-            best = best.max(flops as f64 / began.elapsed().as_secs_f64());
-        }
-        best
+        (0..50).map(|_| self.spin_rate()).fold(0.0, f64::max)
+    }
+
+    /// [`Cpu::peak_flops`] of about a millisecond, now: the clock of a shared machine moves by a tenth and more within
+    /// seconds, so that a share of the peak means something only for a peak that is measured beside it.
+    pub fn spin_rate(&self) -> f64 {
+        let mut sinks = [(); MAX_SINKS].map(|()| (0.0_f32, 0_usize));
+        let sinks = &mut sinks[..self.threads.count().min(MAX_SINKS)];
+        let count = sinks.len();
+        let began = Instant::now();
+        let pieces = Pieces::new(&mut *sinks, 1);
+        self.threads.for_each(count, usize::MAX, pieces, |_, sink| {
+            let (value, flops) = &mut sink[0];
+            if let Precision::Bf16(unit) = self.precision
+                && let Some(done) = unit.spin(BF16_ROUNDS)
+            {
+                *flops = done;
+                return;
+            }
+            // Unknown to the compiler, and below 1 so that the sums stay finite.
+            let factors = black_box([0.999_f32, 0.001]);
+            *flops = multiply_adds(self.isa, &factors, value);
+            black_box(*value);
+        });
+        let flops: usize = sinks.iter().map(|(_, flops)| flops).sum();
+        flops as f64 / began.elapsed().as_secs_f64()
     }
 }
 

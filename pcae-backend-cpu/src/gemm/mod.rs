@@ -105,8 +105,8 @@ impl Cuts {
     }
 }
 
-/// Rows of tiles that are packed at a time: runs of some cache lines of a transposed operand.
-const PACKED_TILES: usize = 16;
+/// Rows of the left operand that are packed at a time: runs of some cache lines where it comes transposed.
+const PACKED_ROWS: usize = 64;
 /// Chunks begin at a multiple of it, the side of the squares of AMX.
 const CHUNK_STEP: usize = 16;
 const PACKED_OTHERWISE: &str = "an operand is packed for the precision it is used with";
@@ -302,10 +302,11 @@ impl Product<'_> {
         let Dims { m, inner, .. } = self.dims;
         let (strips, words, left) = (plan.strips, self.shape.words, self.left);
         let place = Shared::new(to);
-        let cost = PACKED_TILES * self.shape.rows * words;
-        let pieces = strips.count.div_ceil(PACKED_TILES);
+        let each = (PACKED_ROWS / self.shape.rows).max(1);
+        let cost = each * self.shape.rows * words;
+        let pieces = strips.count.div_ceil(each);
         threads.for_each(pieces, cost, (), |i, ()| {
-            let tiles = i * PACKED_TILES..strips.count.min((i + 1) * PACKED_TILES);
+            let tiles = i * each..strips.count.min((i + 1) * each);
             let start = strips.start(tiles.start);
             let end = strips
                 .start(tiles.end)
