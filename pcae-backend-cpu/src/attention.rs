@@ -2,19 +2,22 @@
 //!
 //! A thread takes head after head. It copies the head's keys and values next to each other, keys (and values, backwards)
 //! transposed, so that products read whole vectors from the level-1 or level-2 cache, and then works through blocks of
-//! [`BLOCK`] queries: scores, softmax and result of a block stay in its scratch. No N by N matrix exists. Backwards, the
+//! queries: scores, softmax and result of a block stay in its scratch. No N by N matrix exists. Backwards, the
 //! probabilities of a block are computed again from the saved log-sum-exp, and the gradients of keys and values are
 //! summed over the blocks in their order.
 
 use pcae_kernel::backend::AttentionDims;
 
+use crate::cpu::LINE;
 use crate::isa::{Isa, Kernel};
 use crate::rows;
 use crate::simd::Simd;
 use crate::threads::{Pieces, Shared, Threads};
 
-/// Queries of a block: a multiple of all tiles' rows, and few enough that the scores of 257 keys fit a level-1 cache.
-const BLOCK: usize = 24;
+/// Scores of a block of queries, at most: half of a level-1 cache.
+const SCORES: usize = 6144;
+/// Rows of a tile of [`Multiply`].
+const TILE: usize = 6;
 
 /// One backward or forward: what all its heads share.
 #[derive(Clone, Copy)]
@@ -50,15 +53,17 @@ impl<'a> Attention<'a> {
         }
     }
 
-    /// Queries in a block.
+    /// Queries in a block: whole tiles, but for the last.
     fn block(&self) -> usize {
-        BLOCK.min(self.dims.tokens)
+        let fits = (SCORES / self.tokens).max(TILE);
+        let blocks = self.dims.tokens.div_ceil(fits);
+        self.dims.tokens.div_ceil(blocks).next_multiple_of(TILE).min(self.dims.tokens)
     }
 
-    /// Scratch of one thread of the forward: transposed keys, values, and of a block queries, scores, result.
+    /// Scratch of one thread of the forward: transposed keys, values, and of a block queries, scores, result, sums.
     fn forward_len(&self) -> usize {
         let keys = self.dims.head_dim * self.tokens + self.dims.tokens * self.width;
-        keys + self.block() * (2 * self.width + self.tokens)
+        keys + self.block() * (2 * self.width + self.tokens + 1)
     }
 
     /// Scratch of one thread of the backward: transposed keys and values, keys, gradients of keys and values, and of a
@@ -164,6 +169,39 @@ impl<'a> Attention<'a> {
         (to, self.width)
     }
 
+    /// Asks for rows `first..first + rows` of this part of a head, if there are such a head and rows: a row has few cache
+    /// lines and the next lies far away, which no processor foresees.
+    fn fetch(&self, head: usize, parts: &[Part], first: usize, rows: usize) {
+        let AttentionDims {
+            batch,
+            tokens,
+            num_heads,
+            ..
+        } = self.dims;
+        if head < batch * num_heads {
+            for &part in parts {
+                let stride = 3 * self.dims.dim();
+                self.isa.run(FetchRows {
+                    start: self.qkv[self.start(head, part) + first * stride..].as_ptr(),
+                    stride,
+                    rows: rows.min(tokens - first),
+                    len: self.dims.head_dim,
+                });
+            }
+        }
+    }
+
+    /// Asks for rows `first..first + rows` of a head's output, or of what is laid out like it.
+    fn fetch_out(&self, head: usize, of: *const f32, first: usize, rows: usize) {
+        let stride = self.dims.dim();
+        self.isa.run(FetchRows {
+            start: of.wrapping_add(self.out_start(head) + first * stride),
+            stride,
+            rows: rows.min(self.dims.tokens - first),
+            len: self.dims.head_dim,
+        });
+    }
+
     /// Copies a part of a head transposed: `to: [head_dim, tokens]`, zeros beyond the last token.
     fn transpose(&self, to: &mut [f32], head: usize, part: Part) {
         let from = Columns {
@@ -179,11 +217,19 @@ impl<'a> Attention<'a> {
         });
     }
 
-    /// Copies `rows` rows of `width` to where they belong, `stride` apart.
+    /// Copies `rows` rows of `width` to where they belong, `stride` apart, divided by `divisors` where there are some.
     ///
     /// # Safety
     /// Nobody else uses these rows of this head in `to`.
-    unsafe fn put(&self, to: Shared<'_>, start: usize, stride: usize, from: &[f32], rows: usize) {
+    unsafe fn put(
+        &self,
+        to: Shared<'_>,
+        start: usize,
+        stride: usize,
+        from: &[f32],
+        rows: usize,
+        divisors: Option<&[f32]>,
+    ) {
         let (width, len) = (self.width, self.dims.head_dim);
         self.isa.run(Put {
             to,
@@ -192,6 +238,7 @@ impl<'a> Attention<'a> {
             len,
             from: &from[..rows * width],
             width,
+            divisors,
         });
     }
 
@@ -209,6 +256,7 @@ impl<'a> Attention<'a> {
             let queries = scratch.take(block * self.width);
             let p = scratch.take(block * self.tokens);
             let result = scratch.take(block * self.width);
+            let totals = scratch.take(block);
             self.transpose(keys, head, Part::Key);
             let from = &self.qkv[self.start(head, Part::Value)..];
             let (values, values_step) = self.rows(values, from, 3 * dim, tokens);
@@ -216,6 +264,8 @@ impl<'a> Attention<'a> {
             let mut lse = lse.map(|lse| unsafe { lse.part(head * tokens, tokens) });
             for first in (0..tokens).step_by(block) {
                 let rows = block.min(tokens - first);
+                self.fetch_out(head, out.as_ptr(), first, rows);
+                self.fetch(head + 1, &[Part::Query, Part::Key, Part::Value], first, rows);
                 let from = &self.qkv[self.start(head, Part::Query) + first * 3 * dim..];
                 let (queries, queries_step) = self.rows(queries, from, 3 * dim, rows);
                 isa.run(Multiply {
@@ -228,15 +278,14 @@ impl<'a> Attention<'a> {
                     right_step: self.tokens,
                     add: false,
                 });
-                let lse = lse.as_mut().map(|lse| &mut lse[first..][..rows]);
-                let scale = self.scale();
                 isa.run(Softmax {
                     p,
                     rows,
                     width: self.tokens,
                     tokens,
-                    scale,
-                    lse,
+                    scale: self.scale(),
+                    totals,
+                    lse: lse.as_mut().map(|lse| &mut lse[first..][..rows]),
                 });
                 isa.run(Multiply {
                     out: result,
@@ -249,7 +298,10 @@ impl<'a> Attention<'a> {
                     add: false,
                 });
                 // SAFETY: every head comes once, and heads have their own columns.
-                unsafe { self.put(out, self.out_start(head) + first * dim, dim, result, rows) };
+                unsafe {
+                    let start = self.out_start(head) + first * dim;
+                    self.put(out, start, dim, result, rows, Some(&*totals));
+                };
             }
         });
     }
@@ -288,6 +340,11 @@ impl<'a> Attention<'a> {
                 let rows = block.min(tokens - first);
                 let at = self.start(head, Part::Query) + first * 3 * dim;
                 let out_at = self.out_start(head) + first * dim;
+                self.fetch(head + 1, &[Part::Query, Part::Key, Part::Value], first, rows);
+                if head + 1 < self.dims.batch * self.dims.num_heads {
+                    self.fetch_out(head + 1, d_out.as_ptr(), first, rows);
+                    self.fetch_out(head + 1, out.as_ptr(), first, rows);
+                }
                 let (queries, queries_step) = self.rows(queries, &self.qkv[at..], 3 * dim, rows);
                 let (d_result, d_result_step) = self.rows(d_result, &d_out[out_at..], dim, rows);
                 for (out, left, right) in [
@@ -305,15 +362,17 @@ impl<'a> Attention<'a> {
                         add: false,
                     });
                 }
-                for row in 0..rows {
-                    let p = &mut p[row * self.tokens..][..tokens];
-                    let d_p = &mut d_p[row * self.tokens..][..tokens];
-                    let at = out_at + row * dim;
-                    // sum over j of p[j] * d_p[j], since out is p @ v.
-                    let delta = rows::dot(isa, &d_out[at..][..head_dim], &out[at..][..head_dim]);
-                    rows::softmax_from(isa, p, self.scale(), lse[head * tokens + first + row]);
-                    rows::softmax_backward(isa, d_p, p, self.scale(), delta);
-                }
+                isa.run(SoftmaxBackward {
+                    p,
+                    d_p,
+                    width: self.tokens,
+                    scale: self.scale(),
+                    lse: &lse[head * tokens + first..][..rows],
+                    d_out: &d_out[out_at..],
+                    out: &out[out_at..],
+                    stride: dim,
+                    len: head_dim,
+                });
                 isa.run(Multiply {
                     out: d_queries,
                     rows,
@@ -325,7 +384,7 @@ impl<'a> Attention<'a> {
                     add: false,
                 });
                 // SAFETY: every head comes once, and heads and their three parts have their own columns.
-                unsafe { self.put(d_qkv, at, 3 * dim, d_queries, rows) };
+                unsafe { self.put(d_qkv, at, 3 * dim, d_queries, rows, None) };
                 for (out, left, right, right_step) in [
                     (&mut *d_keys, &*d_p, queries, queries_step),
                     (&mut *d_values, &*p, d_result, d_result_step),
@@ -344,7 +403,7 @@ impl<'a> Attention<'a> {
             }
             for (part, from) in [(Part::Key, d_keys), (Part::Value, d_values)] {
                 // SAFETY: as above.
-                unsafe { self.put(d_qkv, self.start(head, part), 3 * dim, from, tokens) };
+                unsafe { self.put(d_qkv, self.start(head, part), 3 * dim, from, tokens, None) };
             }
         });
     }
@@ -388,6 +447,27 @@ impl Columns<'_> {
     }
 }
 
+/// Asks for the cache lines of `rows` rows of `len` elements, `stride` apart.
+struct FetchRows {
+    start: *const f32,
+    stride: usize,
+    rows: usize,
+    len: usize,
+}
+
+impl Kernel for FetchRows {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for row in 0..self.rows {
+            for line in (0..self.len).step_by(LINE) {
+                s.prefetch(self.start.wrapping_add(row * self.stride + line));
+            }
+        }
+    }
+}
+
 /// `to: [rows, width]`, zeros beyond the elements of a row.
 struct Copy<'a> {
     to: &'a mut [f32],
@@ -409,8 +489,8 @@ impl Kernel for Copy<'_> {
     }
 }
 
-/// Copies the first `len` elements of each row of `from`, `[rows, width]`, to `to`, the rows `stride` apart there. Who
-/// makes one promises that nobody else uses these elements.
+/// Copies the first `len` elements of each row of `from`, `[rows, width]`, to `to`, the rows `stride` apart there, each
+/// divided by its divisor. Who makes one promises that nobody else uses these elements.
 struct Put<'a> {
     to: Shared<'a>,
     start: usize,
@@ -418,6 +498,7 @@ struct Put<'a> {
     len: usize,
     from: &'a [f32],
     width: usize,
+    divisors: Option<&'a [f32]>,
 }
 
 impl Kernel for Put<'_> {
@@ -428,8 +509,9 @@ impl Kernel for Put<'_> {
         for (row, from) in self.from.chunks_exact(self.width).enumerate() {
             // SAFETY: promised by who made this.
             let to = unsafe { self.to.part(self.start + row * self.stride, self.len) };
+            let factor = s.splat(self.divisors.map_or(1.0, |divisors| 1.0 / divisors[row]));
             for (to, from) in to.chunks_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
-                s.store(to, s.load(from));
+                s.store(to, s.mul(factor, s.load(from)));
             }
         }
     }
@@ -452,6 +534,16 @@ impl Kernel for Transpose<'_> {
         let (mut square, mut turned) = ([0.0; 16 * 16], [0.0; 16 * 16]);
         for row in (0..width).step_by(S::LANES) {
             for col in (0..len).step_by(S::LANES) {
+                if row + S::LANES <= rows && col + S::LANES <= len {
+                    let _ = from.row(row + S::LANES - 1);
+                    assert!(to.len() >= (col + S::LANES - 1) * width + row + S::LANES);
+                    // SAFETY: a square within the rows, the last of which is there, and within `to`.
+                    unsafe {
+                        let from_at = from.data.as_ptr().add(row * from.stride + col);
+                        s.transpose(to.as_mut_ptr().add(col * width + row), width, from_at, from.stride);
+                    }
+                    continue;
+                }
                 // Zeros in rows and columns that are not there.
                 for (i, line) in square.chunks_exact_mut(S::LANES).take(S::LANES).enumerate() {
                     let lanes = if row + i < rows {
@@ -611,13 +703,15 @@ impl Multiply<'_> {
     }
 }
 
-/// The softmax of `rows` rows of `tokens` scores, `width` apart, in place; `lse` as [`rows::softmax`] gives it.
+/// The softmax of `rows` rows of `tokens` scores, `width` apart, in place but for the divisors, which go to `totals`; `lse`
+/// gets the logarithm of each row's sum of `exp(scale * score)`.
 struct Softmax<'a> {
     p: &'a mut [f32],
     rows: usize,
     width: usize,
     tokens: usize,
     scale: f32,
+    totals: &'a mut [f32],
     lse: Option<&'a mut [f32]>,
 }
 
@@ -626,16 +720,43 @@ impl Kernel for Softmax<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        for (row, p) in self
-            .p
-            .chunks_exact_mut(self.width)
-            .take(self.rows)
-            .enumerate()
-        {
-            let log_sum = rows::softmax_row(s, &mut p[..self.tokens], self.scale);
+        let each = self.p.chunks_exact_mut(self.width).zip(&mut *self.totals);
+        for (row, (p, to)) in each.take(self.rows).enumerate() {
+            let (max, total) = rows::exp_row(s, p, self.tokens, self.scale);
+            *to = total;
             if let Some(lse) = &mut self.lse {
-                lse[row] = log_sum;
+                lse[row] = max + total.ln();
             }
+        }
+    }
+}
+
+/// The backward of [`Softmax`]: `p` becomes the probabilities, `d_p` the gradient of the scores. Both have as many rows as
+/// `lse`, `width` apart, and are meaningless beyond the last token.
+struct SoftmaxBackward<'a> {
+    p: &'a mut [f32],
+    d_p: &'a mut [f32],
+    width: usize,
+    scale: f32,
+    lse: &'a [f32],
+    /// Rows of `len` elements, `stride` apart, as those of `out`.
+    d_out: &'a [f32],
+    out: &'a [f32],
+    stride: usize,
+    len: usize,
+}
+
+impl Kernel for SoftmaxBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let each = self.p.chunks_exact_mut(self.width).zip(self.d_p.chunks_exact_mut(self.width));
+        for (row, ((p, d_p), lse)) in each.zip(self.lse).enumerate() {
+            let at = row * self.stride;
+            // sum over j of p[j] * d_p[j], since out is p @ v.
+            let delta = rows::dot_row(s, &self.d_out[at..][..self.len], &self.out[at..][..self.len]);
+            rows::softmax_backward_row(s, p, d_p, self.scale, *lse, delta);
         }
     }
 }

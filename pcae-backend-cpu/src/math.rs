@@ -46,7 +46,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
 /// # Accuracy
 /// Relative error at most `2e-7` where the result is normal. 1 for 0.
 #[inline(always)]
-fn exp2<S: Simd>(s: S, z: S::V) -> S::V {
+pub(crate) fn exp2<S: Simd>(s: S, z: S::V) -> S::V {
     // 2^r for |r| <= 1 / 2, to 9.4e-8.
     #[expect(
         clippy::approx_constant,

@@ -1,7 +1,8 @@
 //! Kernels on rows: what is not a matrix product.
 
+use crate::cpu::LINE;
 use crate::isa::kernel;
-use crate::math::exp;
+use crate::math::{exp, exp2};
 use crate::simd::Simd;
 
 /// Sum of a row in vectors, two at a time to hide the latency of an addition.
@@ -66,30 +67,66 @@ fn sum_wide(a: &[f32], b: &[f32], f: impl Fn(f64, f64) -> f64) -> f64 {
     sums.iter().sum()
 }
 
-/// `x = softmax(scale * x)`; gives the logarithm of the sum of `exp(scale * x)`.
+/// `x[i] = exp(scale * x[i] - max)` for `i < count`, `max` the largest of `scale * x[i]`: a softmax but for its divisor.
+/// Gives `max` and the sum, which is NaN if an element is. `scale` is positive, `count` is not 0, and `x` ends with the
+/// vector of its last element; what lies behind that element is lost.
+///
+/// # Accuracy
+/// Relative error at most `3e-7 + 1e-7 * |scale * x[i] - max|`, but nothing is below `2^-125`.
 #[inline(always)]
-pub(crate) fn softmax_row<S: Simd>(s: S, x: &mut [f32], scale: f32) -> f32 {
-    let lowest = s.splat(f32::NEG_INFINITY);
-    let mut max = lowest;
-    for x in x.chunks(S::LANES) {
-        max = s.max(max, s.load_or(x, lowest));
+pub(crate) fn exp_row<S: Simd>(s: S, x: &mut [f32], count: usize, scale: f32) -> (f32, f32) {
+    let lowest = s.splat(f32::MIN);
+    // Whole vectors are loaded and stored: what comes next reads them again, and would wait for a masked store.
+    let last = (count - 1) / S::LANES * S::LANES;
+    let cap = s.load_or(&[f32::INFINITY; 16][..count - last], lowest);
+    let (body, tail) = x.split_at_mut(last);
+    let mut max = s.min(s.load(tail), cap);
+    for x in body.chunks_exact(S::LANES) {
+        max = s.max(max, s.load(x));
     }
-    // `scale` is positive. A NaN that the maximum passed over comes back with its own exponential.
-    let max = s.max_lane(max) * scale;
-    let (scale, shift) = (s.splat(scale), s.splat(max));
-    let mut total = s.splat(0.0);
-    for x in x.chunks_mut(S::LANES) {
-        let shifted = s.sub(s.mul(s.load_or(x, lowest), scale), shift);
-        let e = exp(s, shifted);
+    let max = s.max_lane(max);
+    let to_exp2 = scale * core::f32::consts::LOG2_E;
+    let (slope, shift) = (s.splat(to_exp2), s.splat(-max * to_exp2));
+    // Beside the sum, which is 1 at least, this is nothing, whereas a subnormal number costs some processors a hundred
+    // cycles. NaN is the second operand, and so passes.
+    let least = s.splat(-125.0);
+    let e = |x| exp2(s, s.max(least, s.mul_add(x, slope, shift)));
+    let mut total = e(s.min(s.load(tail), cap));
+    s.store(tail, total);
+    for x in body.chunks_exact_mut(S::LANES) {
+        let e = e(s.load(x));
         total = s.add(total, e);
         s.store(x, e);
     }
-    let total = s.sum(total);
-    let rescale = s.splat(1.0 / total);
-    for x in x.chunks_mut(S::LANES) {
-        s.store(x, s.mul(s.load(x), rescale));
+    (max * scale, s.sum(total))
+}
+
+/// `p = exp(scale * p - lse)`, the softmax again from its log-sum-exp, and `d_p = scale * p * (d_p - delta)`, its backward.
+#[inline(always)]
+pub(crate) fn softmax_backward_row<S: Simd>(
+    s: S,
+    p: &mut [f32],
+    d_p: &mut [f32],
+    scale: f32,
+    lse: f32,
+    delta: f32,
+) {
+    let (scale, lse, delta) = (s.splat(scale), s.splat(lse), s.splat(delta));
+    for (p, d_p) in p.chunks_mut(S::LANES).zip(d_p.chunks_mut(S::LANES)) {
+        let e = exp(s, s.sub(s.mul(s.load(p), scale), lse));
+        s.store(p, e);
+        s.store(d_p, s.mul(s.mul(e, scale), s.sub(s.load(d_p), delta)));
     }
-    max + total.ln()
+}
+
+/// `sum of a[i] * b[i]`
+#[inline(always)]
+pub(crate) fn dot_row<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
+    let mut total = s.splat(0.0);
+    for (a, b) in a.chunks(S::LANES).zip(b.chunks(S::LANES)) {
+        total = s.mul_add(s.load(a), s.load(b), total);
+    }
+    s.sum(total)
 }
 
 kernel! {
@@ -147,33 +184,6 @@ kernel! {
         }
     }
 
-    /// `p = exp(scale * p - lse)`, the softmax again from its saved log-sum-exp.
-    fn softmax_from<'a, S>(s; p: &'a mut [f32], scale: f32, lse: f32) -> () {
-        let (scale, lse) = (s.splat(scale), s.splat(lse));
-        for p in p.chunks_mut(S::LANES) {
-            let e = exp(s, s.sub(s.mul(s.load(p), scale), lse));
-            s.store(p, e);
-        }
-    }
-
-    /// `d_p = scale * p * (d_p - delta)`, the backward of the softmax.
-    fn softmax_backward<'a, S>(s; d_p: &'a mut [f32], p: &'a [f32], scale: f32, delta: f32) -> () {
-        let (scale, delta) = (s.splat(scale), s.splat(delta));
-        for (d_p, p) in d_p.chunks_mut(S::LANES).zip(p.chunks(S::LANES)) {
-            let d = s.mul(s.mul(s.load(p), scale), s.sub(s.load(d_p), delta));
-            s.store(d_p, d);
-        }
-    }
-
-    /// `sum of a[i] * b[i]`
-    fn dot<'a, S>(s; a: &'a [f32], b: &'a [f32]) -> f32 {
-        let mut total = s.splat(0.0);
-        for (a, b) in a.chunks(S::LANES).zip(b.chunks(S::LANES)) {
-            total = s.mul_add(s.load(a), s.load(b), total);
-        }
-        s.sum(total)
-    }
-
     /// `out = a + b`
     fn add_to<'a, S>(s; out: &'a mut [f32], a: &'a [f32], b: &'a [f32]) -> () {
         for ((out, a), b) in out.chunks_mut(S::LANES).zip(a.chunks(S::LANES)).zip(b.chunks(S::LANES)) {
@@ -194,17 +204,28 @@ kernel! {
     /// # Accuracy
     /// Rows are added in groups of 32, whose sums are then added: the error grows as the number of groups, not of rows.
     fn sum_rows<'a, S>(s; total: &'a mut [f32], x: &'a [f32], rows: usize, stride: usize) -> () {
-        for (lane, total) in total.chunks_mut(S::LANES).enumerate() {
-            let at = lane * S::LANES;
-            let mut all = s.splat(0.0);
+        // Four vectors of each row at a time, and rows to come on their way: they lie far apart.
+        for (i, total) in total.chunks_mut(4 * S::LANES).enumerate() {
+            let (at, len) = (4 * i * S::LANES, total.len());
+            let mut all = [s.splat(0.0); 4];
             for first in (0..rows).step_by(32) {
-                let mut group = s.splat(0.0);
+                let mut group = [s.splat(0.0); 4];
                 for row in first..(first + 32).min(rows) {
-                    group = s.add(group, s.load(&x[row * stride + at..][..total.len()]));
+                    for line in (0..len).step_by(LINE) {
+                        s.prefetch_near(x.as_ptr().wrapping_add((row + 16) * stride + at + line));
+                    }
+                    let columns = x[row * stride + at..][..len].chunks(S::LANES);
+                    for (group, columns) in group.iter_mut().zip(columns) {
+                        *group = s.add(*group, s.load(columns));
+                    }
                 }
-                all = s.add(all, group);
+                for (all, group) in all.iter_mut().zip(group) {
+                    *all = s.add(*all, group);
+                }
             }
-            s.store(total, s.add(s.load(total), all));
+            for (total, all) in total.chunks_mut(S::LANES).zip(all) {
+                s.store(total, s.add(s.load(total), all));
+            }
         }
     }
 
@@ -446,8 +467,24 @@ mod tests {
     }
 
     kernel! {
+        /// The softmax of `x`, and its log-sum-exp.
         fn softmax<'a, S>(s; x: &'a mut [f32], scale: f32) -> f32 {
-            softmax_row(s, x, scale)
+            let mut padded = [f32::NAN; 96];
+            padded[..x.len()].copy_from_slice(x);
+            let end = x.len().next_multiple_of(S::LANES);
+            let (max, total) = exp_row(s, &mut padded[..end], x.len(), scale);
+            for (x, e) in x.iter_mut().zip(padded) {
+                *x = e / total;
+            }
+            max + total.ln()
+        }
+
+        fn softmax_backward<'a, S>(s; p: &'a mut [f32], d_p: &'a mut [f32], scale: f32, lse: f32, delta: f32) -> () {
+            softmax_backward_row(s, p, d_p, scale, lse, delta);
+        }
+
+        fn dot<'a, S>(s; a: &'a [f32], b: &'a [f32]) -> f32 {
+            dot_row(s, a, b)
         }
     }
 
@@ -490,9 +527,11 @@ mod tests {
                 // Scores up to 60 are rounded to 2^-19.
                 assert_close(&[lse], [max + total.ln()].into_iter(), 1e-5);
                 assert_close(&p, scaled().map(|x| (x - max).exp() / total), 1e-5);
-                let mut again = x.clone();
-                softmax_from(isa, &mut again, scale, lse);
+                let (mut again, mut d_p) = (x.clone(), x.clone());
+                softmax_backward(isa, &mut again, &mut d_p, scale, lse, 0.5);
                 assert_close(&again, p.iter().map(|&p| f64::from(p)), 1e-5);
+                let want = |i: usize| f64::from(scale) * f64::from(p[i]) * (f64::from(x[i]) - 0.5);
+                assert_close(&d_p, (0..x.len()).map(want), 1e-4);
             }
         }
 

@@ -99,6 +99,22 @@ pub(crate) trait Simd: Copy + Send + Sync {
         }
     }
 
+    /// Transposes [`Simd::ROWS`] rows of [`Simd::LANES`] elements to columns without gaps: `to[i * ROWS + j] =
+    /// from[j * stride + i]`, the rows of a tile in the order in which it reads them.
+    ///
+    /// # Safety
+    /// `LANES` elements can be read at each of the `ROWS` rows of `from`, and `LANES * ROWS` be written at `to`, which does
+    /// not overlap them.
+    #[inline(always)]
+    unsafe fn transpose_rows(self, to: *mut f32, from: *const f32, stride: usize) {
+        for j in 0..Self::ROWS {
+            for i in 0..Self::LANES {
+                // SAFETY: by contract.
+                unsafe { *to.add(i * Self::ROWS + j) = *from.add(j * stride + i) };
+            }
+        }
+    }
+
     /// Each word's upper half, a bf16, as f32.
     fn upper(self, words: Self::V) -> Self::V;
     /// Each word's lower half, a bf16, as f32.

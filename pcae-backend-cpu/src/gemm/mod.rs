@@ -82,8 +82,8 @@ pub(crate) enum Right<'a> {
 struct Cuts {
     /// The inner dimension of a chunk, at most.
     chunk: usize,
-    /// The left operand's part that a thread goes through for each panel, at most: most of its level-2 cache, which a
-    /// panel's chunk and the next one take the rest of.
+    /// The left operand's part that a thread goes through for each panel, and the sums that wait meanwhile, at most: half
+    /// of its level-2 cache, which a panel's chunk, the next one, and what is written take the rest of.
     left: usize,
     /// Panels of a group, at most. Where the left operand exceeds the cache, a thread reads it once for each group.
     group: usize,
@@ -96,8 +96,8 @@ struct Cuts {
 impl Cuts {
     fn of_this_machine() -> Self {
         Self {
-            chunk: 768,
-            left: memory::level2_cache() / size_of::<f32>() * 3 / 4,
+            chunk: 1024,
+            left: memory::level2_cache() / size_of::<f32>() / 2,
             group: 8,
             block: 4 << 20,
             min_block: 512,
@@ -134,9 +134,14 @@ impl Plan {
         let strips = Strips::new(m, shape);
         let chunks = shape.words.div_ceil(cuts.chunk).max(1);
         let chunk = shape.words.div_ceil(chunks).max(1);
-        let cached = (cuts.left / chunk / shape.rows).clamp(1, strips.count.max(1));
         let panels = n.div_ceil(shape.width);
         let fits = cuts.group.clamp(1, panels.max(1));
+        // Of a row of tiles: the left operand, and the sums that wait between chunks.
+        let waiting = match chunks {
+            1 => 0,
+            _ => fits * shape.width,
+        };
+        let cached = (cuts.left / ((chunk + waiting) * shape.rows)).clamp(1, strips.count.max(1));
         let (group, row_chunks) = if threads == 1 {
             (fits, 1)
         } else {

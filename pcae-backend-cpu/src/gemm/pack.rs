@@ -4,6 +4,7 @@ use core::ops::Range;
 
 use pcae_kernel::error::product;
 
+use crate::cpu::LINE;
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
@@ -180,10 +181,12 @@ impl Kernel for PackLeft<'_> {
     }
 }
 
+/// Rows of a transposed operand that are on their way from memory while one is packed.
+const AHEAD: usize = 16;
+
 impl PackLeft<'_> {
     #[inline(always)]
     fn rows<S: Simd>(self, s: S, data: &[f32], start: usize) {
-        let mut square = [0.0; 16 * 16];
         for tile in self.tiles {
             let (row, end) = (self.strips.start(tile), self.strips.start(tile + 1));
             let height = end - row;
@@ -191,27 +194,18 @@ impl PackLeft<'_> {
             let data = &data[(self.first + row) * self.inner..];
             let by_squares = self.inner - self.inner % S::LANES;
             for col in (0..by_squares).step_by(S::LANES) {
-                for part in (0..height).step_by(S::LANES) {
-                    let there = (height - part).min(S::LANES);
-                    // SAFETY: `LANES` columns within `inner` of `LANES` rows, where as many follow, or of `there`;
-                    // `square` holds the largest square.
+                let to = &mut to[col * height..][..S::LANES * height];
+                if height == S::ROWS {
+                    // SAFETY: `LANES` columns within `inner` of `ROWS` rows, and as many elements of `to`.
                     unsafe {
-                        let from = data.as_ptr().add(part * self.inner + col);
-                        if data.len() >= (part + S::LANES) * self.inner {
-                            s.transpose(square.as_mut_ptr(), S::LANES, from, self.inner);
-                        } else {
-                            let mut lines = [0.0; 16 * 16];
-                            for (i, line) in
-                                lines.chunks_exact_mut(S::LANES).take(there).enumerate()
-                            {
-                                s.store(line, s.load_at(from.add(i * self.inner)));
-                            }
-                            s.transpose(square.as_mut_ptr(), S::LANES, lines.as_ptr(), S::LANES);
-                        }
-                    }
-                    let lines = to[col * height..].chunks_exact_mut(height);
-                    for (to, from) in lines.zip(square.chunks_exact(S::LANES)).take(S::LANES) {
-                        copy_line::<S>(s, &mut to[part..][..there], from);
+                        s.transpose_rows(to.as_mut_ptr(), data.as_ptr().add(col), self.inner)
+                    };
+                    continue;
+                }
+                for (i, row) in data.chunks_exact(self.inner).take(height).enumerate() {
+                    let line = &row[col..][..S::LANES];
+                    for (to, x) in to.chunks_exact_mut(height).zip(line) {
+                        to[i] = *x;
                     }
                 }
             }
@@ -229,8 +223,15 @@ impl PackLeft<'_> {
 
     #[inline(always)]
     fn columns<S: Simd>(self, s: S, data: &[f32], start: usize) {
+        let (first, last) = (self.tiles.start, self.tiles.end);
+        let columns = self.first + start..self.first + self.strips.start(last);
         for i in 0..self.inner {
-            for tile in self.tiles.clone() {
+            // The next lines lie a row of the operand away each, out of sight of the processor's own fetching.
+            let ahead = (i + AHEAD) * self.m;
+            for line in columns.clone().step_by(LINE) {
+                s.prefetch_near(data.as_ptr().wrapping_add(ahead + line));
+            }
+            for tile in first..last {
                 let (row, end) = (self.strips.start(tile), self.strips.start(tile + 1));
                 let to = &mut self.to[(row - start) * self.inner + i * (end - row)..][..end - row];
                 let from = &data[i * self.m + self.first + row..][..end - row];

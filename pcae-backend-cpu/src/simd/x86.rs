@@ -144,6 +144,30 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn transpose_rows(self, to: *mut f32, from: *const f32, stride: usize) {
+        // SAFETY: by contract the rows can be read and the columns written; `self` proves AVX2.
+        unsafe {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|i| _mm256_loadu_ps(from.add(i * stride)));
+            let (ab, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let (cd, cd_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            // Columns 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+            let columns = [
+                _mm256_shuffle_ps::<0x44>(ab, cd),
+                _mm256_shuffle_ps::<0xee>(ab, cd),
+                _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
+                _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
+            ];
+            for i in 0..2 {
+                let (even, odd) = (columns[2 * i], columns[2 * i + 1]);
+                let low = _mm256_permute2f128_ps::<0x20>(even, odd);
+                let high = _mm256_permute2f128_ps::<0x31>(even, odd);
+                _mm256_storeu_ps(to.add(2 * i * Self::ROWS), low);
+                _mm256_storeu_ps(to.add((4 + 2 * i) * Self::ROWS), high);
+            }
+        }
+    }
+
+    #[inline(always)]
     fn store(self, to: &mut [f32], v: __m256) {
         if to.len() >= 8 {
             // SAFETY: `to` has the 8 elements that are written; `self` proves AVX2.
@@ -217,6 +241,47 @@ impl Simd for Avx2 {
     }
 }
 
+/// Column `4 * q + j` of four rows of 16 elements, `stride` apart, in quarter `q` of the `j`-th vector.
+///
+/// # Safety
+/// The rows can be read.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn quads(from: *const f32, stride: usize) -> [__m512; 4] {
+    // SAFETY: by contract.
+    let [a, b, c, d] = unsafe { [0, 1, 2, 3].map(|i| _mm512_loadu_ps(from.add(i * stride))) };
+    // Pairs of rows, then pairs of pairs within quarters.
+    let (ab, ab_high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    let (cd, cd_high) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    [
+        _mm512_shuffle_ps::<0x44>(ab, cd),
+        _mm512_shuffle_ps::<0xee>(ab, cd),
+        _mm512_shuffle_ps::<0x44>(ab_high, cd_high),
+        _mm512_shuffle_ps::<0xee>(ab_high, cd_high),
+    ]
+}
+
+/// The quarters of four vectors transposed: the `q`-th vector has quarter `q` of `a`, `b`, `c` and `d`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn quarters(a: __m512, b: __m512, c: __m512, d: __m512) -> [__m512; 4] {
+    // Quarters 0 and 2, 1 and 3 of two vectors each.
+    let (ab_even, ab_odd) = (
+        _mm512_shuffle_f32x4::<0x88>(a, b),
+        _mm512_shuffle_f32x4::<0xdd>(a, b),
+    );
+    let (cd_even, cd_odd) = (
+        _mm512_shuffle_f32x4::<0x88>(c, d),
+        _mm512_shuffle_f32x4::<0xdd>(c, d),
+    );
+    [
+        _mm512_shuffle_f32x4::<0x88>(ab_even, cd_even),
+        _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd),
+        _mm512_shuffle_f32x4::<0xdd>(ab_even, cd_even),
+        _mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd),
+    ]
+}
+
 impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
@@ -283,38 +348,28 @@ impl Simd for Avx512 {
     ) {
         // SAFETY: by contract the rows can be read and written; `self` proves AVX-512.
         unsafe {
-            let row = |i: usize| _mm512_loadu_ps(from.add(i * from_stride));
-            // Pairs of rows, then pairs of pairs within quarters of a vector, then the quarters: `quads[4 * i + j]` has
-            // column `4 * q + j` of rows `4 * i..4 * i + 4` in quarter `q`.
-            let mut quads = [_mm512_setzero_ps(); 16];
-            for (i, quads) in quads.chunks_exact_mut(4).enumerate() {
-                let (a, b, c, d) = (row(4 * i), row(4 * i + 1), row(4 * i + 2), row(4 * i + 3));
-                let (ab, ab_high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-                let (cd, cd_high) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-                quads[0] = _mm512_shuffle_ps::<0x44>(ab, cd);
-                quads[1] = _mm512_shuffle_ps::<0xee>(ab, cd);
-                quads[2] = _mm512_shuffle_ps::<0x44>(ab_high, cd_high);
-                quads[3] = _mm512_shuffle_ps::<0xee>(ab_high, cd_high);
-            }
+            let rows = |i: usize| quads(from.add(4 * i * from_stride), from_stride);
+            let quads = [rows(0), rows(1), rows(2), rows(3)];
             for j in 0..4 {
-                let [a, b, c, d] = [quads[j], quads[4 + j], quads[8 + j], quads[12 + j]];
-                // Quarters 0 and 2, 1 and 3 of two vectors each.
-                let (ab_even, ab_odd) = (
-                    _mm512_shuffle_f32x4::<0x88>(a, b),
-                    _mm512_shuffle_f32x4::<0xdd>(a, b),
-                );
-                let (cd_even, cd_odd) = (
-                    _mm512_shuffle_f32x4::<0x88>(c, d),
-                    _mm512_shuffle_f32x4::<0xdd>(c, d),
-                );
-                let columns = [
-                    _mm512_shuffle_f32x4::<0x88>(ab_even, cd_even),
-                    _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd),
-                    _mm512_shuffle_f32x4::<0xdd>(ab_even, cd_even),
-                    _mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd),
-                ];
-                for (q, column) in columns.into_iter().enumerate() {
+                let [a, b, c, d] = quads.map(|quads| quads[j]);
+                for (q, column) in quarters(a, b, c, d).into_iter().enumerate() {
                     _mm512_storeu_ps(to.add((4 * q + j) * to_stride), column);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose_rows(self, to: *mut f32, from: *const f32, stride: usize) {
+        // SAFETY: by contract the rows can be read and the columns written; `self` proves AVX-512.
+        unsafe {
+            let quads = [quads(from, stride), quads(from.add(4 * stride), stride)];
+            for pair in 0..2 {
+                // Quarter `q` of these has rows 0 to 3 and 4 to 7 of column `4 * q + 2 * pair`, then of the next column.
+                let [a, b] = [0, 1].map(|half| quads[half][2 * pair]);
+                let [c, d] = [0, 1].map(|half| quads[half][2 * pair + 1]);
+                for (q, column) in quarters(a, b, c, d).into_iter().enumerate() {
+                    _mm512_storeu_ps(to.add((4 * q + 2 * pair) * Self::ROWS), column);
                 }
             }
         }
