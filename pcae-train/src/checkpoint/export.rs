@@ -605,7 +605,10 @@ mod tests {
         with("config", recipe(|settings| settings.embed_dim = Some(48)));
         says(
             Weights::Student,
-            &["cls_token", "expected shape [1, 1, 48]", "found [1, 1, 24]"],
+            &[
+                "cls_token",
+                "expected shape [1, 1, 48] by the file's own metadata, found [1, 1, 24]",
+            ],
         );
         checkpoint(&source, |_, student| {
             student[layout().encoder.norm.bias.start] = f32::NAN;
