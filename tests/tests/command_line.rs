@@ -380,8 +380,82 @@ fn divergence() {
 }
 
 #[test]
+fn an_encoder_is_exported() {
+    let place = Place::new();
+    let (run, encoder, again) = (
+        place.path("run"),
+        place.path("encoder.safetensors"),
+        place.path("again.safetensors"),
+    );
+    assert!(place.pretrain(&["--out", &run]).status.success());
+    let teacher = ["--weights", "teacher", "--precision", "bf16", "--out"];
+    let export = |source: &str, more: &[&str]| {
+        let mut args = vec!["export", source];
+        args.extend_from_slice(more);
+        pcae(BINARY, &args)
+    };
+    let output = export(&run, &[&teacher[..], &[&encoder]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = stdout(&output);
+    for expected in ["tensors loaded, the teacher of step 4", "bf16", &encoder] {
+        assert!(text.contains(expected), "{expected} in {text}");
+    }
+    // A checkpoint again: a second export needs no flags but whose parameters these are, and has the same ones.
+    let output = export(&encoder, &["--weights", "teacher", "--out", &again]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let trained = Reader::open(&Path::new(&run).join("checkpoints/last.safetensors")).unwrap();
+    let [encoder_file, again_file] =
+        [&encoder, &again].map(|path| Reader::open(Path::new(path)).unwrap());
+    assert_eq!(encoder_file.names(), again_file.names());
+    for name in encoder_file.names() {
+        let shape = encoder_file.shape(&name).unwrap();
+        let found = encoder_file.tensor_f32(&name, shape).unwrap();
+        assert_eq!(found, again_file.tensor_f32(&name, shape).unwrap());
+        let exact = trained
+            .tensor_f32(&format!("teacher.{name}"), shape)
+            .unwrap();
+        for (found, exact) in found.iter().zip(exact) {
+            // Half a unit in the last of 8 places.
+            assert!((found - exact).abs() <= exact.abs() / 256.0, "{name}");
+        }
+    }
+
+    let before = fs::read(&encoder).unwrap();
+    for (args, code, expected) in [
+        (
+            vec![&encoder[..], "--out", &encoder],
+            1,
+            "--weights teacher",
+        ),
+        (
+            vec![&encoder, "--weights", "teacher", "--out", &encoder],
+            2,
+            "another file",
+        ),
+        (
+            vec![&run, "--precision", "f64", "--out", &encoder],
+            2,
+            "f64",
+        ),
+        (vec![&run], 2, "--out"),
+        (
+            vec![&place.path("data"), "--out", &encoder],
+            1,
+            "checkpoints/last.safetensors",
+        ),
+    ] {
+        let output = export(args[0], &args[1..]);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {text}");
+        assert!(text.contains(expected), "{expected} in {text}");
+        assert_eq!(text.trim_end().lines().count(), 1, "{text}");
+    }
+    assert!(before == fs::read(&encoder).unwrap());
+}
+
+#[test]
 fn every_command_has_help_with_an_example() {
-    for command in ["pretrain", "parity", "inspect", "bench"] {
+    for command in ["pretrain", "parity", "export", "inspect", "bench"] {
         let output = pcae(BINARY, &[command, "--help"]);
         assert!(output.status.success());
         assert!(stdout(&output).contains("Example"), "{command}");

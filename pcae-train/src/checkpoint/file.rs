@@ -136,6 +136,10 @@ pub struct Tensor<'a> {
 pub enum TensorData<'a> {
     /// Parameters, moments, features.
     F32(&'a [f32]),
+    /// Parameters for deployment, in half the space.
+    F16(&'a [f16]),
+    /// The same, with the range of `F32`.
+    BF16(&'a [bf16]),
     /// Indices and labels, as PyTorch has them.
     I64(&'a [i64]),
     /// Counters.
@@ -146,6 +150,8 @@ impl TensorData<'_> {
     fn dtype(&self) -> Dtype {
         match self {
             Self::F32(_) => Dtype::F32,
+            Self::F16(_) => Dtype::F16,
+            Self::BF16(_) => Dtype::BF16,
             Self::I64(_) => Dtype::I64,
             Self::U64(_) => Dtype::U64,
         }
@@ -154,6 +160,8 @@ impl TensorData<'_> {
     fn len(&self) -> usize {
         match self {
             Self::F32(values) => values.len(),
+            Self::F16(values) => values.len(),
+            Self::BF16(values) => values.len(),
             Self::I64(values) => values.len(),
             Self::U64(values) => values.len(),
         }
@@ -162,6 +170,8 @@ impl TensorData<'_> {
     fn write_to(&self, out: &mut dyn Write) -> io::Result<()> {
         match self {
             Self::F32(values) => write_values(out, values, f32::to_le_bytes),
+            Self::F16(values) => write_values(out, values, f16::to_le_bytes),
+            Self::BF16(values) => write_values(out, values, bf16::to_le_bytes),
             Self::I64(values) => write_values(out, values, i64::to_le_bytes),
             Self::U64(values) => write_values(out, values, u64::to_le_bytes),
         }

@@ -8,8 +8,10 @@
 //!
 //! Metadata: `format` (`pcae`), `version` (`1`), `step`, `batches` (micro-batches consumed: the position in the data),
 //! `config` (the recipe as JSON, without the machine's settings), `data` (fingerprint of the training pictures). Nothing in it depends on the machine or on time, so
-//! equal runs have equal files.
+//! equal runs have equal files. Everything is stored in f32, so that a resumed run goes on in the same bits; [`export`] writes
+//! an encoder alone, in f16 or bf16 if wanted.
 
+pub mod export;
 pub mod file;
 
 use std::collections::BTreeMap;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use super::export::ExportArgs;
 use crate::bench::{Plan, What};
 use crate::error::Error;
 use crate::settings::{BackendKind, Machine, Precision, Settings};
@@ -40,6 +41,11 @@ pub(super) enum Command {
     #[command(after_help = "Example:
   pcae parity tests/fixtures/pcae_small.safetensors --backend reference")]
     Parity(ParityArgs),
+    /// Write the encoder of a checkpoint alone, for deployment, in f32, f16 or bf16.
+    #[command(after_help = "Examples:
+  pcae export runs/pretrain --out encoder.safetensors
+  pcae export runs/pretrain --weights teacher --precision bf16 --out teacher-bf16.safetensors")]
+    Export(ExportArgs),
     /// Say what a checkpoint, a data set or a run directory holds.
     #[command(after_help = "Example:
   pcae inspect runs/pretrain")]

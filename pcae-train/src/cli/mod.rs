@@ -1,6 +1,7 @@
 //! The command line.
 
 mod args;
+mod export;
 
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
@@ -30,6 +31,7 @@ pub fn main() -> ExitCode {
         Command::Pretrain(args) => pretrain_command(&args),
         Command::Parity(args) => parity_command(&args),
         Command::Bench(args) => bench_command(&args),
+        Command::Export(args) => args.run(),
         Command::Inspect(args) => inspect::inspect(&args.path).and_then(|text| {
             write_out(&text)?;
             Ok(ExitCode::SUCCESS)
