@@ -49,4 +49,5 @@ pub use cpu::{Cpu, Params};
 pub use error::Error;
 pub use gemm::{Bf16Unit, Precision};
 pub use isa::Isa;
+pub use peak::Bandwidth;
 pub use plan::Memory;

@@ -2,6 +2,8 @@
 //!
 //! One test, because the allocator's counts are those of all threads.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::alloc::{GlobalAlloc, Layout as MemoryLayout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
