@@ -159,11 +159,13 @@ fn line_start(x: &[f32]) -> usize {
     x.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE)
 }
 
-/// The front of `owned`, which grows where it is shorter.
+/// The front of `owned`, which is made anew where it is shorter: nothing is kept, so that old and new are never in memory
+/// together.
 fn grown<T: Clone + Default>(owned: &mut Vec<T>, len: usize) -> Result<&mut [T], Error> {
     if owned.len() < len {
+        *owned = Vec::new();
         owned
-            .try_reserve_exact(len - owned.len())
+            .try_reserve_exact(len)
             .map_err(|_| Error::OutOfMemory { elements: len })?;
         memory::prefer_huge_pages(owned.spare_capacity_mut());
         owned.resize(len, T::default());

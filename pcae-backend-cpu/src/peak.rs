@@ -4,6 +4,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crate::Cpu;
+use crate::cpu::zeroed;
+use crate::error::Error;
 use crate::gemm::Precision;
 use crate::isa::kernel;
 use crate::threads::Pieces;
@@ -70,10 +72,73 @@ impl Cpu {
     }
 }
 
+/// Elements of a vector that is copied: 256 MiB, more than most caches hold.
+const COPIED: usize = 64 << 20;
+/// Elements of a piece of that.
+const COPIED_PIECE: usize = 64 << 10;
+
+/// How fast memory is, in bytes per second, read and written ones together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bandwidth {
+    /// Of a copy to another place. Where that has to be fetched before it is overwritten, a third of the traffic is not
+    /// counted.
+    pub copy: f64,
+    /// Of an update in place, which fetches nothing else: what an optimizer's pass can reach.
+    pub update: f64,
+}
+
+impl Cpu {
+    /// Copies and updates long vectors with this backend's threads: the best of some passes.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] if there is no room for two vectors, 512 MiB.
+    pub fn memory_bandwidth(&self) -> Result<Bandwidth, Error> {
+        let (mut from, mut to) = (zeroed::<f32>(COPIED)?, zeroed::<f32>(COPIED)?);
+        // Pages of zeros may all be the same one until they are written.
+        from.fill(1.0);
+        let mut best = Bandwidth {
+            copy: 0.0,
+            update: 0.0,
+        };
+        for _ in 0..4 {
+            let copied = self.pass(&mut to, |i, to| {
+                to.copy_from_slice(&from[i * COPIED_PIECE..][..COPIED_PIECE]);
+            });
+            let updated = self.pass(&mut to, |_, to| {
+                for to in to {
+                    *to = 1.5 - 0.5 * *to;
+                }
+            });
+            best.copy = best.copy.max(copied);
+            best.update = best.update.max(updated);
+        }
+        Ok(best)
+    }
+
+    /// Bytes per second of `work` on all pieces of `to`, each element of which it writes and reads one for.
+    fn pass(&self, to: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) -> f64 {
+        let began = Instant::now();
+        let pieces = Pieces::new(&mut *to, COPIED_PIECE);
+        self.threads
+            .for_each(COPIED / COPIED_PIECE, usize::MAX, pieces, work);
+        black_box(&to);
+        (2 * COPIED * size_of::<f32>()) as f64 / began.elapsed().as_secs_f64()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{Bf16Unit, Isa};
+
+    #[test]
+    fn memory_is_not_infinitely_fast() {
+        let cpu = Cpu::with(Isa::detect(), 1).unwrap();
+        let Bandwidth { copy, update } = cpu.memory_bandwidth().unwrap();
+        for rate in [copy, update] {
+            assert!((1e8..1e13).contains(&rate), "{rate}");
+        }
+    }
 
     #[test]
     fn every_chain_is_computed() {

@@ -18,12 +18,12 @@ use crate::rows::{self, AdamWConstants};
 use crate::threads::{Pieces, Shared};
 
 /// Elements of a piece of a flat vector.
-const PIECE: usize = 4096;
+pub(crate) const PIECE: usize = 4096;
 /// Columns that one unit of a sum over rows takes: 256 bytes of each row.
-const COLUMNS: usize = 64;
+pub(crate) const COLUMNS: usize = 64;
 
 /// Rows of a batch that one product of a weight's gradient sums.
-const INNER: usize = 1024;
+pub(crate) const INNER: usize = 1024;
 
 impl TrainBackend for Cpu {
     type Vector = Vec<f32>;

@@ -25,6 +25,9 @@ pub mod flops;
 pub mod init;
 pub mod layout;
 pub mod model;
+pub mod op;
 pub mod reference;
 pub mod rng;
 pub mod schedule;
+#[cfg(feature = "train")]
+pub mod sizing;

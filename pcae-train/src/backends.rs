@@ -1,8 +1,10 @@
 //! From a name to a backend.
 
-use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Precision as CpuPrecision};
+use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Memory, Precision as CpuPrecision};
 use pcae_kernel::backend::TrainBackend;
+use pcae_kernel::op::Op;
 use pcae_kernel::reference::Reference;
+use pcae_kernel::sizing::{Sizes, Sizing};
 
 use crate::error::Error;
 use crate::settings::{BackendKind, MAX_THREADS, Machine, Precision};
@@ -19,11 +21,47 @@ pub trait Job {
     fn run<B: TrainBackend>(self, backend: &mut B, name: &str) -> Result<Self::Output, Error>;
 }
 
+/// Something to make with a backend that it keeps.
+pub trait Build {
+    /// What comes of it.
+    type Output;
+
+    /// Makes it. `name` as in [`Job::run`].
+    ///
+    /// # Errors
+    /// Its own.
+    fn build<B: TrainBackend + 'static>(
+        self,
+        backend: B,
+        name: &str,
+    ) -> Result<Self::Output, Error>;
+}
+
 /// Runs `job` on the backend that `machine` asks for.
 ///
 /// # Errors
 /// [`Error::Setting`] if there is no such backend on this machine, or the job's own.
 pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
+    struct ByReference<J>(J);
+    impl<J: Job> Build for ByReference<J> {
+        type Output = J::Output;
+
+        fn build<B: TrainBackend + 'static>(
+            self,
+            mut backend: B,
+            name: &str,
+        ) -> Result<J::Output, Error> {
+            self.0.run(&mut backend, name)
+        }
+    }
+    build(machine, ByReference(job))
+}
+
+/// Gives `job` the backend that `machine` asks for.
+///
+/// # Errors
+/// As [`run`].
+pub fn build<J: Build>(machine: &Machine, job: J) -> Result<J::Output, Error> {
     let wrong = |name: &str, reason: String| {
         Err(Error::Setting {
             name: name.to_owned(),
@@ -32,7 +70,7 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
     };
     match (machine.backend, machine.precision) {
         (BackendKind::Cpu, _) => {
-            let mut backend = cpu(machine)?;
+            let backend = cpu(machine)?;
             let precision = |precision| match precision {
                 CpuPrecision::F32 => "f32".to_owned(),
                 CpuPrecision::Bf16(unit) => format!("bf16 by {unit}"),
@@ -46,7 +84,7 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
             if backend.precisions().1 != backend.precisions().0 {
                 name += &format!(", teacher {}", precision(backend.precisions().1));
             }
-            job.run(&mut backend, &(name + ")"))
+            job.build(backend, &(name + ")"))
         }
         (BackendKind::Reference, Precision::Bf16) => wrong(
             "--precision",
@@ -60,14 +98,54 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
             "--set isa",
             "expected none for --backend reference, which is scalar; use --backend cpu".to_owned(),
         ),
-        (BackendKind::Reference, Precision::F32) => job.run(
-            &mut Reference::<f32, _>::owned(),
-            "reference (1 thread, f32)",
-        ),
-        (BackendKind::Reference, Precision::F64) => job.run(
-            &mut Reference::<f64, _>::owned(),
-            "reference (1 thread, f64)",
-        ),
+        (BackendKind::Reference, Precision::F32) => {
+            job.build(Reference::<f32, _>::owned(), "reference (1 thread, f32)")
+        }
+        (BackendKind::Reference, Precision::F64) => {
+            job.build(Reference::<f64, _>::owned(), "reference (1 thread, f64)")
+        }
+    }
+}
+
+/// Bytes that the task which `sizing` has seen takes from the backend that `machine` asks for.
+///
+/// # Errors
+/// As [`run`].
+pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
+    match machine.backend {
+        BackendKind::Cpu => {
+            let (student, teacher) = cpu_precisions(machine)?;
+            let threads = cpu_threads(machine)?;
+            Ok(Memory::of(
+                sizing,
+                isa(machine)?,
+                threads,
+                (student, teacher),
+            ))
+        }
+        BackendKind::Reference => {
+            let Sizes {
+                bufs,
+                ids,
+                vectors,
+                params,
+                frozen,
+            } = sizing.sizes;
+            let size = match machine.precision {
+                Precision::F64 => size_of::<f64>(),
+                Precision::F32 | Precision::Bf16 => size_of::<f32>(),
+            };
+            // Of pivoted QR alone, one sequence at a time.
+            let qr = sizing.ops().iter().map(|op| match op {
+                Op::PivotedQr(dims) => dims.tokens.saturating_mul(dims.dim),
+                _ => 0,
+            });
+            Ok(Memory {
+                activations: (bufs * size).saturating_add(ids * size_of::<u32>()),
+                state: (vectors + params + frozen) * size,
+                scratch: qr.max().unwrap_or(0) * size,
+            })
+        }
     }
 }
 
@@ -76,17 +154,32 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
 /// # Errors
 /// [`Error::Setting`] if this CPU lacks the instruction set, the threads cannot be started, or the precision is f64.
 pub fn cpu(machine: &Machine) -> Result<Cpu, Error> {
-    let threads = match machine.threads {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads if threads <= MAX_THREADS => threads,
+    let (student, teacher) = cpu_precisions(machine)?;
+    match Cpu::with(isa(machine)?, cpu_threads(machine)?) {
+        Ok(cpu) => Ok(cpu.precision(student).teacher_precision(teacher)),
+        Err(error) => Err(Error::Setting {
+            name: "--threads".to_owned(),
+            reason: error.to_string(),
+        }),
+    }
+}
+
+fn cpu_threads(machine: &Machine) -> Result<usize, Error> {
+    match machine.threads {
+        0 => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
+        threads if threads <= MAX_THREADS => Ok(threads),
         threads => {
             let reason = format!("expected at most {MAX_THREADS}, found {threads}");
-            return Err(Error::Setting {
+            Err(Error::Setting {
                 name: "--threads".to_owned(),
                 reason,
-            });
+            })
         }
-    };
+    }
+}
+
+/// Of trained parameters and of a teacher's.
+fn cpu_precisions(machine: &Machine) -> Result<(CpuPrecision, CpuPrecision), Error> {
     let isa = isa(machine)?;
     let precision = |name: &str, precision| match precision {
         Precision::F32 => Ok(CpuPrecision::F32),
@@ -102,16 +195,14 @@ pub fn cpu(machine: &Machine) -> Result<Cpu, Error> {
         Some(teacher) => precision("--teacher-precision", teacher)?,
         None => student,
     };
-    match Cpu::with(isa, threads) {
-        Ok(cpu) => Ok(cpu.precision(student).teacher_precision(teacher)),
-        Err(error) => Err(Error::Setting {
-            name: "--threads".to_owned(),
-            reason: error.to_string(),
-        }),
-    }
+    Ok((student, teacher))
 }
 
-fn isa(machine: &Machine) -> Result<Isa, Error> {
+/// The instruction set that `machine` asks for, or the best there is.
+///
+/// # Errors
+/// [`Error::Setting`] if this CPU lacks it.
+pub fn isa(machine: &Machine) -> Result<Isa, Error> {
     let Some(name) = &machine.isa else {
         return Ok(Isa::detect());
     };

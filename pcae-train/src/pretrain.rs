@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use ndarray::Array2;
+use pcae_backend_cpu::Memory;
 use pcae_kernel::backend::{AdamW, Span, TrainBackend};
 use pcae_kernel::config::{Criterion, PretrainConfig, Reduction, Target};
 use pcae_kernel::init::init;
@@ -14,8 +15,10 @@ use pcae_kernel::rng::{Purpose, Stream};
 use pcae_kernel::schedule::{
     drop_path_rate, drop_path_scale, learning_rate, momentum, random_masking,
 };
+use pcae_kernel::sizing::Sizing;
 
 use crate::backends::Job;
+use crate::bench::describe;
 use crate::checkpoint::{self, Position};
 use crate::data::augment::Transform;
 use crate::data::loader::{Batch, Loader, LoaderConfig, eval_batches};
@@ -98,20 +101,62 @@ fn launch(mut settings: Settings, resume: Option<(RunDir, RunState)>) -> Result<
     let splits = data::open(settings.data.as_deref(), settings.in_chans)?;
     let recipe = settings.resolve(&splits)?;
     let machine = settings.machine.clone();
+    let memory = planned_memory(&settings, &recipe, &splits)?;
     backends::run(
         &machine,
         Run {
             settings,
             recipe,
+            memory,
             splits,
             resume,
         },
     )
 }
 
+/// What the backend will hold when everything has run once: the state, a step and an evaluation.
+fn planned_memory(settings: &Settings, recipe: &Recipe, splits: &Splits) -> Result<Memory, Error> {
+    let failed = |error| Error::backend("sizing", error);
+    let (task, mut sizing) = (&recipe.task, Sizing::default());
+    let layout = Layout::pretrain(task);
+    let student = sizing.params(&layout, &[]).map_err(failed)?;
+    let teacher = match task.target {
+        Target::Teacher(_) => {
+            let layout = TrainState::<Sizing>::teacher_layout(&task.vit);
+            Some(sizing.teacher_params(&layout, &[]).map_err(failed)?)
+        }
+        Target::Pixels { .. } => None,
+    };
+    let state = TrainState::with_params(&mut sizing, layout, student, teacher, 0.0);
+    let mut state = state.map_err(failed)?;
+    let mut step = StepModel::new(&mut sizing, settings, task).map_err(failed)?;
+    let mut evaluation = Evaluation::new(&mut sizing, settings, recipe, splits).map_err(failed)?;
+    step.model
+        .accumulate(&mut sizing, &mut state, 1.0, &mut step.scorer)
+        .map_err(failed)?;
+    let adamw = AdamW {
+        lr: 0.0,
+        beta1: 0.0,
+        beta2: 0.0,
+        eps: 0.0,
+        step: 1,
+        momentum: 0.0,
+    };
+    state.update(&mut sizing, &adamw, None).map_err(failed)?;
+    if let Some(encoder) = &mut evaluation.encoder {
+        let dim = task.vit.embed_dim;
+        encoder
+            .encode(&mut sizing, &state.student, &[], EVAL_BATCH, dim)
+            .map_err(failed)?;
+    }
+    backends::memory(&settings.machine, &sizing)
+}
+
 struct Run {
     settings: Settings,
     recipe: Recipe,
+    /// What was planned.
+    memory: Memory,
     splits: Splits,
     resume: Option<(RunDir, RunState)>,
 }
@@ -123,6 +168,7 @@ impl Job for Run {
         let Self {
             settings,
             recipe,
+            memory,
             splits,
             resume,
         } = self;
@@ -154,15 +200,16 @@ impl Job for Run {
                 let mut student = vec![0.0; layout.len()];
                 init(&layout, settings.seed, &mut student)
                     .map_err(|error| Error::backend(name, error))?;
-                let teacher = has_teacher.then(|| student[..layout.encoder_len()].to_vec());
-                TrainState::new(
-                    backend,
-                    layout,
-                    &student,
-                    teacher.as_deref(),
-                    settings.weight_decay,
-                )
-                .map_err(failed)?
+                let params = backend.params(&layout, &student).map_err(failed)?;
+                let teacher_layout = TrainState::<B>::teacher_layout(&task.vit);
+                let teacher = has_teacher
+                    .then(|| backend.teacher_params(&teacher_layout, &student))
+                    .transpose()
+                    .map_err(failed)?;
+                // Before the vectors of the state are made, which are larger.
+                drop(student);
+                TrainState::with_params(backend, layout, params, teacher, settings.weight_decay)
+                    .map_err(failed)?
             }
         };
         let mut evaluation =
@@ -191,7 +238,7 @@ impl Job for Run {
                 (run, metrics)
             }
         };
-        for line in introduction(&settings, &recipe, &splits, &layout, name) {
+        for line in introduction(&settings, &recipe, &splits, &layout, name, memory) {
             eprintln!("{line}");
         }
         if !is_new {
@@ -388,7 +435,8 @@ fn introduction(
     splits: &Splits,
     layout: &Layout,
     backend: &str,
-) -> [String; 4] {
+    memory: Memory,
+) -> [String; 5] {
     let task = &recipe.task;
     let cost = pcae_kernel::flops::Step::new(task);
     let images = settings.batch_size as u64 * settings.accum;
@@ -418,6 +466,7 @@ fn introduction(
             cost.total() as f64 / 1e6
         ),
         format!("backend   {backend}"),
+        format!("memory    planned: {}", describe(memory)),
         format!(
             "schedule  {} steps of {images} images ({} an epoch), peak learning rate {:.2e}, run directory {}",
             recipe.steps,

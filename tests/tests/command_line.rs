@@ -336,6 +336,75 @@ fn bench_measures() {
     );
 }
 
+#[test]
+fn bench_takes_a_step_apart_and_draws() {
+    let folder = tempfile::tempdir().unwrap();
+    let (json, png) = (folder.path().join("b.json"), folder.path().join("r.png"));
+    let mut args = vec!["bench", "--model", "vit-micro", "--what"];
+    args.extend(["peak,gemm,block,step", "--threads", "1", "--repeats", "2"]);
+    args.extend([
+        "--batch-size",
+        "2",
+        "--precision",
+        "f32,bf16",
+        "--breakdown",
+    ]);
+    args.extend(["--variant", "method=mae,drop_layers=0,1,mask_ratio=0.5"]);
+    args.extend(["--json", json.to_str().unwrap()]);
+    args.extend(["--roofline", png.to_str().unwrap()]);
+    args.extend_from_slice(TINY);
+    let output = pcae(BINARY, &args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("planned memory"));
+    assert_eq!(image::open(png).unwrap().width(), 1200);
+
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    let results = report["results"].as_array().unwrap();
+    let of = |what: &str| -> Vec<_> {
+        results
+            .iter()
+            .filter(|result| result["what"] == what)
+            .collect()
+    };
+    // Five layers in four passes, but for the gradient of pictures.
+    assert_eq!(of("gemm").len(), 2 * 19);
+    assert_eq!((of("block").len(), of("step").len()), (2, 4));
+    assert!(of("peak").len() >= 2);
+    for precision in ["f32", "bf16"] {
+        let peak = &report["machine"]["peak_gflops"][precision]["1"];
+        assert!(peak.as_f64().unwrap() > 0.1, "{report}");
+    }
+    let mae = of("step")
+        .into_iter()
+        .find(|step| step["method"] == "mae")
+        .unwrap();
+    assert_eq!(mae["mask_ratio"], 0.5);
+    for step in of("step") {
+        let parts = step["breakdown"].as_array().unwrap();
+        let sum = |key: &str| -> f64 { parts.iter().map(|part| part[key].as_f64().unwrap()).sum() };
+        assert!((sum("share") - 1.0).abs() < 1e-9, "{step}");
+        let optimizer = parts
+            .iter()
+            .find(|part| part["operation"] == "AdamW and moving average")
+            .unwrap();
+        assert!(optimizer["share_of_bandwidth"].as_f64().unwrap() > 0.0);
+        assert!(step["planned_bytes"].as_u64().unwrap() > 100_000);
+    }
+    for result in results {
+        // The form that other tools read.
+        for key in [
+            "model",
+            "method",
+            "mask_ratio",
+            "batch",
+            "drop_ratio",
+            "isa",
+        ] {
+            assert!(result.get(key).is_some(), "{key}: {result}");
+        }
+    }
+}
+
 /// A run that diverges says so, whichever operation meets it first, and leaves no broken checkpoint.
 #[test]
 fn divergence() {

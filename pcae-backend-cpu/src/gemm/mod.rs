@@ -196,6 +196,49 @@ impl Plan {
     }
 }
 
+/// The scratch of a product, in elements.
+struct Room {
+    /// Rows that are packed at a time.
+    block: usize,
+    /// Of the packed left operand.
+    left: usize,
+    /// Of a thread's packed panels.
+    panels: usize,
+    /// Of all that a thread has.
+    per_thread: usize,
+}
+
+impl Room {
+    /// `dims.m` must not be 0.
+    fn new(cuts: &Cuts, dims: Dims, shape: &Shape, threads: usize) -> Self {
+        let m = dims.m;
+        let block = (cuts.block / shape.words.max(1))
+            .max(cuts.min_block)
+            .next_multiple_of(shape.rows)
+            .min(m);
+        // The last block may be smaller and be cut otherwise.
+        let lens = [block, m - (m - 1) / block * block]
+            .map(|rows| Plan::new(cuts, Dims { m: rows, ..dims }, shape, threads).scratch(shape));
+        let panels = lens[0].0.max(lens[1].0).next_multiple_of(LINE);
+        Self {
+            block,
+            left: (block.next_multiple_of(shape.least_rows) * shape.words).next_multiple_of(LINE),
+            panels,
+            per_thread: panels + lens[0].1.max(lens[1].1).next_multiple_of(LINE),
+        }
+    }
+}
+
+/// Elements of scratch that [`gemm`] takes.
+pub(crate) fn scratch_len(isa: Isa, precision: Precision, threads: usize, dims: Dims) -> usize {
+    if dims.m == 0 || dims.n == 0 {
+        return 0;
+    }
+    let shape = Shape::of(isa, precision, dims.inner);
+    let room = Room::new(&Cuts::of_this_machine(), dims, &shape, threads);
+    room.left + threads * room.per_thread
+}
+
 /// Part `i` of `count` parts of `all`, as even as can be.
 fn part(all: &Range<usize>, i: usize, count: usize) -> Range<usize> {
     all.start + all.len() * i / count..all.start + all.len() * (i + 1) / count
@@ -257,23 +300,23 @@ impl Product<'_> {
         if m == 0 || n == 0 {
             return Ok(());
         }
-        let block = (cuts.block / shape.words.max(1))
-            .max(cuts.min_block)
-            .next_multiple_of(shape.rows)
-            .min(m);
         let plan = |rows| {
-            let dims = Dims {
-                m: rows,
-                ..self.dims
-            };
-            Plan::new(cuts, dims, shape, threads.count())
+            Plan::new(
+                cuts,
+                Dims {
+                    m: rows,
+                    ..self.dims
+                },
+                shape,
+                threads.count(),
+            )
         };
-        // The last block may be smaller and be cut otherwise.
-        let lens = [block, m - (m - 1) / block * block].map(|rows| plan(rows).scratch(shape));
-        let panels_len = lens[0].0.max(lens[1].0).next_multiple_of(LINE);
-        let per_thread = panels_len + lens[0].1.max(lens[1].1).next_multiple_of(LINE);
-        let left_len =
-            (block.next_multiple_of(shape.least_rows) * shape.words).next_multiple_of(LINE);
+        let Room {
+            block,
+            left: left_len,
+            panels: panels_len,
+            per_thread,
+        } = Room::new(cuts, self.dims, shape, threads.count());
         let scratch = scratch.floats(left_len + threads.count() * per_thread)?;
         let (packed_left, scratch) = scratch.split_at_mut(left_len);
         for first in (0..m).step_by(block) {

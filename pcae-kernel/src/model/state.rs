@@ -71,6 +71,22 @@ impl<B: TrainBackend> TrainState<B> {
             }
             None => None,
         };
+        let student = backend.params(&layout, student)?;
+        Self::with_params(backend, layout, student, teacher, weight_decay)
+    }
+
+    /// [`TrainState::new`] of parameters that the backend has already, laid out by `layout` and
+    /// [`TrainState::teacher_layout`]: what they were made from need not be in memory any more.
+    ///
+    /// # Errors
+    /// If memory is short.
+    pub fn with_params(
+        backend: &mut B,
+        layout: Layout,
+        student: B::Params,
+        teacher: Option<B::Params>,
+        weight_decay: f64,
+    ) -> Result<Self, B::Error> {
         let mut segments = Vec::new();
         layout.for_each(|tensor| {
             if tensor.is_trained() {
@@ -83,7 +99,7 @@ impl<B: TrainBackend> TrainState<B> {
             }
         });
         Ok(Self {
-            student: backend.params(&layout, student)?,
+            student,
             teacher,
             grads: backend.vector(layout.len())?,
             exp_avg: backend.vector(layout.len())?,

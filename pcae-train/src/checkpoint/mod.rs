@@ -136,13 +136,17 @@ impl Values {
         layout: Layout,
         weight_decay: f64,
     ) -> Result<TrainState<B>, B::Error> {
-        let mut state = TrainState::new(
-            backend,
-            layout,
-            &self.student,
-            self.teacher.as_deref(),
-            weight_decay,
-        )?;
+        // Each copy of the host's goes when the backend has its own.
+        let student = backend.params(&layout, &self.student)?;
+        drop(self.student);
+        let teacher = match self.teacher {
+            Some(values) => {
+                let layout = TrainState::<B>::teacher_layout(&layout.vit);
+                Some(backend.teacher_params(&layout, &values)?)
+            }
+            None => None,
+        };
+        let mut state = TrainState::with_params(backend, layout, student, teacher, weight_decay)?;
         backend.write_vector(&mut state.exp_avg, 0, &self.exp_avg)?;
         backend.write_vector(&mut state.exp_avg_sq, 0, &self.exp_avg_sq)?;
         Ok(state)

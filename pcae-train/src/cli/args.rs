@@ -35,7 +35,10 @@ pub(super) enum Command {
     #[command(after_help = "Examples:
   pcae bench                                                     vit-b16, batch 1 and 8, all threads
   pcae bench --what step --mask-ratio 0.85 --batch-size 8 --threads 1,2
-  pcae bench --what infer --drop-ratio 0,0.1,0.2,0.3,0.4 --json bench.json")]
+  pcae bench --what infer --drop-ratio 0,0.1,0.2,0.3,0.4 --json bench.json
+  pcae bench --what peak,gemm,block --threads 1,2 --precision f32,bf16 --roofline roofline.png
+  pcae bench --what step --breakdown --mask-ratio 0.85 --batch-size 16 \\
+      --variant method=mae,mask_ratio=0.75,decoder_depth=8,decoder_embed_dim=512")]
     Bench(BenchArgs),
     /// Replay a golden fixture on a backend and print the largest error of every tensor.
     #[command(after_help = "Example:
@@ -126,7 +129,7 @@ pub(super) struct PretrainArgs {
 impl PretrainArgs {
     /// Flags and `--set` as settings, the flags last.
     pub(super) fn overrides(&self) -> Result<Vec<(String, String)>, Error> {
-        let mut overrides = key_values(&self.set)?;
+        let mut overrides = key_values("--set", &self.set)?;
         let flags = [
             ("data", &self.data),
             ("model", &self.model),
@@ -206,6 +209,9 @@ pub(super) struct BenchArgs {
     /// Part of the patches that the student does not see
     #[arg(long, default_value = "0.75")]
     mask_ratio: String,
+    /// Also time a step with these settings in place of the others; may be repeated
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    variant: Vec<String>,
     /// Pictures at a time
     #[arg(long, value_delimiter = ',', default_values = ["1", "8"])]
     batch_size: Vec<usize>,
@@ -215,15 +221,15 @@ pub(super) struct BenchArgs {
     /// Parts of the patch tokens that each stage of a classifier drops
     #[arg(long, value_delimiter = ',', default_value = "0")]
     drop_ratio: Vec<f64>,
-    /// Timed runs, of which the median counts
+    /// Timed runs, of which the median counts; all combinations take turns
     #[arg(long, default_value = "5")]
     repeats: usize,
     /// What computes
     #[arg(long, default_value = "cpu")]
     backend: String,
-    /// Number format of the computation
-    #[arg(long, default_value = "f32")]
-    precision: String,
+    /// Number formats of the computation
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "f32")]
+    precision: Vec<Precision>,
     /// Number format of the teacher's computation [default: the same]
     #[arg(long)]
     teacher_precision: Option<String>,
@@ -233,6 +239,12 @@ pub(super) struct BenchArgs {
     /// Any setting of the model, such as decoder_depth=8; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Say where the time goes, by kind of operation
+    #[arg(long)]
+    breakdown: bool,
+    /// Draw the figures under the machine's limits, to this PNG file
+    #[arg(long, value_name = "FILE")]
+    pub(super) roofline: Option<PathBuf>,
     /// Also write the figures to this file
     #[arg(long, value_name = "FILE")]
     pub(super) json: Option<PathBuf>,
@@ -240,18 +252,23 @@ pub(super) struct BenchArgs {
 
 impl BenchArgs {
     pub(super) fn plan(&self) -> Result<Plan, Error> {
-        let mut overrides = key_values(&self.set)?;
+        let mut overrides = key_values("--set", &self.set)?;
         let flags = [
             ("model", Some(&self.model)),
             ("method", Some(&self.method)),
             ("mask_ratio", Some(&self.mask_ratio)),
             ("backend", Some(&self.backend)),
-            ("precision", Some(&self.precision)),
             ("teacher_precision", self.teacher_precision.as_ref()),
             ("isa", self.isa.as_ref()),
         ];
         for (key, value) in flags {
             overrides.extend(value.map(|value| (key.to_owned(), value.clone())));
+        }
+        let mut settings = vec![Settings::load(None, &overrides)?];
+        for variant in &self.variant {
+            let mut overrides = overrides.clone();
+            overrides.extend(key_values("--variant", &key_value_list(variant))?);
+            settings.push(Settings::load(None, &overrides)?);
         }
         let counts = self
             .batch_size
@@ -268,23 +285,42 @@ impl BenchArgs {
             }
         }
         Ok(Plan {
-            settings: Settings::load(None, &overrides)?,
+            settings,
             what: self.what.clone(),
             batch_sizes: self.batch_size.clone(),
             threads: self.threads.clone(),
+            precisions: self.precision.clone(),
             drop_ratios: self.drop_ratio.clone(),
             repeats: self.repeats,
+            breakdown: self.breakdown,
+            bandwidth: self.roofline.is_some(),
         })
     }
 }
 
-fn key_values(set: &[String]) -> Result<Vec<(String, String)>, Error> {
+/// The parts of a list, of which each has a `=`: the commas of `drop_layers=0,4` are its value's.
+fn key_value_list(text: &str) -> Vec<String> {
+    let mut parts: Vec<String> = Vec::new();
+    for part in text.split(',') {
+        match parts.last_mut() {
+            Some(last) if !part.contains('=') => {
+                last.push(',');
+                last.push_str(part);
+            }
+            _ => parts.push(part.to_owned()),
+        }
+    }
+    parts
+}
+
+/// `KEY=VALUE` of the flag `name`.
+fn key_values(name: &str, set: &[String]) -> Result<Vec<(String, String)>, Error> {
     let mut overrides = Vec::new();
     for text in set {
         let Some((key, value)) = text.split_once('=') else {
             let reason = format!("expected KEY=VALUE, found {text:?}");
             return Err(Error::Setting {
-                name: "--set".to_owned(),
+                name: name.to_owned(),
                 reason,
             });
         };

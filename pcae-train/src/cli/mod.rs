@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::error::Error;
+use crate::report::roofline;
 use crate::settings::{Machine, Method, Settings};
 use crate::{backends, bench, inspect, pretrain};
 use args::{Args, BenchArgs, Command, ParityArgs, PretrainArgs};
@@ -147,38 +148,17 @@ fn closing(summary: &pretrain::Summary) -> String {
 
 fn bench_command(args: &BenchArgs) -> Result<ExitCode, Error> {
     let plan = args.plan()?;
-    write_out(&format!(
-        "{:<6} {:<10} {:>6} {:>8} {:>6} {:>9} {:>10} {:>10} {:>9}\n",
-        "what", "model", "batch", "threads", "drop", "isa", "images/s", "GFLOP/s", "of peak"
-    ))?;
-    let report = bench::run(&plan, |result| {
-        let bench::Measurement {
-            what,
-            model,
-            batch,
-            threads,
-            images_per_s,
-            gflops,
-            ..
-        } = result;
-        let what = format!("{what:?}").to_lowercase();
-        let drop = result
-            .drop_ratio
-            .map_or_else(|| "-".to_owned(), |ratio| ratio.to_string());
-        let isa = result.isa.as_deref().unwrap_or("-");
-        let share = result
-            .share_of_peak
-            .map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", 100.0 * share));
-        write_out(&format!(
-            "{what:<6} {model:<10} {batch:>6} {threads:>8} {drop:>6} {isa:>9} {images_per_s:>10.2} {gflops:>10.1} {share:>9}\n"
-        ))
-    })?;
-    for (precision, peaks) in &report.machine.peak_gflops {
-        for (threads, peak) in peaks {
-            write_out(&format!(
-                "peak {precision}, {threads} threads: {peak:.1} GFLOP/s\n"
-            ))?;
+    write_out(&bench::header())?;
+    let report = bench::run(&plan, |progress| match progress {
+        bench::Progress::Planned(result, memory) => {
+            eprint!("{}", bench::planned(result, memory));
+            Ok(())
         }
+        bench::Progress::Measured(result) => write_out(&bench::row(result)),
+    })?;
+    write_out(&bench::limits(&report.machine))?;
+    if let Some(path) = &args.roofline {
+        roofline::write_png(path, &bench::roofline(&report))?;
     }
     if let Some(path) = &args.json {
         let json = serde_json::to_vec_pretty(&report).unwrap_or_default();

@@ -1,0 +1,137 @@
+//! How much memory a task takes, before it takes any.
+
+use pcae_kernel::backend::{AttentionDims, LinearDims};
+use pcae_kernel::error::product;
+use pcae_kernel::op::Op;
+use pcae_kernel::sizing::Sizing;
+
+use crate::attention::Attention;
+use crate::cpu::LINE;
+use crate::gemm::{Dims, Precision, scratch_len};
+use crate::isa::Isa;
+use crate::threads::Threads;
+use crate::train::{COLUMNS, INNER, PIECE};
+
+/// Bytes that a task takes from the CPU backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// In activations and indices.
+    pub activations: usize,
+    /// In parameters, gradients and moments, and what else is kept in vectors.
+    pub state: usize,
+    /// In working memory, which grows during the first step.
+    pub scratch: usize,
+}
+
+impl Memory {
+    /// What the task that `sizing` has seen takes, from a backend with this instruction set, number of threads, and
+    /// precisions of trained parameters and a teacher's.
+    pub fn of(
+        sizing: &Sizing,
+        isa: Isa,
+        threads: usize,
+        precisions: (Precision, Precision),
+    ) -> Self {
+        let sizes = &sizing.sizes;
+        // Frozen weights in bf16 lie beside those in f32.
+        let frozen = match precisions.0 {
+            Precision::F32 => bytes::<f32>(sizes.frozen),
+            Precision::Bf16(_) => bytes::<f32>(sizes.frozen) / 2 * 3,
+        };
+        Self {
+            activations: bytes::<f32>(sizes.bufs).saturating_add(bytes::<u32>(sizes.ids)),
+            state: bytes::<f32>(sizes.vectors.saturating_add(sizes.params)).saturating_add(frozen),
+            scratch: scratch(sizing.ops(), isa, threads, precisions),
+        }
+    }
+
+    /// All of it.
+    pub const fn total(&self) -> usize {
+        self.activations
+            .saturating_add(self.state)
+            .saturating_add(self.scratch)
+    }
+}
+
+const fn bytes<T>(elements: usize) -> usize {
+    elements.saturating_mul(size_of::<T>())
+}
+
+/// The backend keeps one scratch of each type, as long as the longest that an operation has asked for.
+fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precision)) -> usize {
+    let (student, teacher) = precisions;
+    let mut floats = 0;
+    let (mut doubles, mut indices) = (0, 0);
+    let matmul =
+        |precision, m, n, inner| scratch_len(isa, precision, threads, Dims { m, n, inner });
+    for op in ops {
+        match *op {
+            Op::Linear(LinearDims {
+                rows,
+                in_features,
+                out_features,
+            }) => {
+                // Whose parameters they are is not known: what differs is small.
+                for precision in [student, teacher] {
+                    floats = floats.max(matmul(precision, rows, out_features, in_features));
+                }
+            }
+            Op::LinearInput(LinearDims {
+                rows,
+                in_features,
+                out_features,
+            }) => floats = floats.max(matmul(student, rows, in_features, out_features)),
+            Op::LinearParams(LinearDims {
+                rows,
+                in_features,
+                out_features,
+            }) => {
+                // Rows are summed in chunks of `INNER`, of which the last is shorter.
+                for inner in [rows.min(INNER), rows % INNER] {
+                    floats = floats.max(matmul(student, out_features, in_features, inner));
+                }
+            }
+            Op::Attention(dims) => {
+                let len = |attention: Attention<'_>| attention.forward_scratch();
+                floats = floats.max(attention(isa, threads, dims, len));
+            }
+            Op::AttentionBackward(dims) => {
+                let len = |attention: Attention<'_>| attention.backward_scratch();
+                floats = floats.max(attention(isa, threads, dims, len));
+            }
+            Op::MeanSimilarity(dims) => {
+                doubles = doubles.max(product(&[dims.batch, dims.dim.saturating_add(dims.tokens)]));
+            }
+            Op::PivotedQr(dims) => {
+                let tokens = dims.tokens.saturating_add(1);
+                doubles = doubles.max(product(&[dims.batch, tokens, dims.dim]));
+            }
+            Op::Select { batch, tokens } => indices = indices.max(product(&[batch, tokens])),
+            Op::Loss(dims) => doubles = doubles.max(dims.rows),
+            Op::Target(dims) => doubles = doubles.max(dims.dim.div_ceil(COLUMNS)),
+            Op::Vector { elements } => doubles = doubles.max(elements.div_ceil(PIECE)),
+            // The sums of a layer norm's backward are a sixteenth of its rows, less than a product of them packs.
+            Op::LayerNormBackward(_)
+            | Op::LayerNorm(_)
+            | Op::Tokens { .. }
+            | Op::AdamW { .. }
+            | Op::Transfer { .. } => {}
+        }
+    }
+    bytes::<f32>(floats.saturating_add(LINE))
+        .saturating_add(bytes::<f64>(doubles))
+        .saturating_add(bytes::<u32>(indices))
+}
+
+fn attention(
+    isa: Isa,
+    threads: usize,
+    dims: AttentionDims,
+    len: impl Fn(Attention<'_>) -> usize,
+) -> usize {
+    if dims.out_len() == 0 {
+        return 0;
+    }
+    // Of one thread, times as many.
+    threads.saturating_mul(len(Attention::new(isa, &Threads::one(), dims, &[])))
+}

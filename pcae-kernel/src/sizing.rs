@@ -1,0 +1,536 @@
+//! Memory of a task, without taking it: a backend that computes nothing and counts what it is asked for.
+
+use alloc::vec::Vec;
+
+use crate::backend::{
+    Accum, AdamW, AttentionDims, Backend, Clip, DecoderDims, EmbedParams, Epilogue, Linear,
+    LinearDims, Norm, PatchDims, RowDims, Segment, Span, TokenDims, TrainBackend,
+};
+use crate::error::Error;
+use crate::layout::Layout;
+use crate::op::Op;
+
+/// Counts the elements that a model takes from a backend, and notes the operations that it runs.
+///
+/// Build the task on it as on any backend, and run one step. No formula of a size is written twice, so the count is exact.
+///
+/// ```
+/// use pcae_kernel::config::{Reduction, VitConfig};
+/// use pcae_kernel::model::Vit;
+/// use pcae_kernel::sizing::Sizing;
+///
+/// let vit = VitConfig::preset("vit-micro").ok_or("no such preset")?;
+/// let mut sizing = Sizing::default();
+/// Vit::new(&mut sizing, &vit, 1, vit.num_patches(), true, Reduction::NONE)?;
+/// assert_eq!(sizing.sizes.bufs, Vit::<Sizing>::plan(&vit, 1, vit.num_patches(), true).floats);
+/// # Ok::<(), Box<dyn core::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Sizing {
+    /// Elements so far.
+    pub sizes: Sizes,
+    ops: Vec<Op>,
+}
+
+/// Elements that were asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// In activations.
+    pub bufs: usize,
+    /// In indices.
+    pub ids: usize,
+    /// In gradients, moments, statistics and losses.
+    pub vectors: usize,
+    /// In parameters that may be trained, a teacher's among them.
+    pub params: usize,
+    /// In parameters for forwards alone.
+    pub frozen: usize,
+}
+
+impl Sizes {
+    /// All of them.
+    pub const fn total(&self) -> usize {
+        self.bufs
+            .saturating_add(self.ids)
+            .saturating_add(self.vectors)
+            .saturating_add(self.params)
+            .saturating_add(self.frozen)
+    }
+}
+
+impl Sizing {
+    /// The different operations that ran.
+    pub fn ops(&self) -> &[Op] {
+        &self.ops
+    }
+
+    fn note(&mut self, op: Op) -> Result<(), Error> {
+        if !self.ops.contains(&op) {
+            self.ops.push(op);
+        }
+        Ok(())
+    }
+}
+
+/// Stands for an activation, indices or parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct Sized(());
+
+/// Stands for a vector.
+#[derive(Clone, Copy, Debug)]
+pub struct SizedVector {
+    len: usize,
+}
+
+fn add(count: &mut usize, len: usize) -> Result<Sized, Error> {
+    *count = count.saturating_add(len);
+    Ok(Sized(()))
+}
+
+impl Backend for Sizing {
+    type Error = Error;
+    type Buf = Sized;
+    type Ids = Sized;
+    type Params = Sized;
+
+    fn buf(&mut self, len: usize) -> Result<Sized, Error> {
+        add(&mut self.sizes.bufs, len)
+    }
+
+    fn ids(&mut self, len: usize) -> Result<Sized, Error> {
+        add(&mut self.sizes.ids, len)
+    }
+
+    fn write(&mut self, _to: &mut Sized, from: &[f32]) -> Result<(), Error> {
+        self.note(Op::Transfer {
+            elements: from.len(),
+        })
+    }
+
+    fn read(&mut self, to: &mut [f32], _from: &Sized) -> Result<(), Error> {
+        self.note(Op::Transfer { elements: to.len() })
+    }
+
+    fn write_ids(&mut self, _to: &mut Sized, from: &[u32]) -> Result<(), Error> {
+        self.note(Op::Transfer {
+            elements: from.len(),
+        })
+    }
+
+    fn read_ids(&mut self, to: &mut [u32], _from: &Sized) -> Result<(), Error> {
+        self.note(Op::Transfer { elements: to.len() })
+    }
+
+    fn gather_patches(
+        &mut self,
+        dims: PatchDims,
+        _out: &mut Sized,
+        _images: &Sized,
+        _ids: Option<&Sized>,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.patches_len()))
+    }
+
+    fn embed_tokens(
+        &mut self,
+        dims: TokenDims,
+        _out: &mut Sized,
+        _x: &Sized,
+        _ids: Option<&Sized>,
+        _params: &Sized,
+        _embed: EmbedParams,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.len()))
+    }
+
+    fn linear(
+        &mut self,
+        dims: LinearDims,
+        _out: &mut Sized,
+        _x: &Sized,
+        _params: &Sized,
+        _layer: Linear,
+        _epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        self.note(Op::Linear(dims))
+    }
+
+    fn layer_norm(
+        &mut self,
+        dims: RowDims,
+        _out: &mut Sized,
+        _x: &Sized,
+        _params: &Sized,
+        _norm: Norm,
+    ) -> Result<(), Error> {
+        self.note(Op::LayerNorm(dims))
+    }
+
+    fn attention(
+        &mut self,
+        dims: AttentionDims,
+        _out: &mut Sized,
+        _qkv: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::Attention(dims))
+    }
+
+    fn mean_similarity(
+        &mut self,
+        dims: TokenDims,
+        _scores: &mut Sized,
+        _x: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::MeanSimilarity(dims))
+    }
+
+    fn select(
+        &mut self,
+        batch: usize,
+        tokens: usize,
+        _keep: usize,
+        _picked: &mut Sized,
+        _scores: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::Select { batch, tokens })
+    }
+
+    fn gather_tokens(
+        &mut self,
+        dims: TokenDims,
+        keep: usize,
+        _out: &mut Sized,
+        _x: &Sized,
+        _picked: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.with_tokens(keep).len()))
+    }
+
+    fn gather_ids(
+        &mut self,
+        batch: usize,
+        tokens: usize,
+        _keep: usize,
+        _out: &mut Sized,
+        _ids: Option<&Sized>,
+        _picked: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::Select { batch, tokens })
+    }
+
+    fn mean_pool(&mut self, dims: TokenDims, _out: &mut Sized, _x: &Sized) -> Result<(), Error> {
+        self.note(Op::tokens(dims.len()))
+    }
+}
+
+impl TrainBackend for Sizing {
+    type Vector = SizedVector;
+
+    fn vector(&mut self, len: usize) -> Result<SizedVector, Error> {
+        self.sizes.vectors = self.sizes.vectors.saturating_add(len);
+        Ok(SizedVector { len })
+    }
+
+    fn params(&mut self, layout: &Layout, _values: &[f32]) -> Result<Sized, Error> {
+        add(&mut self.sizes.params, layout.len())
+    }
+
+    fn frozen_params(&mut self, layout: &Layout, _values: &[f32]) -> Result<Sized, Error> {
+        add(&mut self.sizes.frozen, layout.len())
+    }
+
+    fn write_vector(
+        &mut self,
+        _to: &mut SizedVector,
+        _at: usize,
+        from: &[f32],
+    ) -> Result<(), Error> {
+        self.note(Op::Transfer {
+            elements: from.len(),
+        })
+    }
+
+    fn read_vector(
+        &mut self,
+        to: &mut [f32],
+        _from: &SizedVector,
+        _at: usize,
+    ) -> Result<(), Error> {
+        self.note(Op::Transfer { elements: to.len() })
+    }
+
+    fn read_params(&mut self, _to: &mut [f32], _from: &Sized, span: Span) -> Result<(), Error> {
+        self.note(Op::Transfer { elements: span.len })
+    }
+
+    fn linear_gelu_saving(
+        &mut self,
+        dims: LinearDims,
+        _out: &mut Sized,
+        _pre_gelu: &mut Sized,
+        _x: &Sized,
+        _params: &Sized,
+        _layer: Linear,
+    ) -> Result<(), Error> {
+        self.note(Op::Linear(dims))
+    }
+
+    fn linear_residual(
+        &mut self,
+        dims: LinearDims,
+        _out: &mut Sized,
+        _residual: &Sized,
+        _x: &Sized,
+        _params: &Sized,
+        _layer: Linear,
+        _scale: Option<(&Sized, usize)>,
+    ) -> Result<(), Error> {
+        self.note(Op::Linear(dims))
+    }
+
+    fn scale_rows(
+        &mut self,
+        dims: RowDims,
+        _out: &mut Sized,
+        _x: &Sized,
+        _scale: &Sized,
+        _rows_per_scale: usize,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.len()))
+    }
+
+    fn linear_backward_input(
+        &mut self,
+        dims: LinearDims,
+        _d_x: &mut Sized,
+        _d_y: &Sized,
+        _params: &Sized,
+        _layer: Linear,
+        _pre_gelu: Option<&Sized>,
+    ) -> Result<(), Error> {
+        self.note(Op::LinearInput(dims))
+    }
+
+    fn linear_backward_params(
+        &mut self,
+        dims: LinearDims,
+        _grads: &mut SizedVector,
+        _layer: Linear,
+        _d_y: &Sized,
+        _x: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::LinearParams(dims))
+    }
+
+    fn layer_norm_saving(
+        &mut self,
+        dims: RowDims,
+        _out: &mut Sized,
+        _stats: &mut SizedVector,
+        _x: &Sized,
+        _params: &Sized,
+        _norm: Norm,
+    ) -> Result<(), Error> {
+        self.note(Op::LayerNorm(dims))
+    }
+
+    fn layer_norm_backward(
+        &mut self,
+        dims: RowDims,
+        _d_x: &mut Sized,
+        _accum: Accum,
+        _grads: &mut SizedVector,
+        _d_y: &Sized,
+        _x: &Sized,
+        _stats: &SizedVector,
+        _params: &Sized,
+        _norm: Norm,
+    ) -> Result<(), Error> {
+        self.note(Op::LayerNormBackward(dims))
+    }
+
+    fn attention_saving(
+        &mut self,
+        dims: AttentionDims,
+        _out: &mut Sized,
+        _lse: &mut SizedVector,
+        _qkv: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::Attention(dims))
+    }
+
+    fn attention_backward(
+        &mut self,
+        dims: AttentionDims,
+        _d_qkv: &mut Sized,
+        _d_out: &Sized,
+        _qkv: &Sized,
+        _out: &Sized,
+        _lse: &SizedVector,
+    ) -> Result<(), Error> {
+        self.note(Op::AttentionBackward(dims))
+    }
+
+    fn embed_tokens_backward(
+        &mut self,
+        dims: TokenDims,
+        _d_x: &mut Sized,
+        _grads: &mut SizedVector,
+        _d_out: &Sized,
+        _embed: EmbedParams,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.len()))
+    }
+
+    fn decoder_tokens(
+        &mut self,
+        dims: DecoderDims,
+        _out: &mut Sized,
+        _x: &Sized,
+        _ids_visible: &Sized,
+        _ids_target: &Sized,
+        _params: &Sized,
+        _mask_token: Span,
+        _pos_embed: Span,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.len()))
+    }
+
+    fn decoder_tokens_backward(
+        &mut self,
+        dims: DecoderDims,
+        _d_x: &mut Sized,
+        _grads: &mut SizedVector,
+        _d_out: &Sized,
+        _mask_token: Span,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.len()))
+    }
+
+    fn strip_prefix(&mut self, dims: TokenDims, _out: &mut Sized, _x: &Sized) -> Result<(), Error> {
+        self.note(Op::tokens(dims.len()))
+    }
+
+    fn strip_prefix_backward(
+        &mut self,
+        dims: TokenDims,
+        _d_x: &mut Sized,
+        _d_out: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.len()))
+    }
+
+    fn gather_tokens_backward(
+        &mut self,
+        dims: TokenDims,
+        _keep: usize,
+        _d_x: &mut Sized,
+        _d_out: &Sized,
+        _picked: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.len()))
+    }
+
+    fn mean_pool_backward(
+        &mut self,
+        dims: TokenDims,
+        _d_x: &mut Sized,
+        _d_out: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.len()))
+    }
+
+    fn pivoted_qr_scores(
+        &mut self,
+        dims: TokenDims,
+        _scores: &mut Sized,
+        _x: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::PivotedQr(dims))
+    }
+
+    fn standardise(&mut self, dims: RowDims, _out: &mut Sized, _x: &Sized) -> Result<(), Error> {
+        self.note(Op::Target(dims))
+    }
+
+    fn feature_spread(
+        &mut self,
+        dims: RowDims,
+        _out: &mut SizedVector,
+        _at: usize,
+        _x: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::Target(dims))
+    }
+
+    fn cosine_loss(
+        &mut self,
+        dims: RowDims,
+        _d_pred: &mut Sized,
+        _losses: &mut SizedVector,
+        _at: usize,
+        _pred: &Sized,
+        _target: &Sized,
+        _scale: f64,
+    ) -> Result<(), Error> {
+        self.note(Op::Loss(dims))
+    }
+
+    fn mse_loss(
+        &mut self,
+        dims: RowDims,
+        _d_pred: &mut Sized,
+        _losses: &mut SizedVector,
+        _at: usize,
+        _pred: &Sized,
+        _target: &Sized,
+        _scale: f64,
+    ) -> Result<(), Error> {
+        self.note(Op::Loss(dims))
+    }
+
+    fn cross_entropy(
+        &mut self,
+        dims: RowDims,
+        _d_logits: &mut Sized,
+        _losses: &mut SizedVector,
+        _at: usize,
+        _logits: &Sized,
+        _target: &Sized,
+        _scale: f64,
+    ) -> Result<(), Error> {
+        self.note(Op::Loss(dims))
+    }
+
+    fn pixel_targets(
+        &mut self,
+        dims: PatchDims,
+        _out: &mut Sized,
+        _images: &Sized,
+        _ids: &Sized,
+    ) -> Result<(), Error> {
+        self.note(Op::tokens(dims.patches_len()))
+    }
+
+    fn zero(&mut self, _x: &mut SizedVector, span: Span) -> Result<(), Error> {
+        self.note(Op::Vector { elements: span.len })
+    }
+
+    fn norm(&mut self, _out: &mut SizedVector, _at: usize, x: &SizedVector) -> Result<(), Error> {
+        self.note(Op::Vector { elements: x.len })
+    }
+
+    fn adamw_ema(
+        &mut self,
+        _student: &mut Sized,
+        teacher: Option<&mut Sized>,
+        _grads: &mut SizedVector,
+        _exp_avg: &mut SizedVector,
+        _exp_avg_sq: &mut SizedVector,
+        segments: &[Segment],
+        _step: &AdamW,
+        _clip: Option<Clip<'_, SizedVector>>,
+    ) -> Result<(), Error> {
+        self.note(Op::adamw(segments, teacher.is_some()))
+    }
+}

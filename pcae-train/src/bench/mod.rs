@@ -1,0 +1,670 @@
+//! Throughput of training steps, of inference and of their parts, held against the machine's measured peak.
+
+mod machine;
+mod picture;
+mod table;
+mod timed;
+mod work;
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use pcae_backend_cpu::{Bandwidth, Bf16Unit, Cpu, Isa, Memory, Precision as CpuPrecision};
+use pcae_kernel::config::{
+    Budget, ClassifierConfig, Criterion, DropLayers, Place, PretrainConfig, Reduction,
+};
+use pcae_kernel::op::OpKind;
+use serde::Serialize;
+
+pub use machine::{MachineReport, Peaks};
+pub use picture::roofline;
+pub use table::{describe, header, limits, planned, row};
+pub use timed::{Tally, Timed};
+
+use crate::backends;
+use crate::error::Error;
+use crate::settings::{BackendKind, Machine, Precision, Settings};
+use work::{Make, Task, Track, Workload};
+
+/// What is timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum What {
+    /// Multiply-adds in registers, on every instruction set and in every precision, and a copy of memory.
+    Peak,
+    /// The matrix products of the linear layers.
+    Gemm,
+    /// A block's forward.
+    Block,
+    /// A classifier's forward.
+    Infer,
+    /// A pre-training step: teacher, student, decoder, backward, AdamW, moving average.
+    Step,
+}
+
+/// What to measure: every combination.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Model, method and machine; `threads` and `precision` are overruled by those below. Others than the first are for
+    /// steps alone.
+    pub settings: Vec<Settings>,
+    /// What is timed.
+    pub what: Vec<What>,
+    /// Pictures at a time.
+    pub batch_sizes: Vec<usize>,
+    /// Threads; 0 for all.
+    pub threads: Vec<usize>,
+    /// Number formats.
+    pub precisions: Vec<Precision>,
+    /// Part of the patch tokens that each stage of a classifier drops.
+    pub drop_ratios: Vec<f64>,
+    /// Timed runs, of which the median counts.
+    pub repeats: usize,
+    /// Whether to time each kind of operation.
+    pub breakdown: bool,
+    /// Whether to measure the bandwidth of memory; with `breakdown` it is in any case.
+    pub bandwidth: bool,
+}
+
+/// One measurement.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Measurement {
+    /// What was timed.
+    pub what: What,
+    /// Preset of the encoder; none of a peak.
+    pub model: Option<String>,
+    /// `pcae` or `mae`, of a step.
+    pub method: Option<String>,
+    /// Of a step.
+    pub mask_ratio: Option<f64>,
+    /// Blocks and width of the decoder, of a step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decoder: Option<[usize; 2]>,
+    /// Pictures at a time; none of a peak.
+    pub batch: Option<usize>,
+    /// Threads.
+    pub threads: usize,
+    /// Number format.
+    pub precision: String,
+    /// Number format of the teacher, if it has another one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher_precision: Option<String>,
+    /// Of inference.
+    pub drop_ratio: Option<f64>,
+    /// Instruction set, of the CPU backend.
+    pub isa: Option<String>,
+    /// What multiplies bf16, of the CPU backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bf16_unit: Option<String>,
+    /// Linear layer of a matrix product.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer: Option<&'static str>,
+    /// Which of the layer's products: forward, training forward, input gradient, parameter gradient.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pass: Option<&'static str>,
+    /// Rows, width of the input and width of the output of the layer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shape: Option<[usize; 3]>,
+    /// Median seconds of a run; none of a peak.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+    /// Slowest less fastest run, over the median.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spread: Option<f64>,
+    /// Pictures per second, at the median time; of a matrix product none.
+    pub images_per_s: Option<f64>,
+    /// Two operations per multiply-add that the method needs.
+    pub gflops: f64,
+    /// `gflops` over the peak measured in this run with the same threads, instruction set and precision (the student's,
+    /// where a teacher has another one); `None` where it is not measured.
+    pub share_of_peak: Option<f64>,
+    /// The median of each run's share of a peak that was measured just before it, for about a millisecond: of use where the
+    /// machine's clock moves during a run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share_of_peak_beside: Option<f64>,
+    /// Operations per byte that its parts read and write at least, each for itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flops_per_byte: Option<f64>,
+    /// Memory that was planned before the first run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub planned_bytes: Option<usize>,
+    /// Where the time went, if that was asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub breakdown: Vec<Part>,
+}
+
+/// All operations of one kind in a run, the mean of the timed runs.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Part {
+    /// Which kind.
+    pub operation: &'static str,
+    /// Calls in a run.
+    pub calls: f64,
+    /// Seconds in a run.
+    pub seconds: f64,
+    /// Part of the run.
+    pub share: f64,
+    /// Of the matrix products.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gflops: Option<f64>,
+    /// As [`Measurement::share_of_peak`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share_of_peak: Option<f64>,
+    /// As [`Measurement::flops_per_byte`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flops_per_byte: Option<f64>,
+    /// Read and written, of the optimizer, in 10^9 bytes per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gbytes_per_s: Option<f64>,
+    /// `gbytes_per_s` over what a copy or an update in place, whichever is faster, reaches in this run with the same threads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share_of_bandwidth: Option<f64>,
+}
+
+/// All measurements of a run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// The machine.
+    pub machine: MachineReport,
+    /// The measurements.
+    pub results: Vec<Measurement>,
+}
+
+/// What [`run`] tells as it goes.
+pub enum Progress<'a> {
+    /// Nothing of this has run yet; the memory it will take.
+    Planned(&'a Measurement, Memory),
+    /// A figure.
+    Measured(&'a Measurement),
+}
+
+/// Measures, telling `progress` each figure as it comes.
+///
+/// The combinations run in turn, one after the other and then all again, because a shared machine is faster now and
+/// slower then: those that fit into half of the free memory together.
+///
+/// # Errors
+/// [`Error`] of the settings or the backend.
+pub fn run(
+    plan: &Plan,
+    mut progress: impl FnMut(Progress<'_>) -> Result<(), Error>,
+) -> Result<Report, Error> {
+    let mut machine = MachineReport::new();
+    let mut limits = Limits {
+        wants_bandwidth: plan.bandwidth || plan.breakdown || plan.what.contains(&What::Peak),
+        ..Limits::default()
+    };
+    let mut results = Vec::new();
+    if plan.what.contains(&What::Peak) {
+        peaks(plan, machine.threads, &mut limits, |result| {
+            progress(Progress::Measured(&result))?;
+            results.push(result);
+            Ok(())
+        })?;
+    }
+    let mut cases = cases(plan, machine.threads)?;
+    // What cannot be told is not shared out: one after the other.
+    let room = machine::available_memory().unwrap_or(0) / 2;
+    while !cases.is_empty() {
+        let mut taken = 0_usize;
+        let together = cases.iter().take_while(|case| {
+            taken = taken.saturating_add(case.memory.total());
+            taken <= room
+        });
+        let together = together.count().max(1);
+        let rest = cases.split_off(together);
+        for case in &cases {
+            progress(Progress::Planned(&case.blank()?, case.memory))?;
+        }
+        for result in measure(cases, plan, &mut limits)? {
+            progress(Progress::Measured(&result))?;
+            results.push(result);
+        }
+        cases = rest;
+    }
+    for ((precision, threads), peak) in limits.peaks {
+        let peaks = machine.peak_gflops.entry(precision).or_default();
+        peaks.insert(threads.to_string(), peak.best / 1e9);
+    }
+    for (threads, bandwidth) in limits.bandwidths {
+        let Bandwidth { copy, update } = bandwidth;
+        let key = threads.to_string();
+        machine.copy_gbytes_per_s.insert(key.clone(), copy / 1e9);
+        machine.update_gbytes_per_s.insert(key, update / 1e9);
+    }
+    machine.finish();
+    Ok(Report { machine, results })
+}
+
+/// What the machine can do at most, as far as it was measured.
+#[derive(Default)]
+struct Limits {
+    /// By precision and threads.
+    peaks: BTreeMap<(String, usize), Peak>,
+    wants_bandwidth: bool,
+    /// By threads.
+    bandwidths: BTreeMap<usize, Bandwidth>,
+}
+
+struct Peak {
+    cpu: Cpu,
+    /// Operations per second.
+    best: f64,
+}
+
+impl Limits {
+    /// Measures what `machine` can do, again where it was before: the best counts.
+    fn measure(&mut self, machine: &Machine) -> Result<(), Error> {
+        if machine.backend != BackendKind::Cpu {
+            return Ok(());
+        }
+        let key = (name(machine.precision), machine.threads);
+        if !self.peaks.contains_key(&key) {
+            let cpu = backends::cpu(machine)?;
+            if self.wants_bandwidth && !self.bandwidths.contains_key(&machine.threads) {
+                let bandwidth = cpu.memory_bandwidth();
+                let bandwidth = bandwidth.map_err(|error| Error::backend("cpu", error))?;
+                self.bandwidths.insert(machine.threads, bandwidth);
+            }
+            self.peaks.insert(key.clone(), Peak { cpu, best: 0.0 });
+        }
+        if let Some(peak) = self.peaks.get_mut(&key) {
+            peak.best = peak.best.max(peak.cpu.peak_flops());
+        }
+        Ok(())
+    }
+
+    /// The peak at this moment, if it is known at all.
+    fn now(&self, machine: &Machine) -> Option<f64> {
+        let key = (name(machine.precision), machine.threads);
+        let peak = self.peaks.get(&key)?;
+        Some((0..3).map(|_| peak.cpu.spin_rate()).fold(0.0, f64::max))
+    }
+
+    fn peak(&self, machine: &Machine) -> Option<f64> {
+        let key = (name(machine.precision), machine.threads);
+        self.peaks.get(&key).map(|peak| peak.best)
+    }
+}
+
+/// As it is typed.
+fn name(precision: Precision) -> String {
+    format!("{precision:?}").to_lowercase()
+}
+
+/// The peak of every instruction set, precision and number of threads that the plan does not rule out.
+fn peaks(
+    plan: &Plan,
+    available: usize,
+    limits: &mut Limits,
+    mut found: impl FnMut(Measurement) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let Some(settings) = plan.settings.first() else {
+        return Ok(());
+    };
+    let asked = settings.machine.isa.as_deref();
+    for &threads in &plan.threads {
+        let threads = if threads == 0 { available } else { threads };
+        for &precision in &plan.precisions {
+            limits.measure(&Machine {
+                threads,
+                precision,
+                ..settings.machine.clone()
+            })?;
+        }
+        for isa in Isa::available().filter(|isa| asked.is_none_or(|asked| isa.to_string() == asked))
+        {
+            let units = Bf16Unit::available(isa).map(CpuPrecision::Bf16);
+            for precision in [CpuPrecision::F32].into_iter().chain(units) {
+                let (precision_name, unit) = match precision {
+                    CpuPrecision::F32 => ("f32", None),
+                    CpuPrecision::Bf16(unit) => ("bf16", Some(unit.to_string())),
+                };
+                if !plan.precisions.iter().any(|&p| name(p) == precision_name) {
+                    continue;
+                }
+                let cpu = Cpu::with(isa, threads).map_err(|error| Error::backend("cpu", error))?;
+                let cpu = cpu.precision(precision);
+                let best = (0..plan.repeats.max(1)).map(|_| cpu.peak_flops());
+                found(Measurement {
+                    threads,
+                    precision: precision_name.to_owned(),
+                    isa: Some(isa.to_string()),
+                    bf16_unit: unit,
+                    gflops: best.fold(0.0, f64::max) / 1e9,
+                    ..Measurement::empty(What::Peak)
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One combination.
+struct Case {
+    what: What,
+    settings: Settings,
+    task: PretrainConfig,
+    drop_ratio: Option<f64>,
+    batch: usize,
+    memory: Memory,
+}
+
+/// Everything that has a model, those that are compared with each other next to each other.
+fn cases(plan: &Plan, available: usize) -> Result<Vec<Case>, Error> {
+    let mut cases = Vec::new();
+    let mut what = plan.what.clone();
+    what.retain(|&what| what != What::Peak);
+    for what in what {
+        let variants = match what {
+            What::Step => plan.settings.len(),
+            _ => 1,
+        };
+        let drop_ratios: Vec<Option<f64>> = match what {
+            What::Infer => plan.drop_ratios.iter().copied().map(Some).collect(),
+            _ => vec![None],
+        };
+        for &batch in &plan.batch_sizes {
+            for &drop_ratio in &drop_ratios {
+                for settings in plan.settings.iter().take(variants) {
+                    for &threads in &plan.threads {
+                        for &precision in &plan.precisions {
+                            let mut settings = settings.clone();
+                            settings.machine.threads =
+                                if threads == 0 { available } else { threads };
+                            settings.machine.precision = precision;
+                            let mut case = Case {
+                                what,
+                                task: settings.task()?,
+                                settings,
+                                drop_ratio,
+                                batch,
+                                memory: Memory::default(),
+                            };
+                            let sizing = case.make()?.sizing()?;
+                            case.memory = backends::memory(&case.settings.machine, &sizing)?;
+                            cases.push(case);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    Ok(cases)
+}
+
+impl Case {
+    fn make(&self) -> Result<Make, Error> {
+        let task = match self.what {
+            What::Peak | What::Gemm => Task::Products(self.task.vit),
+            What::Block => Task::Block(self.task.vit),
+            What::Infer => {
+                Task::Infer(classifier(&self.task, self.drop_ratio.unwrap_or_default())?)
+            }
+            What::Step => Task::Step(self.task),
+        };
+        Ok(Make {
+            task,
+            batch: self.batch,
+        })
+    }
+
+    /// All but the figures.
+    fn blank(&self) -> Result<Measurement, Error> {
+        let (settings, machine) = (&self.settings, &self.settings.machine);
+        let is_step = self.what == What::Step;
+        let (mut isa, mut unit) = (None, None);
+        if machine.backend == BackendKind::Cpu {
+            let found = backends::isa(machine)?;
+            isa = Some(found.to_string());
+            if machine.precision == Precision::Bf16 {
+                unit = Some(Bf16Unit::detect(found).to_string());
+            }
+        }
+        let decoder = self.task.decoder;
+        let teacher = machine.teacher_precision;
+        Ok(Measurement {
+            model: Some(settings.model.clone()),
+            method: is_step.then(|| settings.method.to_string()),
+            mask_ratio: is_step.then_some(self.task.mask_ratio),
+            decoder: is_step.then_some([decoder.depth, decoder.embed_dim]),
+            batch: Some(self.batch),
+            threads: machine.threads,
+            precision: name(machine.precision),
+            teacher_precision: teacher.filter(|_| is_step).map(name),
+            drop_ratio: self.drop_ratio,
+            isa,
+            bf16_unit: unit,
+            planned_bytes: Some(self.memory.total()),
+            ..Measurement::empty(self.what)
+        })
+    }
+}
+
+impl Measurement {
+    fn empty(what: What) -> Self {
+        Self {
+            what,
+            model: None,
+            method: None,
+            mask_ratio: None,
+            decoder: None,
+            batch: None,
+            threads: 0,
+            precision: String::new(),
+            teacher_precision: None,
+            drop_ratio: None,
+            isa: None,
+            bf16_unit: None,
+            layer: None,
+            pass: None,
+            shape: None,
+            seconds: None,
+            spread: None,
+            images_per_s: None,
+            gflops: 0.0,
+            share_of_peak: None,
+            share_of_peak_beside: None,
+            flops_per_byte: None,
+            planned_bytes: None,
+            breakdown: Vec::new(),
+        }
+    }
+}
+
+/// A run shorter than this is repeated within one timing, which else the clock would spoil.
+const LEAST_SECONDS: f64 = 2e-3;
+
+/// One track of a case.
+struct Timing {
+    track: Track,
+    /// Runs in one timing.
+    calls: u32,
+    flops_per_byte: Option<f64>,
+    /// Seconds of a run, one for each timing.
+    seconds: Vec<f64>,
+    /// Its share of the peak at that time.
+    beside: Vec<f64>,
+    tallies: Vec<(OpKind, Tally)>,
+}
+
+fn measure(cases: Vec<Case>, plan: &Plan, limits: &mut Limits) -> Result<Vec<Measurement>, Error> {
+    let mut live = Vec::new();
+    for case in cases {
+        let mut work = backends::build(&case.settings.machine, case.make()?)?;
+        let timings = (0..work.tracks().len())
+            .map(|track| warm_up(work.as_mut(), track))
+            .collect::<Result<Vec<_>, _>>()?;
+        live.push((case, work, timings));
+    }
+    for _ in 0..plan.repeats.max(1) {
+        for (case, work, timings) in &mut live {
+            limits.measure(&case.settings.machine)?;
+            for (track, timing) in timings.iter_mut().enumerate() {
+                let peak = limits.now(&case.settings.machine);
+                if plan.breakdown {
+                    work.start();
+                }
+                let began = Instant::now();
+                for _ in 0..timing.calls {
+                    work.run(track)?;
+                }
+                let seconds = began.elapsed().as_secs_f64() / f64::from(timing.calls);
+                timing.seconds.push(seconds);
+                let flops = 2.0 * timing.track.macs as f64 / seconds;
+                timing.beside.extend(peak.map(|peak| flops / peak));
+                if plan.breakdown {
+                    work.stop();
+                    timing.add(&work.tallies());
+                }
+            }
+        }
+    }
+    let mut results = Vec::new();
+    for (case, _, timings) in live {
+        let blank = case.blank()?;
+        let peak = limits.peak(&case.settings.machine);
+        let bandwidth = limits.bandwidths.get(&case.settings.machine.threads);
+        let bandwidth = bandwidth.map(|bandwidth| bandwidth.copy.max(bandwidth.update));
+        for timing in timings {
+            results.push(timing.result(blank.clone(), case.batch, peak, bandwidth));
+        }
+    }
+    Ok(results)
+}
+
+/// Runs a track twice, first for what happens only once.
+fn warm_up(work: &mut dyn Workload, track: usize) -> Result<Timing, Error> {
+    work.start();
+    work.run(track)?;
+    work.stop();
+    let tallies = work.tallies();
+    let (macs, elements) = tallies.iter().fold((0, 0), |(macs, elements), (_, tally)| {
+        (macs + tally.macs, elements + tally.elements)
+    });
+    let began = Instant::now();
+    work.run(track)?;
+    let took = began.elapsed().as_secs_f64();
+    Ok(Timing {
+        track: work.tracks()[track].clone(),
+        calls: (LEAST_SECONDS / took).ceil().clamp(1.0, 10_000.0) as u32,
+        flops_per_byte: per_byte(macs, elements),
+        seconds: Vec::new(),
+        beside: Vec::new(),
+        tallies: OpKind::ALL.map(|kind| (kind, Tally::default())).to_vec(),
+    })
+}
+
+/// Operations per byte, of elements of 4 bytes.
+fn per_byte(macs: u64, elements: u64) -> Option<f64> {
+    (macs > 0 && elements > 0).then(|| 2.0 * macs as f64 / (4.0 * elements as f64))
+}
+
+impl Timing {
+    fn add(&mut self, tallies: &[(OpKind, Tally)]) {
+        for ((_, sum), (_, tally)) in self.tallies.iter_mut().zip(tallies) {
+            sum.calls += tally.calls;
+            sum.time += tally.time;
+            sum.macs += tally.macs;
+            sum.elements += tally.elements;
+        }
+    }
+
+    fn result(
+        mut self,
+        blank: Measurement,
+        batch: usize,
+        peak: Option<f64>,
+        bandwidth: Option<f64>,
+    ) -> Measurement {
+        let total: f64 = self.seconds.iter().sum();
+        let runs = self.seconds.len() as f64 * f64::from(self.calls);
+        let breakdown = self.breakdown(total * f64::from(self.calls), runs, peak, bandwidth);
+        self.seconds.sort_unstable_by(f64::total_cmp);
+        let median = self.seconds[self.seconds.len() / 2];
+        let range = self.seconds[self.seconds.len() - 1] - self.seconds[0];
+        let flops = 2.0 * self.track.macs as f64 / median;
+        self.beside.sort_unstable_by(f64::total_cmp);
+        let product = self.track.product;
+        Measurement {
+            layer: product.map(|(layer, _, _)| layer),
+            pass: product.map(|(_, pass, _)| pass),
+            shape: product.map(|(_, _, dims)| [dims.rows, dims.in_features, dims.out_features]),
+            seconds: Some(median),
+            spread: Some(range / median),
+            images_per_s: product.is_none().then_some(batch as f64 / median),
+            gflops: flops / 1e9,
+            share_of_peak: peak.map(|peak| flops / peak),
+            share_of_peak_beside: self.beside.get(self.beside.len() / 2).copied(),
+            flops_per_byte: self.flops_per_byte,
+            breakdown,
+            ..blank
+        }
+    }
+
+    /// Of `runs` that took `total` seconds. What is left is the model between the operations.
+    fn breakdown(
+        &self,
+        total: f64,
+        runs: f64,
+        peak: Option<f64>,
+        bandwidth: Option<f64>,
+    ) -> Vec<Part> {
+        let mut parts = Vec::new();
+        let mut rest = total;
+        for &(kind, tally) in &self.tallies {
+            if tally.calls == 0 {
+                continue;
+            }
+            let seconds = tally.time.as_secs_f64();
+            rest -= seconds;
+            let flops = (tally.macs > 0).then(|| 2.0 * tally.macs as f64 / seconds);
+            // Others find much of what they read in a cache.
+            let bytes = (kind == OpKind::Optimizer).then(|| 4.0 * tally.elements as f64 / seconds);
+            parts.push(Part {
+                operation: kind.name(),
+                calls: tally.calls as f64 / runs,
+                seconds: seconds / runs,
+                share: seconds / total,
+                gflops: flops.map(|flops| flops / 1e9),
+                share_of_peak: flops.zip(peak).map(|(flops, peak)| flops / peak),
+                flops_per_byte: per_byte(tally.macs, tally.elements),
+                gbytes_per_s: bytes.map(|bytes| bytes / 1e9),
+                share_of_bandwidth: bytes.zip(bandwidth).map(|(bytes, most)| bytes / most),
+            });
+        }
+        if !parts.is_empty() {
+            parts.push(Part {
+                operation: "between operations",
+                calls: 0.0,
+                seconds: rest / runs,
+                share: rest / total,
+                gflops: None,
+                share_of_peak: None,
+                flops_per_byte: None,
+                gbytes_per_s: None,
+                share_of_bandwidth: None,
+            });
+        }
+        parts
+    }
+}
+
+/// The classifier with 1000 classes that the paper counts, tokens dropped after blocks 0, 7 and 10 of 12.
+fn classifier(task: &PretrainConfig, drop_ratio: f64) -> Result<ClassifierConfig, Error> {
+    let depth = task.vit.depth;
+    let blocks = [0, depth * 7 / 12, depth * 10 / 12];
+    let reduction = Reduction {
+        criterion: Criterion::MeanSimilarity,
+        place: Place::Progressive,
+        drop_layers: DropLayers::new(&blocks, depth)?,
+        budget: Budget::Drop(drop_ratio),
+    };
+    let config = ClassifierConfig {
+        vit: task.vit,
+        num_classes: 1000,
+        reduction,
+    };
+    config.check()?;
+    Ok(config)
+}

@@ -1,0 +1,164 @@
+//! Measurements as text.
+
+use std::fmt::Write;
+
+use pcae_backend_cpu::Memory;
+
+use super::{MachineReport, Measurement, Part};
+use crate::backends::count;
+
+/// Names of the columns of [`row`].
+pub fn header() -> String {
+    columns([
+        "what", "of", "batch", "threads", "format", "isa", "images/s", "GFLOP/s", "of peak",
+        "spread",
+    ])
+}
+
+/// A measurement in one line, and where its time went in more.
+pub fn row(result: &Measurement) -> String {
+    let what = format!("{:?}", result.what).to_lowercase();
+    let number = |number: Option<usize>| number.map_or_else(|| "-".to_owned(), |n| n.to_string());
+    let share = result.share_of_peak.map_or_else(|| "-".to_owned(), percent);
+    let mut text = columns([
+        &what,
+        &subject(result),
+        &number(result.batch),
+        &result.threads.to_string(),
+        &format(result),
+        result.isa.as_deref().unwrap_or("-"),
+        &result
+            .images_per_s
+            .map_or_else(|| "-".to_owned(), |rate| format!("{rate:.2}")),
+        &format!("{:.1}", result.gflops),
+        &share,
+        &result.spread.map_or_else(|| "-".to_owned(), percent),
+    ]);
+    for part in &result.breakdown {
+        text += &part_line(part);
+    }
+    text
+}
+
+/// The memory that a task will take.
+pub fn planned(result: &Measurement, memory: Memory) -> String {
+    let what = format!("{:?}", result.what).to_lowercase();
+    format!(
+        "{what} {}, batch {}, {}, {}: planned memory {}\n",
+        subject(result),
+        result.batch.unwrap_or(0),
+        count(result.threads, "thread"),
+        format(result),
+        describe(memory)
+    )
+}
+
+/// `3.12 GB (state 1.68, activations 1.39, scratch 0.05)`
+pub fn describe(memory: Memory) -> String {
+    let (unit, size) = match memory.total() {
+        0..1_000_000_000 => ("MB", 1e6),
+        _ => ("GB", 1e9),
+    };
+    let scaled = |bytes: usize| format!("{:.2}", bytes as f64 / size);
+    format!(
+        "{} {unit} (parameters, gradients, moments {}; activations {}; scratch {})",
+        scaled(memory.total()),
+        scaled(memory.state),
+        scaled(memory.activations),
+        scaled(memory.scratch)
+    )
+}
+
+/// What the machine can do at most.
+pub fn limits(machine: &MachineReport) -> String {
+    let mut text = String::new();
+    for (precision, peaks) in &machine.peak_gflops {
+        for (threads, peak) in peaks {
+            let _ = writeln!(
+                text,
+                "peak {precision}, {threads} threads: {peak:.1} GFLOP/s"
+            );
+        }
+    }
+    for (threads, rate) in &machine.copy_gbytes_per_s {
+        let _ = writeln!(
+            text,
+            "copy, {threads} threads: {rate:.1} GB/s read and written"
+        );
+    }
+    text
+}
+
+/// The model and what is done with it.
+fn subject(result: &Measurement) -> String {
+    let mut text = result
+        .model
+        .clone()
+        .unwrap_or_else(|| "registers".to_owned());
+    if let (Some(layer), Some(pass), Some([rows, from, to])) =
+        (result.layer, result.pass, result.shape)
+    {
+        let _ = write!(text, " {layer} {pass} {rows}x{from}x{to}");
+    }
+    if let (Some(method), Some(mask_ratio)) = (&result.method, result.mask_ratio) {
+        let _ = write!(text, " {method} mask {mask_ratio}");
+    }
+    if let Some([depth, width]) = result.decoder {
+        let _ = write!(text, " decoder {depth}x{width}");
+    }
+    if let Some(drop_ratio) = result.drop_ratio {
+        let _ = write!(text, " drop {drop_ratio}");
+    }
+    text
+}
+
+fn format(result: &Measurement) -> String {
+    let mut text = result.precision.clone();
+    if let Some(unit) = &result.bf16_unit {
+        let _ = write!(text, " {}", unit.trim_end_matches(" bf16"));
+    }
+    if let Some(teacher) = &result.teacher_precision {
+        let _ = write!(text, "/{teacher}");
+    }
+    text
+}
+
+fn part_line(part: &Part) -> String {
+    let mut text = format!(
+        "         {:<26} {:>6} {:>7.0} calls {:>10.3} ms",
+        part.operation,
+        percent(part.share),
+        part.calls,
+        1e3 * part.seconds
+    );
+    if let (Some(gflops), Some(share)) = (part.gflops, part.share_of_peak) {
+        let _ = write!(text, " {gflops:>9.1} GFLOP/s {:>7} of peak", percent(share));
+    }
+    if let (Some(rate), Some(share)) = (part.gbytes_per_s, part.share_of_bandwidth) {
+        let _ = write!(text, " {rate:>9.1} GB/s    {:>7} of memory", percent(share));
+    }
+    text.push('\n');
+    text
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
+fn columns(cells: [&str; 10]) -> String {
+    let [
+        what,
+        of,
+        batch,
+        threads,
+        format,
+        isa,
+        images,
+        gflops,
+        peak,
+        spread,
+    ] = cells;
+    format!(
+        "{what:<6} {of:<56} {batch:>5} {threads:>7} {format:<15} {isa:<8} {images:>9} {gflops:>9} {peak:>8} {spread:>7}\n"
+    )
+}

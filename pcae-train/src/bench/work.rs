@@ -1,0 +1,556 @@
+//! What is timed: made once, run many times, on any backend.
+
+use pcae_kernel::backend::{
+    AdamW, AttentionDims, Backend, Epilogue, Linear, LinearDims, RowDims, TrainBackend,
+};
+use pcae_kernel::config::{ClassifierConfig, PretrainConfig, Target, VitConfig};
+use pcae_kernel::flops;
+use pcae_kernel::init::init;
+use pcae_kernel::layout::Layout;
+use pcae_kernel::model::{Classifier, MeanSimilarity, Pretrainer, TrainState};
+use pcae_kernel::op::{Op, OpKind};
+use pcae_kernel::rng::{Purpose, Stream};
+use pcae_kernel::schedule::random_masking;
+use pcae_kernel::sizing::Sizing;
+
+use super::timed::{Tally, Timed};
+use crate::backends::Build;
+use crate::error::Error;
+
+/// What to make, for `batch` pictures.
+#[derive(Clone, Copy)]
+pub(super) enum Task {
+    /// The matrix products of the linear layers.
+    Products(VitConfig),
+    /// A block's forward.
+    Block(VitConfig),
+    /// A classifier's forward.
+    Infer(ClassifierConfig),
+    /// A pre-training step.
+    Step(PretrainConfig),
+}
+
+/// Something that is timed by itself.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Track {
+    /// Layer and pass, of a matrix product.
+    pub(super) product: Option<(&'static str, &'static str, LinearDims)>,
+    /// Multiply-adds that it needs, as [`flops`] counts.
+    pub(super) macs: u64,
+}
+
+/// A task on its backend.
+pub(super) trait Workload {
+    fn tracks(&self) -> &[Track];
+
+    /// Runs one of the tracks once.
+    fn run(&mut self, track: usize) -> Result<(), Error>;
+
+    /// See [`Timed::start`].
+    fn start(&mut self);
+
+    /// See [`Timed::stop`].
+    fn stop(&mut self);
+
+    fn tallies(&self) -> Vec<(OpKind, Tally)>;
+}
+
+/// Makes a [`Workload`] on the backend it is given.
+pub(super) struct Make {
+    pub(super) task: Task,
+    pub(super) batch: usize,
+}
+
+impl Make {
+    /// What it asks a backend for.
+    pub(super) fn sizing(&self) -> Result<Sizing, Error> {
+        let failed = |error| Error::backend("sizing", error);
+        let (mut backend, host) = (Timed::new(Sizing::default()), Host { empty: true });
+        let mut work = self.work(&mut backend, host).map_err(failed)?;
+        for track in 0..work.tracks().len() {
+            work.run(&mut backend, track).map_err(failed)?;
+        }
+        Ok(backend.into_inner())
+    }
+
+    fn work<B: TrainBackend + 'static>(
+        &self,
+        backend: &mut Timed<B>,
+        host: Host,
+    ) -> Result<Box<dyn Work<B>>, B::Error> {
+        let batch = self.batch;
+        Ok(match &self.task {
+            Task::Products(vit) => Box::new(Products::new(backend, host, vit, batch)?),
+            Task::Block(vit) => Box::new(Block::new(backend, host, vit, batch)?),
+            Task::Infer(config) => Box::new(Infer::new(backend, host, config, batch)?),
+            Task::Step(config) => Box::new(Step::new(backend, host, config, batch)?),
+        })
+    }
+}
+
+impl Build for Make {
+    type Output = Box<dyn Workload>;
+
+    fn build<B: TrainBackend + 'static>(
+        self,
+        backend: B,
+        name: &str,
+    ) -> Result<Box<dyn Workload>, Error> {
+        let mut backend = Timed::new(backend);
+        let work = self.work(&mut backend, Host { empty: false });
+        let work = work.map_err(|error| Error::backend(name, error))?;
+        Ok(Box::new(Live {
+            backend,
+            work,
+            name: name.to_owned(),
+        }))
+    }
+}
+
+/// Values of the host.
+#[derive(Clone, Copy)]
+struct Host {
+    /// For a backend that does not look at them.
+    empty: bool,
+}
+
+impl Host {
+    fn params(self, layout: &Layout) -> Result<Vec<f32>, pcae_kernel::error::Error> {
+        if self.empty {
+            return Ok(Vec::new());
+        }
+        let mut params = vec![0.0; layout.len()];
+        init(layout, 0, &mut params)?;
+        Ok(params)
+    }
+
+    fn normal(self, len: usize) -> Vec<f32> {
+        if self.empty {
+            return Vec::new();
+        }
+        let mut stream = Stream::new(0, 0, 0, Purpose::Augment);
+        (0..len).map(|_| stream.normal()).collect()
+    }
+}
+
+trait Work<B: TrainBackend> {
+    fn tracks(&self) -> &[Track];
+
+    fn run(&mut self, backend: &mut Timed<B>, track: usize) -> Result<(), B::Error>;
+}
+
+struct Live<B: TrainBackend> {
+    backend: Timed<B>,
+    work: Box<dyn Work<B>>,
+    name: String,
+}
+
+impl<B: TrainBackend> Workload for Live<B> {
+    fn tracks(&self) -> &[Track] {
+        self.work.tracks()
+    }
+
+    fn run(&mut self, track: usize) -> Result<(), Error> {
+        self.work
+            .run(&mut self.backend, track)
+            .map_err(|error| Error::backend(&self.name, error))
+    }
+
+    fn start(&mut self) {
+        self.backend.start();
+    }
+
+    fn stop(&mut self) {
+        self.backend.stop();
+    }
+
+    fn tallies(&self) -> Vec<(OpKind, Tally)> {
+        self.backend.tallies().collect()
+    }
+}
+
+fn images_len(vit: &VitConfig, batch: usize) -> usize {
+    batch * vit.in_chans * vit.img_size[0] * vit.img_size[1]
+}
+
+/// A classifier's forward, its answer read.
+struct Infer<B: TrainBackend> {
+    track: Track,
+    batch: usize,
+    params: B::Params,
+    model: Classifier<Timed<B>>,
+    images: B::Buf,
+    logits: Vec<f32>,
+}
+
+impl<B: TrainBackend> Infer<B> {
+    fn new(
+        backend: &mut Timed<B>,
+        host: Host,
+        config: &ClassifierConfig,
+        batch: usize,
+    ) -> Result<Self, B::Error> {
+        let layout = Layout::classifier(config);
+        let len = images_len(&config.vit, batch);
+        let mut images = backend.buf(len)?;
+        backend.write(&mut images, &host.normal(len))?;
+        Ok(Self {
+            track: Track {
+                product: None,
+                macs: batch as u64 * flops::classifier(config),
+            },
+            batch,
+            params: backend.frozen_params(&layout, &host.params(&layout)?)?,
+            model: Classifier::new(backend, config, batch)?,
+            images,
+            logits: vec![0.0; batch * config.num_classes],
+        })
+    }
+}
+
+impl<B: TrainBackend> Work<B> for Infer<B> {
+    fn tracks(&self) -> &[Track] {
+        std::slice::from_ref(&self.track)
+    }
+
+    fn run(&mut self, backend: &mut Timed<B>, _track: usize) -> Result<(), B::Error> {
+        let (params, images) = (&self.params, &self.images);
+        let result =
+            self.model
+                .forward(backend, params, self.batch, images, &mut MeanSimilarity)?;
+        backend.read(&mut self.logits, result)
+    }
+}
+
+/// A pre-training step as the training loop does it, its loss read.
+struct Step<B: TrainBackend> {
+    track: Track,
+    state: TrainState<Timed<B>>,
+    model: Pretrainer<Timed<B>>,
+    images: Vec<f32>,
+    keep: Vec<u32>,
+    remove: Vec<u32>,
+    adamw: AdamW,
+}
+
+impl<B: TrainBackend> Step<B> {
+    fn new(
+        backend: &mut Timed<B>,
+        host: Host,
+        config: &PretrainConfig,
+        batch: usize,
+    ) -> Result<Self, B::Error> {
+        let layout = Layout::pretrain(config);
+        let values = host.params(&layout)?;
+        let student = backend.params(&layout, &values)?;
+        let teacher = match config.target {
+            Target::Teacher(_) => {
+                let layout = TrainState::<B>::teacher_layout(&config.vit);
+                let len = values.len().min(layout.len());
+                Some(backend.teacher_params(&layout, &values[..len])?)
+            }
+            Target::Pixels { .. } => None,
+        };
+        drop(values);
+        let (mut keep, mut remove) = (Vec::new(), Vec::new());
+        let mut order = vec![0; config.vit.num_patches()];
+        for sample in 0..batch {
+            let mut stream = Stream::new(0, 0, sample as u64, Purpose::Mask);
+            let noise: Vec<f32> = order.iter().map(|_| stream.uniform()).collect();
+            random_masking(&noise, &mut order)?;
+            keep.extend_from_slice(&order[..config.visible()]);
+            remove.extend_from_slice(&order[config.visible()..]);
+        }
+        Ok(Self {
+            track: Track {
+                product: None,
+                macs: batch as u64 * flops::Step::new(config).total(),
+            },
+            model: Pretrainer::new(backend, config, batch, false)?,
+            state: TrainState::with_params(backend, layout, student, teacher, 0.05)?,
+            images: host.normal(images_len(&config.vit, batch)),
+            keep,
+            remove,
+            adamw: AdamW {
+                lr: 1e-4,
+                beta1: 0.9,
+                beta2: 0.95,
+                eps: 1e-8,
+                step: 0,
+                momentum: 0.9999,
+            },
+        })
+    }
+}
+
+impl<B: TrainBackend> Work<B> for Step<B> {
+    fn tracks(&self) -> &[Track] {
+        std::slice::from_ref(&self.track)
+    }
+
+    fn run(&mut self, backend: &mut Timed<B>, _track: usize) -> Result<(), B::Error> {
+        self.adamw.step += 1;
+        self.state.begin_step(backend)?;
+        self.model
+            .load(backend, &self.images, &self.keep, &self.remove)?;
+        self.model
+            .accumulate(backend, &mut self.state, 1.0, &mut MeanSimilarity)?;
+        self.state.update(backend, &self.adamw, None)?;
+        self.state.scalars(backend).map(|_| ())
+    }
+}
+
+/// How a linear layer is used.
+#[derive(Clone, Copy)]
+enum Pass {
+    /// Of inference: frozen weights.
+    Forward,
+    /// Of training: weights as they are updated, saving what the backward needs.
+    TrainingForward,
+    InputGradient,
+    ParamsGradient,
+}
+
+impl Pass {
+    const ALL: [Self; 4] = [
+        Self::Forward,
+        Self::TrainingForward,
+        Self::InputGradient,
+        Self::ParamsGradient,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::TrainingForward => "training forward",
+            Self::InputGradient => "input gradient",
+            Self::ParamsGradient => "parameter gradient",
+        }
+    }
+}
+
+/// Every linear layer of the encoder, on all tokens of the pictures, in each [`Pass`]. A track goes from block to block,
+/// so that weights come from memory as they do in a model.
+struct Products<B: TrainBackend> {
+    tracks: Vec<Track>,
+    /// Layer, pass and epilogue of each track.
+    calls: Vec<(usize, Pass)>,
+    layout: Layout,
+    params: B::Params,
+    frozen: B::Params,
+    grads: B::Vector,
+    x: B::Buf,
+    y: B::Buf,
+    third: B::Buf,
+    block: usize,
+}
+
+/// The linear layers of a block, and the patch embedding.
+const LAYERS: [(&str, Epilogue); 5] = [
+    ("patch_embed", Epilogue::Bias),
+    ("qkv", Epilogue::Bias),
+    ("proj", Epilogue::BiasResidual),
+    ("fc1", Epilogue::BiasGelu),
+    ("fc2", Epilogue::BiasResidual),
+];
+
+impl<B: TrainBackend> Products<B> {
+    fn new(
+        backend: &mut Timed<B>,
+        host: Host,
+        vit: &VitConfig,
+        batch: usize,
+    ) -> Result<Self, B::Error> {
+        let (d, hidden, patches) = (vit.embed_dim, vit.mlp_hidden(), vit.num_patches());
+        let tokens = batch * (1 + patches);
+        let dims = |rows, in_features, out_features| LinearDims {
+            rows,
+            in_features,
+            out_features,
+        };
+        let sizes = [
+            dims(batch * patches, vit.patch_len(), d),
+            dims(tokens, d, 3 * d),
+            dims(tokens, d, d),
+            dims(tokens, d, hidden),
+            dims(tokens, hidden, d),
+        ];
+        let (mut tracks, mut calls) = (Vec::new(), Vec::new());
+        for (layer, ((name, _), dims)) in LAYERS.into_iter().zip(sizes).enumerate() {
+            for pass in Pass::ALL {
+                // Pictures have no gradient.
+                if layer == 0 && matches!(pass, Pass::InputGradient) {
+                    continue;
+                }
+                tracks.push(Track {
+                    product: Some((name, pass.name(), dims)),
+                    macs: Op::Linear(dims).macs(),
+                });
+                calls.push((layer, pass));
+            }
+        }
+        let widest = sizes
+            .iter()
+            .map(|dims| dims.in_len().max(dims.out_len()))
+            .max()
+            .unwrap_or(0);
+        let layout = Layout::encoder(vit);
+        let values = host.params(&layout)?;
+        let mut filled = || {
+            let mut buf = backend.buf(widest)?;
+            backend.write(&mut buf, &host.normal(widest))?;
+            Ok::<_, B::Error>(buf)
+        };
+        let (x, y, third) = (filled()?, filled()?, filled()?);
+        Ok(Self {
+            tracks,
+            calls,
+            params: backend.params(&layout, &values)?,
+            frozen: backend.frozen_params(&layout, &values)?,
+            grads: backend.vector(layout.len())?,
+            layout,
+            x,
+            y,
+            third,
+            block: 0,
+        })
+    }
+
+    /// Parameters of a layer of the next block.
+    fn next(&mut self, layer: usize) -> Linear {
+        let blocks = self.layout.encoder.blocks;
+        self.block = (self.block + 1) % blocks.depth;
+        let block = blocks.block(self.block);
+        match layer {
+            0 => self.layout.encoder.patch_embed,
+            1 => block.qkv,
+            2 => block.proj,
+            3 => block.fc1,
+            _ => block.fc2,
+        }
+    }
+}
+
+impl<B: TrainBackend> Work<B> for Products<B> {
+    fn tracks(&self) -> &[Track] {
+        &self.tracks
+    }
+
+    fn run(&mut self, backend: &mut Timed<B>, track: usize) -> Result<(), B::Error> {
+        let (layer, pass) = self.calls[track];
+        let Some((_, _, dims)) = self.tracks[track].product else {
+            return Ok(());
+        };
+        let linear = self.next(layer);
+        let epilogue = LAYERS[layer].1;
+        let Self {
+            params,
+            frozen,
+            grads,
+            x,
+            y,
+            third,
+            ..
+        } = self;
+        match (pass, epilogue) {
+            (Pass::Forward, _) => backend.linear(dims, y, x, frozen, linear, epilogue),
+            (Pass::TrainingForward, Epilogue::Bias) => {
+                backend.linear(dims, y, x, params, linear, epilogue)
+            }
+            (Pass::TrainingForward, Epilogue::BiasGelu) => {
+                backend.linear_gelu_saving(dims, y, third, x, params, linear)
+            }
+            (Pass::TrainingForward, Epilogue::BiasResidual) => {
+                backend.linear_residual(dims, y, third, x, params, linear, None)
+            }
+            (Pass::InputGradient, _) => {
+                // The input of the MLP's second layer comes out of a GELU.
+                let pre_gelu = (layer == 4).then_some(&*third);
+                backend.linear_backward_input(dims, y, x, params, linear, pre_gelu)
+            }
+            (Pass::ParamsGradient, _) => backend.linear_backward_params(dims, grads, linear, y, x),
+        }
+    }
+}
+
+/// A block's forward on all tokens of the pictures, from block to block.
+struct Block<B: TrainBackend> {
+    track: Track,
+    vit: VitConfig,
+    batch: usize,
+    layout: Layout,
+    params: B::Params,
+    x: B::Buf,
+    y: B::Buf,
+    wide: B::Buf,
+    block: usize,
+}
+
+impl<B: TrainBackend> Block<B> {
+    fn new(
+        backend: &mut Timed<B>,
+        host: Host,
+        vit: &VitConfig,
+        batch: usize,
+    ) -> Result<Self, B::Error> {
+        let (d, hidden, tokens) = (vit.embed_dim, vit.mlp_hidden(), 1 + vit.num_patches());
+        let layout = Layout::encoder(vit);
+        let len = batch * tokens * d;
+        let mut x = backend.buf(len)?;
+        backend.write(&mut x, &host.normal(len))?;
+        Ok(Self {
+            track: Track {
+                product: None,
+                macs: batch as u64 * flops::block(tokens, d, hidden),
+            },
+            vit: *vit,
+            batch,
+            params: backend.frozen_params(&layout, &host.params(&layout)?)?,
+            layout,
+            x,
+            y: backend.buf(len)?,
+            wide: backend.buf(batch * tokens * hidden.max(3 * d))?,
+            block: 0,
+        })
+    }
+}
+
+impl<B: TrainBackend> Work<B> for Block<B> {
+    fn tracks(&self) -> &[Track] {
+        std::slice::from_ref(&self.track)
+    }
+
+    fn run(&mut self, backend: &mut Timed<B>, _track: usize) -> Result<(), B::Error> {
+        let blocks = self.layout.encoder.blocks;
+        self.block = (self.block + 1) % blocks.depth;
+        let block = blocks.block(self.block);
+        let (d, hidden, tokens) = (blocks.dim, blocks.hidden, 1 + self.vit.num_patches());
+        let rows = RowDims {
+            rows: self.batch * tokens,
+            dim: d,
+        };
+        let linear = |in_features, out_features| LinearDims {
+            rows: rows.rows,
+            in_features,
+            out_features,
+        };
+        let attention = AttentionDims {
+            batch: self.batch,
+            tokens,
+            num_heads: blocks.num_heads,
+            head_dim: d / blocks.num_heads,
+        };
+        let Self {
+            params, x, y, wide, ..
+        } = self;
+        let residual = Epilogue::BiasResidual;
+        backend.layer_norm(rows, y, x, params, block.norm1)?;
+        backend.linear(linear(d, 3 * d), wide, y, params, block.qkv, Epilogue::Bias)?;
+        backend.attention(attention, y, wide)?;
+        backend.linear(linear(d, d), x, y, params, block.proj, residual)?;
+        backend.layer_norm(rows, y, x, params, block.norm2)?;
+        let gelu = Epilogue::BiasGelu;
+        backend.linear(linear(d, hidden), wide, y, params, block.fc1, gelu)?;
+        backend.linear(linear(hidden, d), x, wide, params, block.fc2, residual)
+    }
+}
