@@ -142,24 +142,40 @@ impl Plan {
             _ => fits * shape.width,
         };
         let cached = (cuts.left / ((chunk + waiting) * shape.rows)).clamp(1, strips.count.max(1));
-        let (group, row_chunks) = if threads == 1 {
-            (fits, 1)
-        } else {
-            // Four units per thread even out what disturbs one of them.
-            let worth = m.saturating_mul(n).saturating_mul(inner) / GRAIN;
-            let wanted = worth.clamp(1, 4 * threads);
-            let group = fits.min(panels.div_ceil(wanted)).max(1);
-            // Rows are cut only where panels do not suffice: every chunk of rows packs its panels anew.
-            let row_chunks = wanted / panels.div_ceil(group).max(1);
-            (group, row_chunks.clamp(1, strips.count.max(1)))
+        // Four units per thread even out what disturbs one of them.
+        let worth = m.saturating_mul(n).saturating_mul(inner) / GRAIN;
+        let wanted = match threads {
+            1 => 1,
+            _ => worth.clamp(1, 4 * threads),
         };
+        let cut = |row_chunks: usize| {
+            let groups = wanted.div_ceil(row_chunks).min(panels).max(1);
+            let group = panels.div_ceil(groups).min(fits).max(1);
+            (group, panels.div_ceil(group))
+        };
+        // Every group goes through the left operand, which then comes from memory if a thread's cache does not hold it;
+        // every chunk of rows goes through the right one, and packs it anew.
+        let reads = |row_chunks: usize| {
+            let (_, groups) = cut(row_chunks);
+            let left = match strips.count.div_ceil(row_chunks) <= cached {
+                true => groups.min(threads),
+                false => groups,
+            };
+            left * m + 2 * row_chunks * n
+        };
+        let row_chunks = (1..=wanted.min(strips.count.max(1)))
+            .min_by_key(|&row_chunks| reads(row_chunks))
+            .unwrap_or(1);
+        // Few panels are not units enough.
+        let (group, groups) = cut(row_chunks);
+        let row_chunks = row_chunks.max((wanted / groups.max(1)).clamp(1, strips.count.max(1)));
         Self {
             strips,
             row_chunks,
             cached,
             panels,
             group,
-            groups: panels.div_ceil(group),
+            groups,
             chunks,
         }
     }
@@ -402,7 +418,10 @@ impl Product<'_> {
         let (group, row_chunk) = (unit / plan.row_chunks, unit % plan.row_chunks);
         let group = group * plan.group..plan.panels.min((group + 1) * plan.group);
         // The first panel of what this thread will probably take next.
-        let next = group.start + threads * plan.group;
+        let next = match plan.row_chunks {
+            1 => group.start + threads * plan.group,
+            _ => group.start,
+        };
         let all = part(&(0..plan.strips.count), row_chunk, plan.row_chunks);
         let passes = plan.passes();
         let place = |i: usize, words: &Range<usize>| {
@@ -422,26 +441,22 @@ impl Product<'_> {
                         self.pack_panel(&columns, &words, &mut panels[place(i, &words)]);
                     }
                     // What comes next is fetched evenly over the tiles.
-                    let (mut fetch, lines) = if plan.row_chunks > 1 {
-                        (Fetch::NONE, 0)
+                    let (next_pass, next_chunk, next_i) = match (i + 1 < group.len(), last) {
+                        (true, _) => (pass, chunk, i + 1),
+                        (false, false) => (pass, chunk + 1, 0),
+                        (false, true) => (pass + 1, 0, 0),
+                    };
+                    let next_words = plan.words(shape, next_chunk);
+                    let (mut fetch, lines) = if next_pass == passes {
+                        self.lines(next, next_words)
+                    } else if next_pass > 0 && self.panel(&columns, &next_words).is_none() {
+                        let panel = &panels[place(next_i, &next_words)];
+                        (
+                            Fetch::new(panel, panel.len(), 0),
+                            panel.len().div_ceil(LINE),
+                        )
                     } else {
-                        let (pass, chunk, i) = match (i + 1 < group.len(), last) {
-                            (true, _) => (pass, chunk, i + 1),
-                            (false, false) => (pass, chunk + 1, 0),
-                            (false, true) => (pass + 1, 0, 0),
-                        };
-                        let words = plan.words(shape, chunk);
-                        if pass == passes {
-                            self.lines(next, words)
-                        } else if pass > 0 && self.panel(&columns, &words).is_none() {
-                            let panel = &panels[place(i, &words)];
-                            (
-                                Fetch::new(panel, panel.len(), 0),
-                                panel.len().div_ceil(LINE),
-                            )
-                        } else {
-                            self.lines(group.start + i, words)
-                        }
+                        self.lines(group.start + next_i, next_words)
                     };
                     let lines = lines.div_ceil(tiles.len().max(1));
                     let right = match self.panel(&columns, &words) {
