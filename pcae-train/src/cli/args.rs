@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use super::exchange::ConvertArgs;
 use super::export::ExportArgs;
 use crate::bench::{Plan, What};
 use crate::error::Error;
@@ -46,6 +47,12 @@ pub(super) enum Command {
   pcae export runs/pretrain --out encoder.safetensors
   pcae export runs/pretrain --weights teacher --precision bf16 --out teacher-bf16.safetensors")]
     Export(ExportArgs),
+    /// Read an encoder with the names of timm, MAE, DINOv2 or Hugging Face, and write it for this program, with timm's names.
+    #[command(after_help = "Examples:
+  pcae convert dinov2-small --out dinov2-s14.safetensors --img-size 224   a folder with model.safetensors and config.json
+  pcae convert mae_vit_base.safetensors --num-heads 12 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --out mae-b16.safetensors
+  pcae convert runs/pretrain --prefix teacher. --out teacher.safetensors  the teacher of a run, without the optimizer")]
+    Convert(ConvertArgs),
     /// Say what a checkpoint, a data set or a run directory holds.
     #[command(after_help = "Example:
   pcae inspect runs/pretrain")]

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod args;
+mod exchange;
 mod export;
 
 use std::io::{ErrorKind, Write};
@@ -32,6 +33,7 @@ pub fn main() -> ExitCode {
         Command::Parity(args) => parity_command(&args),
         Command::Bench(args) => bench_command(&args),
         Command::Export(args) => args.run(),
+        Command::Convert(args) => args.run(),
         Command::Inspect(args) => inspect::inspect(&args.path).and_then(|text| {
             write_out(&text)?;
             Ok(ExitCode::SUCCESS)
