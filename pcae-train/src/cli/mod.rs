@@ -34,6 +34,8 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench_command(&args),
         Command::Export(args) => args.run(),
         Command::Convert(args) => args.run(),
+        Command::Onnx(args) => args.run(),
+        Command::Visualize(args) => args.run(),
         Command::Inspect(args) => inspect::inspect(&args.path).and_then(|text| {
             write_out(&text)?;
             Ok(ExitCode::SUCCESS)

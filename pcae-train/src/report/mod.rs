@@ -2,3 +2,4 @@
 
 pub mod curves;
 mod font;
+pub mod sheet;

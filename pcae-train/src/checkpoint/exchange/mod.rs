@@ -17,7 +17,7 @@ mod write;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use pcae_kernel::backend::{Linear, Norm};
+use pcae_kernel::backend::{Linear, NORM_EPS, Norm};
 use pcae_kernel::config::{ConfigError, MAX_DEPTH, VitConfig};
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
@@ -31,8 +31,6 @@ use beside::Known;
 use names::{Names, Qkv, Scheme, obstacle};
 use take::Taker;
 
-/// The epsilon of this project's norms.
-const NORM_EPS: f64 = 1e-6;
 /// Names listed in a report before "and N more".
 const LISTED: usize = 8;
 
