@@ -552,7 +552,7 @@ mod tests {
         let error =
             export(&path, &encoder(None), &reduction(1.0), Batch::Dynamic, true).unwrap_err();
         assert!(
-            error.is_usage() && error.to_string().contains("drop_ratio"),
+            error.is_usage() && error.to_string().contains("--drop-ratio"),
             "{error}"
         );
         assert!(!path.exists());

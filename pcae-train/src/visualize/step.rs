@@ -29,9 +29,15 @@ pub(super) struct Step<'a> {
     pub(super) seed: u64,
 }
 
+/// A task and all of its parameters.
+struct Parts {
+    task: PretrainConfig,
+    student: Vec<f32>,
+    teacher: Option<Vec<f32>>,
+}
+
 impl Step<'_> {
-    /// The task and all of its parameters.
-    fn parts(&self) -> Result<(PretrainConfig, Vec<f32>, Option<Vec<f32>>), Error> {
+    fn parts(&self) -> Result<Parts, Error> {
         let missing = |what: &str| Error::Checkpoint {
             path: self.encoder.path.clone(),
             reason: format!(
@@ -67,7 +73,11 @@ impl Step<'_> {
             }
             Target::Pixels { .. } => None,
         };
-        Ok((task, student, teacher))
+        Ok(Parts {
+            task,
+            student,
+            teacher,
+        })
     }
 
     fn stream(&self, picture: usize, purpose: Purpose) -> Stream {
@@ -80,7 +90,11 @@ impl Job for Step<'_> {
 
     fn run<B: TrainBackend>(self, backend: &mut B, name: &str) -> Result<Sheet, Error> {
         let failed = |error: B::Error| Error::backend(name, error);
-        let (task, student, teacher) = self.parts()?;
+        let Parts {
+            task,
+            student,
+            teacher,
+        } = self.parts()?;
         let (vit, visible, targets) = (&task.vit, task.visible(), task.targets());
         let patches = vit.num_patches();
         let reduction = match task.target {
