@@ -111,7 +111,7 @@ impl Error {
 }
 
 /// Settings that have a flag of their own.
-const FLAGS: [&str; 18] = [
+const FLAGS: [&str; 19] = [
     "data",
     "model",
     "method",
@@ -126,6 +126,7 @@ const FLAGS: [&str; 18] = [
     "mask_ratio",
     "keep_ratio",
     "drop_layers",
+    "drop_ratio",
     "threads",
     "workers",
     "seed",

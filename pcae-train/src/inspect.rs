@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use crate::checkpoint::exchange;
 use crate::checkpoint::file::Reader;
 use crate::data;
 use crate::error::Error;
@@ -50,6 +51,9 @@ fn tensors(path: &Path) -> Result<String, Error> {
     let mut text = format!("safetensors file {}\n", path.display());
     for (key, value) in reader.metadata() {
         let _ = writeln!(text, "  {}: {}", plain(key), plain(value));
+    }
+    if let Some(line) = exchange::identify(path, &reader) {
+        let _ = writeln!(text, "{line}");
     }
     let mut elements = 0;
     let mut lines = String::new();

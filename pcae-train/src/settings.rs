@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use pcae_kernel::config::{
-    Budget, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig, Reduction, StageLayout,
-    Target, VitConfig,
+    Budget, ConfigError, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig, Reduction,
+    StageLayout, Target, VitConfig,
 };
 use serde::{Deserialize, Serialize};
 
@@ -209,6 +209,19 @@ const CRITERIA: [(&str, Criterion); 3] = [
     ("random", Criterion::Random),
     ("pivoted-qr", Criterion::PivotedQr),
 ];
+
+impl DropLayersSpec {
+    /// The blocks of an encoder of `depth`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] if there are not as many.
+    pub fn layers(&self, depth: usize) -> Result<DropLayers, ConfigError> {
+        match self {
+            Self::Blocks(blocks) => DropLayers::new(blocks, depth),
+            Self::Preset(layout, stages) => DropLayers::preset(*layout, *stages, depth),
+        }
+    }
+}
 
 impl FromStr for DropLayersSpec {
     type Err = String;
@@ -538,12 +551,7 @@ impl Settings {
             depth: self.decoder_depth.unwrap_or(default.depth),
             num_heads: self.decoder_num_heads.unwrap_or(default.num_heads),
         };
-        let drop_layers = match &self.drop_layers {
-            DropLayersSpec::Blocks(blocks) => DropLayers::new(blocks, vit.depth)?,
-            DropLayersSpec::Preset(layout, stages) => {
-                DropLayers::preset(*layout, *stages, vit.depth)?
-            }
-        };
+        let drop_layers = self.drop_layers.layers(vit.depth)?;
         let target = match self.method {
             Method::Mae => Target::Pixels {
                 norm_pix: self.norm_pix,

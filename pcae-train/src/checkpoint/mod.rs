@@ -11,6 +11,7 @@
 //! equal runs have equal files. Everything is stored in f32, so that a resumed run goes on in the same bits; [`export`] writes
 //! an encoder alone, in f16 or bf16 if wanted.
 
+pub mod exchange;
 pub mod export;
 pub mod file;
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use super::exchange::{ConvertArgs, OnnxArgs, VisualizeArgs};
 use super::export::ExportArgs;
 use crate::bench::{Plan, What};
 use crate::error::Error;
@@ -49,6 +50,25 @@ pub(super) enum Command {
   pcae export runs/pretrain --out encoder.safetensors
   pcae export runs/pretrain --weights teacher --precision bf16 --out teacher-bf16.safetensors")]
     Export(ExportArgs),
+    /// Read an encoder with the names of timm, MAE, DINOv2 or Hugging Face, and write it for this program, with timm's names.
+    #[command(after_help = "Examples:
+  pcae convert dinov2-small --out dinov2-s14.safetensors --img-size 224   a folder with model.safetensors and config.json
+  pcae convert mae_vit_base.safetensors --num-heads 12 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --out mae-b16.safetensors
+  pcae convert runs/pretrain --prefix teacher. --out teacher.safetensors  the teacher of a run, without the optimizer")]
+    Convert(ConvertArgs),
+    /// Write an encoder or a classifier as an ONNX file, dense or with token reduction.
+    #[command(after_help = "Examples:
+  pcae onnx classifier.safetensors --out model.onnx                     logits of any number of pictures
+  pcae onnx classifier.safetensors --drop-ratio 0.4 --drop-layers 0,7,10 --out fast.onnx
+  pcae onnx runs/pretrain --batch 1 --out encoder.onnx                  tokens of one picture")]
+    Onnx(OnnxArgs),
+    /// Draw what each stage of a token reduction keeps of pictures, or what a step of pre-training predicts.
+    #[command(after_help = "Examples:
+  pcae visualize runs/pretrain                                the teacher of a run, on held-out pictures
+  pcae visualize dinov2-s14.safetensors photos --heat --out stages.png
+  pcae visualize classifier.safetensors photo.jpg --drop-ratio 0.4 --drop-layers 0,7,10
+  pcae visualize runs/pretrain --masked --count 8             what the student sees and predicts")]
+    Visualize(VisualizeArgs),
     /// Say what a checkpoint, a data set or a run directory holds.
     #[command(after_help = "Example:
   pcae inspect runs/pretrain")]

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod args;
+mod exchange;
 mod export;
 
 use std::io::{ErrorKind, Write};
@@ -33,6 +34,9 @@ pub fn main() -> ExitCode {
         Command::Parity(args) => parity_command(&args),
         Command::Bench(args) => bench_command(&args),
         Command::Export(args) => args.run(),
+        Command::Convert(args) => args.run(),
+        Command::Onnx(args) => args.run(),
+        Command::Visualize(args) => args.run(),
         Command::Inspect(args) => inspect::inspect(&args.path).and_then(|text| {
             write_out(&text)?;
             Ok(ExitCode::SUCCESS)

@@ -197,6 +197,28 @@ fn list(root: &Path) -> Result<Listing, DataError> {
     }
 }
 
+/// The pictures at `path`, a file or a folder.
+pub(super) fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
+    let metadata = fs::metadata(path).map_err(|error| DataError::Read {
+        path: path.to_owned(),
+        error,
+    })?;
+    if !metadata.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut pictures = Vec::new();
+    collect(path, 0, &mut pictures)?;
+    if pictures.is_empty() {
+        return Err(DataError::Layout {
+            path: path.to_owned(),
+            expected: "pictures (.jpg, .jpeg, .png, .webp) at any depth".to_owned(),
+            found: "none".to_owned(),
+            advice: "check the path",
+        });
+    }
+    Ok(pictures)
+}
+
 /// Appends the pictures at any depth below `folder`.
 fn collect(folder: &Path, depth: usize, pictures: &mut Vec<PathBuf>) -> Result<(), DataError> {
     if depth > MAX_DEPTH {

@@ -12,7 +12,7 @@ mod idx_folder;
 pub mod loader;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pcae_kernel::rng::{Purpose, Stream};
@@ -330,6 +330,22 @@ pub fn open(path: Option<&Path>, channels: Option<usize>) -> Result<Splits, Data
         Some(splits) => Ok(splits),
         None => folder::open(path, channels.unwrap_or(3)),
     }
+}
+
+/// The files of pictures at `path`: that file itself, or those at any depth below a folder, in the order of names.
+///
+/// # Errors
+/// [`DataError::Read`] if there is nothing there, [`DataError::Layout`] if a folder holds no picture.
+pub fn picture_files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
+    folder::files(path)
+}
+
+/// Decodes one file to `channels` (1 or 3) channels, see [`open`].
+///
+/// # Errors
+/// [`DataError::Picture`] if it is none; `picture` is then unspecified.
+pub fn read_picture(path: &Path, channels: usize, picture: &mut Picture) -> Result<(), DataError> {
+    folder::decode(path, channels, picture)
 }
 
 /// Makes a pair of one source, holding out every `every`-th sample of each class, and at least one in all.

@@ -3,3 +3,4 @@
 pub mod curves;
 mod font;
 pub mod roofline;
+pub mod sheet;

@@ -1,0 +1,271 @@
+//! Commands that read encoders of others, or write encoders for others.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use pcae_kernel::config::{Budget, Criterion, Place, Reduction};
+
+use super::write_out;
+use crate::checkpoint::exchange::{self, Hints};
+use crate::error::Error;
+use crate::onnx::{self, Batch};
+use crate::settings::{BackendKind, DropLayersSpec, Machine};
+use crate::{backends, visualize};
+
+/// What a file may not tell about its encoder.
+#[derive(Debug, clap::Args)]
+#[command(allow_negative_numbers = true)]
+pub(super) struct HintArgs {
+    /// Heads of each attention, if neither the file nor a config.json beside it tells
+    #[arg(long, value_name = "N")]
+    num_heads: Option<usize>,
+    /// Size of pictures: N or HEIGHT,WIDTH; positions are resampled [default: the file's own]
+    #[arg(long, value_name = "N", value_parser = size)]
+    img_size: Option<[usize; 2]>,
+    /// Compute norms with 1e-6, whatever the file says
+    #[arg(long, value_name = "EPS")]
+    layer_norm_eps: Option<f64>,
+    /// What stands before the names of the encoder, such as teacher.
+    #[arg(long, value_name = "TEXT")]
+    prefix: Option<String>,
+    /// Mean of each channel, of pixels from 0 to 1 [default: the file's own]
+    #[arg(long, value_delimiter = ',', value_name = "X,Y,Z")]
+    mean: Option<Vec<f32>>,
+    /// Standard deviation of each channel [default: the file's own]
+    #[arg(long, value_delimiter = ',', value_name = "X,Y,Z")]
+    std: Option<Vec<f32>>,
+}
+
+impl HintArgs {
+    pub(super) fn hints(&self) -> Hints {
+        Hints {
+            img_size: self.img_size,
+            num_heads: self.num_heads,
+            layer_norm_eps: self.layer_norm_eps,
+            prefix: self.prefix.clone(),
+            mean: self.mean.clone(),
+            std: self.std.clone(),
+            ..Hints::default()
+        }
+    }
+}
+
+/// `224` or `224,192`.
+fn size(text: &str) -> Result<[usize; 2], String> {
+    let edges: Result<Vec<usize>, _> = text.split(',').map(|edge| edge.trim().parse()).collect();
+    match edges.as_deref() {
+        Ok(&[edge]) => Ok([edge, edge]),
+        Ok(&[height, width]) => Ok([height, width]),
+        _ => Err(format!(
+            "expected a number of pixels, or HEIGHT,WIDTH, found {text:?}"
+        )),
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ConvertArgs {
+    /// A safetensors file, a folder with model.safetensors in it, or a run directory
+    source: PathBuf,
+    /// The file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    hints: HintArgs,
+    /// Heads of each attention of the decoder, to keep it
+    #[arg(long, value_name = "N")]
+    decoder_num_heads: Option<usize>,
+    /// Give tensors that are missing their initial values
+    #[arg(long)]
+    allow_missing: bool,
+}
+
+impl ConvertArgs {
+    pub(super) fn run(&self) -> Result<ExitCode, Error> {
+        let hints = Hints {
+            decoder_num_heads: self.decoder_num_heads,
+            allow_missing: self.allow_missing,
+            ..self.hints.hints()
+        };
+        let encoder = exchange::read(&self.source, &hints)?;
+        refuse_same(&encoder.path, &self.out)?;
+        write_out(&format!("{}\n", encoder.report))?;
+        exchange::write(&self.out, &encoder)?;
+        let vit = &encoder.vit;
+        let head = encoder.head.as_ref().map_or_else(String::new, |head| {
+            format!(", {} classes", head.num_classes)
+        });
+        let decoder = encoder
+            .decoder
+            .as_ref()
+            .map_or_else(String::new, |decoder| {
+                let config = decoder.config;
+                format!(", decoder {} x {}", config.depth, config.embed_dim)
+            });
+        write_out(&format!(
+            "wrote {}: {} wide, {} blocks, {} heads, patches of {}, pictures of {}x{}x{}{head}{decoder}\n",
+            self.out.display(),
+            vit.embed_dim,
+            vit.depth,
+            vit.num_heads,
+            vit.patch_size,
+            vit.in_chans,
+            vit.img_size[0],
+            vit.img_size[1],
+        ))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct OnnxArgs {
+    /// A run directory, a safetensors file, or a folder with model.safetensors in it
+    source: PathBuf,
+    /// The file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Part of the patch tokens that each stage drops
+    #[arg(long, default_value = "0")]
+    drop_ratio: f64,
+    /// After which blocks they are dropped
+    #[arg(long, default_value = "starts:3")]
+    drop_layers: DropLayersSpec,
+    /// Pictures at a time: a number, or dynamic
+    #[arg(long, default_value = "dynamic", value_parser = batch)]
+    batch: Batch,
+    /// Leave the classifier's head out
+    #[arg(long)]
+    encoder: bool,
+    #[command(flatten)]
+    hints: HintArgs,
+}
+
+/// `dynamic` or `8`.
+fn batch(text: &str) -> Result<Batch, String> {
+    match text.parse() {
+        Ok(size) if size > 0 => Ok(Batch::Fixed(size)),
+        _ if text == "dynamic" => Ok(Batch::Dynamic),
+        _ => Err(format!(
+            "expected dynamic, or a number of at least 1, found {text:?}"
+        )),
+    }
+}
+
+impl OnnxArgs {
+    pub(super) fn run(&self) -> Result<ExitCode, Error> {
+        let encoder = exchange::read(&self.source, &self.hints.hints())?;
+        refuse_same(&encoder.path, &self.out)?;
+        let vit = &encoder.vit;
+        let reduction = Reduction {
+            criterion: Criterion::MeanSimilarity,
+            place: Place::Progressive,
+            drop_layers: self.drop_layers.layers(vit.depth)?,
+            budget: Budget::Drop(self.drop_ratio),
+        };
+        onnx::export(&self.out, &encoder, &reduction, self.batch, !self.encoder)?;
+        let mut tokens = vec![vit.num_patches().to_string()];
+        reduction.for_each_stage(vit.num_patches(), vit.depth, |_, keep| {
+            tokens.push(keep.to_string());
+        });
+        let what = match encoder.head.filter(|_| !self.encoder) {
+            Some(head) => format!("classifier of {} classes", head.num_classes),
+            None => "encoder".to_owned(),
+        };
+        write_out(&format!(
+            "{}\nwrote {}: {what}, {} patch tokens\n",
+            encoder.report,
+            self.out.display(),
+            tokens.join(" -> ")
+        ))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct VisualizeArgs {
+    /// A run directory, a safetensors file, or a folder with model.safetensors in it
+    source: PathBuf,
+    /// Files and folders of pictures [default: held-out pictures of --data]
+    pictures: Vec<PathBuf>,
+    /// Folder of a data set [default: the run's own, else the embedded Fashion-MNIST]
+    #[arg(long, value_name = "DIR", conflicts_with = "pictures")]
+    data: Option<PathBuf>,
+    /// At most as many pictures
+    #[arg(long, default_value = "4")]
+    count: usize,
+    /// Part of the tokens that each stage keeps, as the teacher of pre-training does [default: the run's, else 0.5]
+    #[arg(long, conflicts_with = "drop_ratio")]
+    keep_ratio: Option<f64>,
+    /// Part of the tokens that each stage drops, as a classifier does
+    #[arg(long)]
+    drop_ratio: Option<f64>,
+    /// After which blocks tokens are dropped [default: the run's, else starts:3]
+    #[arg(long)]
+    drop_layers: Option<DropLayersSpec>,
+    /// Also draw 1 - similarity of each token
+    #[arg(long, conflicts_with = "masked")]
+    heat: bool,
+    /// Draw a step of pre-training: what is seen, retained and predicted
+    #[arg(long, conflicts_with_all = ["keep_ratio", "drop_ratio", "drop_layers", "prefix"])]
+    masked: bool,
+    /// Seed of the masks
+    #[arg(long, default_value = "0")]
+    seed: u64,
+    #[command(flatten)]
+    hints: HintArgs,
+    /// What computes
+    #[arg(long, value_enum, default_value = "cpu")]
+    backend: BackendKind,
+    /// The PNG to write
+    #[arg(long, value_name = "FILE", default_value = "visualize.png")]
+    out: PathBuf,
+}
+
+impl VisualizeArgs {
+    pub(super) fn run(&self) -> Result<ExitCode, Error> {
+        let count = visualize::draw(&visualize::Plan {
+            source: self.source.clone(),
+            hints: self.hints.hints(),
+            pictures: self.pictures.clone(),
+            data: self.data.clone(),
+            count: self.count,
+            budget: self
+                .keep_ratio
+                .map(Budget::Keep)
+                .or(self.drop_ratio.map(Budget::Drop)),
+            drop_layers: self.drop_layers.clone(),
+            heat: self.heat,
+            masked: self.masked,
+            machine: Machine {
+                backend: self.backend,
+                ..Machine::default()
+            },
+            seed: self.seed,
+            out: self.out.clone(),
+        })?;
+        write_out(&format!(
+            "{} of {} in {}\n",
+            if self.masked { "a step" } else { "the stages" },
+            backends::count(count, "picture"),
+            self.out.display()
+        ))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// A file must not be overwritten by what was read from it.
+fn refuse_same(source: &Path, out: &Path) -> Result<(), Error> {
+    let same = match (source.canonicalize(), out.canonicalize()) {
+        (Ok(source), Ok(out)) => source == out,
+        _ => false,
+    };
+    if same {
+        return Err(Error::Setting {
+            name: "--out".to_owned(),
+            reason: format!(
+                "expected another file than the one that is read, found '{}'",
+                out.display()
+            ),
+        });
+    }
+    Ok(())
+}
