@@ -50,7 +50,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-const BATCH: usize = 12;
+const BATCH: usize = 6;
 
 fn vit() -> VitConfig {
     VitConfig {
@@ -193,7 +193,7 @@ fn train(target: Target, isa: Isa, threads: usize, precision: Precision) {
 
     let (mut cpu, mut state, mut model) = run;
     let ((), calls, _) = watched(|| {
-        for _ in 0..3 {
+        for _ in 0..2 {
             training.step(&mut cpu, &mut state, &mut model);
         }
     });
@@ -219,7 +219,7 @@ fn infer(isa: Isa, threads: usize, precision: Precision) {
         cpu.read(&mut logits, found).unwrap();
     };
     forward();
-    let ((), calls, _) = watched(|| (0..3).for_each(|_| forward()));
+    let ((), calls, _) = watched(|| (0..2).for_each(|_| forward()));
     assert_eq!(
         calls, 0,
         "{isa}, {threads} threads, {precision:?}: a forward allocates"

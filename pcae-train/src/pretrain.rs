@@ -466,7 +466,7 @@ fn introduction(
             cost.total() as f64 / 1e6
         ),
         format!("backend   {backend}"),
-        format!("memory    planned: {}", describe(memory)),
+        format!("memory    planned: {}, data apart", describe(memory)),
         format!(
             "schedule  {} steps of {images} images ({} an epoch), peak learning rate {:.2e}, run directory {}",
             recipe.steps,

@@ -135,9 +135,16 @@ fn draw<'a>(pixels: &'a mut [u8], roofline: &Roofline) -> Drawn<'a> {
         .y_label_area_size(100)
         .build_cartesian_2d((left..right).log_scale(), (bottom..top).log_scale())?;
     let text = (FONT, TEXT_SIZE).into_text_style(&root).color(&TEXT);
-    let number = |value: &f64| match *value {
-        value if value >= 1.0 => format!("{value:.0}"),
-        value => format!("{value}"),
+    // Numbers between these stand too close on a logarithmic axis.
+    let number = |value: &f64| {
+        let digit = value / 10_f64.powf(value.log10().floor());
+        match [1.0, 2.0, 5.0]
+            .iter()
+            .any(|d| (digit / d - 1.0).abs() < 1e-6)
+        {
+            true => format!("{value}"),
+            false => String::new(),
+        }
     };
     chart
         .configure_mesh()
@@ -151,7 +158,8 @@ fn draw<'a>(pixels: &'a mut [u8], roofline: &Roofline) -> Drawn<'a> {
         .y_desc("GFLOP/s")
         .draw()?;
 
-    let mut taken: Vec<Taken> = Vec::new();
+    // Names and lines keep clear of each other, and small names of dots too.
+    let (mut taken, mut dots): (Vec<Taken>, Vec<Taken>) = (Vec::new(), Vec::new());
     let style = (FONT, LABEL_SIZE).into_text_style(&root);
     for ceiling in &ceilings {
         let color = COLORS[ceiling.series % COLORS.len()];
@@ -169,7 +177,8 @@ fn draw<'a>(pixels: &'a mut [u8], roofline: &Roofline) -> Drawn<'a> {
         // Above its line, at the right end.
         let place = [x - width as i32 - 6, y - height as i32 - 8, x - 6, y - 4];
         root.draw_text(&ceiling.name, &style.color(&color), (place[0], place[1]))?;
-        taken.push(place);
+        let (from, _) = chart.backend_coord(&(corner, ceiling.gflops));
+        taken.extend([place, [from, y - 3, x, y + 3]]);
     }
     for point in &points {
         let color = COLORS[point.series % COLORS.len()];
@@ -177,7 +186,7 @@ fn draw<'a>(pixels: &'a mut [u8], roofline: &Roofline) -> Drawn<'a> {
         let (x, y) = chart.backend_coord(&at);
         let radius = if point.is_whole { 8 } else { 4 };
         chart.draw_series([Circle::new(at, radius, color.filled())])?;
-        taken.push([x - radius, y - radius, x + radius, y + radius]);
+        dots.push([x - radius, y - radius, x + radius, y + radius]);
     }
     for point in &points {
         let color = COLORS[point.series % COLORS.len()];
@@ -192,12 +201,17 @@ fn draw<'a>(pixels: &'a mut [u8], roofline: &Roofline) -> Drawn<'a> {
             (middle.0, y + 10),
             (middle.0, y - 12 - height),
         ];
-        let free = places.into_iter().find_map(|(x, y)| {
-            let place = [x, y, x + width, y + height];
-            let inside = place[0] > 120 && place[1] > 96;
-            let inside = inside && place[2] < WIDTH as i32 - 20 && place[3] < HEIGHT as i32 - 74;
-            (inside && taken.iter().all(|taken| !overlap(taken, &place))).then_some(place)
-        });
+        let free = |beside_dots: bool| {
+            places.iter().find_map(|&(x, y)| {
+                let place = [x, y, x + width, y + height];
+                let inside = place[0] > 120 && place[1] > 96;
+                let inside =
+                    inside && place[2] < WIDTH as i32 - 20 && place[3] < HEIGHT as i32 - 74;
+                let clear = |taken: &[Taken]| taken.iter().all(|taken| !overlap(taken, &place));
+                (inside && clear(&taken) && (!beside_dots || clear(&dots))).then_some(place)
+            })
+        };
+        let free = free(true).or_else(|| free(false).filter(|_| point.is_whole));
         if let Some(place) = free {
             root.draw_text(&point.name, &style.color(&color), (place[0], place[1]))?;
             taken.push(place);
