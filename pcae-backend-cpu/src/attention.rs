@@ -57,7 +57,11 @@ impl<'a> Attention<'a> {
     fn block(&self) -> usize {
         let fits = (SCORES / self.tokens).max(TILE);
         let blocks = self.dims.tokens.div_ceil(fits);
-        self.dims.tokens.div_ceil(blocks).next_multiple_of(TILE).min(self.dims.tokens)
+        self.dims
+            .tokens
+            .div_ceil(blocks)
+            .next_multiple_of(TILE)
+            .min(self.dims.tokens)
     }
 
     /// Scratch of one thread of the forward: transposed keys, values, and of a block queries, scores, result, sums.
@@ -265,7 +269,12 @@ impl<'a> Attention<'a> {
             for first in (0..tokens).step_by(block) {
                 let rows = block.min(tokens - first);
                 self.fetch_out(head, out.as_ptr(), first, rows);
-                self.fetch(head + 1, &[Part::Query, Part::Key, Part::Value], first, rows);
+                self.fetch(
+                    head + 1,
+                    &[Part::Query, Part::Key, Part::Value],
+                    first,
+                    rows,
+                );
                 let from = &self.qkv[self.start(head, Part::Query) + first * 3 * dim..];
                 let (queries, queries_step) = self.rows(queries, from, 3 * dim, rows);
                 isa.run(Multiply {
@@ -340,7 +349,12 @@ impl<'a> Attention<'a> {
                 let rows = block.min(tokens - first);
                 let at = self.start(head, Part::Query) + first * 3 * dim;
                 let out_at = self.out_start(head) + first * dim;
-                self.fetch(head + 1, &[Part::Query, Part::Key, Part::Value], first, rows);
+                self.fetch(
+                    head + 1,
+                    &[Part::Query, Part::Key, Part::Value],
+                    first,
+                    rows,
+                );
                 if head + 1 < self.dims.batch * self.dims.num_heads {
                     self.fetch_out(head + 1, d_out.as_ptr(), first, rows);
                     self.fetch_out(head + 1, out.as_ptr(), first, rows);
@@ -540,7 +554,12 @@ impl Kernel for Transpose<'_> {
                     // SAFETY: a square within the rows, the last of which is there, and within `to`.
                     unsafe {
                         let from_at = from.data.as_ptr().add(row * from.stride + col);
-                        s.transpose(to.as_mut_ptr().add(col * width + row), width, from_at, from.stride);
+                        s.transpose(
+                            to.as_mut_ptr().add(col * width + row),
+                            width,
+                            from_at,
+                            from.stride,
+                        );
                     }
                     continue;
                 }
@@ -751,11 +770,18 @@ impl Kernel for SoftmaxBackward<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let each = self.p.chunks_exact_mut(self.width).zip(self.d_p.chunks_exact_mut(self.width));
+        let each = self
+            .p
+            .chunks_exact_mut(self.width)
+            .zip(self.d_p.chunks_exact_mut(self.width));
         for (row, ((p, d_p), lse)) in each.zip(self.lse).enumerate() {
             let at = row * self.stride;
             // sum over j of p[j] * d_p[j], since out is p @ v.
-            let delta = rows::dot_row(s, &self.d_out[at..][..self.len], &self.out[at..][..self.len]);
+            let delta = rows::dot_row(
+                s,
+                &self.d_out[at..][..self.len],
+                &self.out[at..][..self.len],
+            );
             rows::softmax_backward_row(s, p, d_p, self.scale, *lse, delta);
         }
     }

@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout as MemoryLayout, System};
 use std::cell::Cell;
 
 use pcae_kernel::config::{
-    Budget, ClassifierConfig, Criterion, DropLayers, Place, Reduction, VitConfig,
+    Budget, ClassifierConfig, Criterion, DropLayers, Place, Pool, Reduction, VitConfig,
 };
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
@@ -42,6 +42,12 @@ fn count() -> usize {
 
 #[test]
 fn inference_allocates_nothing() {
+    for pool in [Pool::Mean, Pool::ClsToken] {
+        classification_allocates_nothing(pool);
+    }
+}
+
+fn classification_allocates_nothing(pool: Pool) {
     let config = ClassifierConfig {
         vit: VitConfig {
             img_size: [8, 12],
@@ -53,6 +59,7 @@ fn inference_allocates_nothing() {
             mlp_ratio: 2.0,
         },
         num_classes: 3,
+        pool,
         reduction: Reduction {
             criterion: Criterion::MeanSimilarity,
             place: Place::Progressive,
