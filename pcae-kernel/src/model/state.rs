@@ -71,7 +71,7 @@ impl<B: TrainBackend> TrainState<B> {
     }
 
     /// [`TrainState::new`] of parameters that the backend has already, laid out by `layout` and
-    /// [`TrainState::teacher_layout`]: what they were made from need not be in memory any more.
+    /// [`Layout::teacher`]: what they were made from need not be in memory any more.
     ///
     /// # Errors
     /// If memory is short.
@@ -82,6 +82,7 @@ impl<B: TrainBackend> TrainState<B> {
         teacher: Option<B::Params>,
         weight_decay: f64,
     ) -> Result<Self, B::Error> {
+        let follows = layout.teacher().len();
         let mut segments = Vec::new();
         layout.for_each(|tensor| {
             if tensor.is_trained() {
@@ -89,7 +90,7 @@ impl<B: TrainBackend> TrainState<B> {
                     span: tensor.span,
                     weight_decay: if tensor.decays() { weight_decay } else { 0.0 },
                     lr_scale: 1.0,
-                    ema: tensor.span.end() <= follows.len(),
+                    ema: tensor.span.end() <= follows,
                 });
             }
         });
