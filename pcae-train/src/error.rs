@@ -119,7 +119,7 @@ impl Error {
 }
 
 /// Settings that have a flag of their own.
-const FLAGS: [&str; 20] = [
+const FLAGS: [&str; 21] = [
     "data",
     "model",
     "method",
@@ -136,6 +136,7 @@ const FLAGS: [&str; 20] = [
     "drop_layers",
     "drop_ratio",
     "weights",
+    "weights_from",
     "threads",
     "workers",
     "seed",

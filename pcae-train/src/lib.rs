@@ -1,5 +1,5 @@
-//! Pre-training of vision transformers on unlabelled pictures with PCAE: data, loop, checkpoints, evaluation, and the command
-//! `pcae`.
+//! Pre-training of vision transformers on unlabelled pictures with PCAE, and their fine-tuning: data, loop, checkpoints,
+//! evaluation, and the command `pcae`.
 //!
 //! A run from code, as `pcae pretrain --epochs 1 --out runs/mine` does it:
 //!
@@ -12,6 +12,8 @@
 //! println!("loss {:.3}, kNN top-1 {:?}", summary.loss, summary.knn_top1);
 //! # Ok::<(), pcae_train::error::Error>(())
 //! ```
+//!
+//! [`finetune`] makes a classifier of what comes out, and [`evaluate`] measures that at any token budget.
 //!
 //! The model alone, without data or files, is in `pcae-kernel` and a backend.
 

@@ -524,7 +524,9 @@ fn an_encoder_is_exported() {
 
 #[test]
 fn every_command_has_help_with_an_example() {
-    for command in ["pretrain", "parity", "export", "inspect", "bench"] {
+    for command in [
+        "pretrain", "finetune", "evaluate", "parity", "export", "inspect", "bench",
+    ] {
         let output = pcae(BINARY, &[command, "--help"]);
         assert!(output.status.success());
         assert!(stdout(&output).contains("Example"), "{command}");

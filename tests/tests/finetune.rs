@@ -413,7 +413,7 @@ fn what_cannot_be_trained_on_or_evaluated() {
     let empty = place.path("empty");
     fs::create_dir(&empty).unwrap();
     let flat = place.path("flat");
-    class_folders(&flat, &[(".", 40)]);
+    class_folders(&place.path(""), &[("flat", 40)]);
     let many = place.path("many");
     let names: Vec<String> = (0..12).map(|i| format!("class{i}")).collect();
     let classes: Vec<(&str, u32)> = names.iter().map(|name| (name.as_str(), 2)).collect();
@@ -523,7 +523,7 @@ fn what_cannot_be_trained_on_or_evaluated() {
         ),
         (
             &["--weights-from", "both"],
-            &["weights_from", "student", "both"],
+            &["--weights-from", "student", "both"],
         ),
         (&["--model", "vit-x"], &["--model", "vit-micro", "vit-x"]),
         (&["--batch-size", "0"], &["--batch-size", "1 to"]),
