@@ -207,10 +207,12 @@ mod tests {
             cutmix: 0.0,
             smoothing: 0.0,
         };
+        let mut mixed_well = 0;
         for sample in 0..100 {
             let (mixed, targets) = apply(mix, sample);
             // Pictures 1 and 3 have the values 2 and 4 and the labels 2 and 3.
             let own = targets[4 + 2];
+            mixed_well += u32::from((0.1..0.9).contains(&own));
             assert!((targets[4 + 3] - (1.0 - own)).abs() < 1e-6);
             assert!(
                 mixed[LEN..2 * LEN]
@@ -226,6 +228,8 @@ mod tests {
             // Both ends of the batch have the same label.
             assert_eq!(targets[..4], [1.0, 0.0, 0.0, 0.0]);
         }
+        // Three quarters, with a standard deviation of 4.3.
+        assert!((53..=97).contains(&mixed_well), "{mixed_well}");
     }
 
     #[test]

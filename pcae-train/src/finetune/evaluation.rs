@@ -244,20 +244,22 @@ mod tests {
     #[test]
     fn ranks_and_ties() {
         let mut tally = Tally::new(7);
-        // First, second, sixth, tied with a lower class, tied with a higher one.
+        // First, second, sixth, twice tied with a lower class, tied with a higher one.
         tally.add(&[0.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0], 1);
         tally.add(&[0.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0], 2);
         tally.add(&[6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0], 5);
         tally.add(&[2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0], 1);
+        tally.add(&[2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0], 2);
         tally.add(&[2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0], 0);
         let score = tally.score(2.0);
-        assert_eq!((score.pictures, score.images_per_s), (5, 2.5));
-        assert_eq!((score.top1, score.top5), (2.0 / 5.0, 4.0 / 5.0));
+        assert_eq!((score.pictures, score.images_per_s), (6, 3.0));
+        assert_eq!((score.top1, score.top5), (2.0 / 6.0, 5.0 / 6.0));
         assert_eq!(score.confusion.count(1, 1), 1);
         assert_eq!(score.confusion.count(2, 1), 1);
         assert_eq!(score.confusion.count(5, 0), 1);
         assert_eq!(score.confusion.count(1, 0), 1);
-        assert_eq!(score.confusion.counts.iter().sum::<u64>(), 5);
+        assert_eq!(score.confusion.count(2, 0), 1);
+        assert_eq!(score.confusion.counts.iter().sum::<u64>(), 6);
     }
 
     #[test]

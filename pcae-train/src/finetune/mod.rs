@@ -492,3 +492,32 @@ impl<B: TrainBackend> Task<B> for Finetuning<'_, B> {
         Ok(write_png(&run.curves(), &curves)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of both kinds of weights, and of equals the first; records without an evaluation say nothing.
+    #[test]
+    fn the_best_is_found_in_the_records() {
+        let record = |step, figures: &[(&str, f64)]| Record {
+            step,
+            scalars: figures
+                .iter()
+                .map(|&(name, value)| (name.to_owned(), value))
+                .collect(),
+            ..Record::default()
+        };
+        let mut records = vec![record(1, &[("loss", 9.0)])];
+        assert_eq!(best(&records), None);
+        records.push(record(2, &[("top1", 0.5), ("ema_top1", 0.4)]));
+        records.push(record(
+            3,
+            &[("top1", 0.6), ("ema_top1", 0.7), ("top5", 1.0)],
+        ));
+        records.push(record(4, &[("top1", 0.7)]));
+        assert_eq!(best(&records), Some((3, 0.7)));
+        records.push(record(5, &[("top1", 0.8), ("ema_top1", 0.8)]));
+        assert_eq!(best(&records), Some((5, 0.8)));
+    }
+}

@@ -1,6 +1,6 @@
 //! The loop that all training shares: the run directory, batches, optimizer steps, checkpoints, metrics, signals.
 //!
-//! What is trained for is a [`Task`]. Everything here depends on the settings and the data alone, so that a run that was
+//! What is trained for is a `Task`. Everything here depends on the settings and the data alone, so that a run that was
 //! killed and resumed ends in the same bits as one that was not.
 
 pub(crate) mod draws;
