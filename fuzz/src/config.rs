@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use arbitrary::{Result, Unstructured};
 use pcae_kernel::config::{
     Budget, ClassifierConfig, ConfigError, Criterion, DecoderConfig, DropLayers, MAX_DEPTH,
-    MAX_ELEMENTS, MAX_SIZE, Place, PretrainConfig, Reduction, StageLayout, Target, VitConfig,
+    MAX_ELEMENTS, MAX_SIZE, Place, Pool, PretrainConfig, Reduction, StageLayout, Target, VitConfig,
 };
 use pcae_kernel::flops;
 use pcae_kernel::layout::Layout;
@@ -80,6 +80,7 @@ pub(crate) fn configs(
     let classifier = ClassifierConfig {
         vit,
         num_classes: size(u)?,
+        pool: Pool::Mean,
         reduction,
     };
     Ok((pretrain, classifier, u.arbitrary()?))

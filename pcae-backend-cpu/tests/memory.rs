@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Memory, Precision};
 use pcae_kernel::backend::{AdamW, Backend, TrainBackend};
 use pcae_kernel::config::{
-    Budget, ClassifierConfig, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig,
+    Budget, ClassifierConfig, Criterion, DecoderConfig, DropLayers, Place, Pool, PretrainConfig,
     Reduction, Target, VitConfig,
 };
 use pcae_kernel::init::init;
@@ -204,6 +204,7 @@ fn infer(isa: Isa, threads: usize, precision: Precision) {
     let config = ClassifierConfig {
         vit: vit(),
         num_classes: 7,
+        pool: Pool::Mean,
         reduction: reduction(Budget::Drop(0.3)),
     };
     let layout = Layout::classifier(&config);

@@ -423,6 +423,16 @@ impl DropLayers {
         Ok(Self(set))
     }
 
+    /// Where a classifier of `depth` blocks drops tokens: after blocks 0, 7 and 10 of 12, with which the multiply-adds are
+    /// the paper's.
+    ///
+    /// # Errors
+    /// [`ConfigError::Size`] if there is no block, or too many.
+    pub fn classification(depth: usize) -> Result<Self, ConfigError> {
+        size("depth", 1, MAX_DEPTH, depth)?;
+        Self::new(&[0, depth * 7 / 12, depth * 10 / 12], depth)
+    }
+
     /// Whether tokens are dropped after `block`.
     pub const fn contains(self, block: usize) -> bool {
         block < MAX_DEPTH && self.0 >> block & 1 == 1
@@ -700,13 +710,25 @@ impl PretrainConfig {
     }
 }
 
-/// A classifier: the encoder without its final norm, mean pooling, `fc_norm`, a linear head.
+/// What of the last block's output the head sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pool {
+    /// The mean of the patch tokens that are left, then `fc_norm` (timm's `avg`, MAE's `global_pool`).
+    #[default]
+    Mean,
+    /// The class token, then the encoder's `norm` (timm's `token`).
+    ClsToken,
+}
+
+/// A classifier: the encoder's blocks, pooling, a norm, a linear head.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ClassifierConfig {
     /// The encoder.
     pub vit: VitConfig,
     /// Number of classes.
     pub num_classes: usize,
+    /// What the head sees.
+    pub pool: Pool,
     /// Which patch tokens are dropped on the way.
     pub reduction: Reduction,
 }

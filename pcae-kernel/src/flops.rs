@@ -89,7 +89,7 @@ impl Step {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Budget, Criterion, DropLayers, Place};
+    use crate::config::{Budget, Criterion, DropLayers, Place, Pool};
 
     fn close(found: u64, giga: f64, tolerance: f64) {
         let found = found as f64 / 1e9;
@@ -116,12 +116,13 @@ mod tests {
             let reduction = Reduction {
                 criterion: Criterion::MeanSimilarity,
                 place: Place::Progressive,
-                drop_layers: DropLayers::new(&[0, 7, 10], 12).unwrap(),
+                drop_layers: DropLayers::classification(12).unwrap(),
                 budget: Budget::Drop(drop_ratio),
             };
             let config = ClassifierConfig {
                 vit: vit_b16(),
                 num_classes: 1000,
+                pool: Pool::Mean,
                 reduction,
             };
             close(classifier(&config), giga, 0.005);

@@ -5,7 +5,7 @@
 use core::fmt;
 
 use crate::backend::{EmbedParams, Linear, Norm, Span};
-use crate::config::{ClassifierConfig, DecoderConfig, PretrainConfig, VitConfig};
+use crate::config::{ClassifierConfig, DecoderConfig, Pool, PretrainConfig, VitConfig};
 use crate::error::{Error, expect_len, product};
 
 /// Parameters of one transformer block.
@@ -72,7 +72,7 @@ pub struct EncoderParams {
     pub patch_embed: Linear,
     /// The blocks.
     pub blocks: Blocks,
-    /// After the last block; a classifier's `fc_norm`, after pooling.
+    /// After the last block; a classifier's after pooling.
     pub norm: Norm,
 }
 
@@ -130,6 +130,8 @@ pub struct Layout {
     pub encoder: EncoderParams,
     /// What follows it.
     pub tail: Tail,
+    /// Name of the encoder's last norm: a classifier's is another one where it norms a mean of tokens.
+    norm_name: &'static str,
     encoder_len: usize,
     len: usize,
 }
@@ -150,6 +152,7 @@ impl Layout {
             vit: *vit,
             encoder,
             tail: Tail::Encoder,
+            norm_name: "norm.",
             encoder_len: at.at,
             len: at.at,
         }
@@ -189,8 +192,13 @@ impl Layout {
             at.linear(config.vit.embed_dim, config.num_classes),
             config.num_classes,
         );
+        let norm_name = match config.pool {
+            Pool::Mean => "fc_norm.",
+            Pool::ClsToken => "norm.",
+        };
         Self {
             tail,
+            norm_name,
             len: at.at,
             ..base
         }
@@ -209,6 +217,14 @@ impl Layout {
     /// Elements of the encoder, which lies at the front.
     pub const fn encoder_len(&self) -> usize {
         self.encoder_len
+    }
+
+    /// What a moving average of such a model holds, the front of the vector: not the decoder, which is only trained with.
+    pub const fn teacher(&self) -> Self {
+        match self.tail {
+            Tail::Decoder(_) => Self::encoder(&self.vit),
+            Tail::Encoder | Tail::Head(..) => *self,
+        }
     }
 
     /// Calls `visit` for every tensor, in the order of the vector.
@@ -239,15 +255,7 @@ impl Layout {
             Kind::Bias,
         );
         at.blocks("blocks.", &e.blocks);
-        at.norm(
-            if matches!(self.tail, Tail::Head(..)) {
-                "fc_norm."
-            } else {
-                "norm."
-            },
-            e.norm,
-            d,
-        );
+        at.norm(self.norm_name, e.norm, d);
         match self.tail {
             Tail::Encoder => {}
             Tail::Decoder(t) => {

@@ -13,7 +13,7 @@ pub enum Purpose {
     Shuffle = 1,
     /// Masking noise of one sample.
     Mask = 2,
-    /// Crop and flip of one sample.
+    /// Crop, flip and whatever else is done to the pixels of one sample.
     Augment = 3,
     /// Stochastic depth of one sample.
     DropPath = 4,
@@ -21,6 +21,8 @@ pub enum Purpose {
     Selection = 5,
     /// Split of a data set into parts.
     Split = 6,
+    /// Mixing of the pictures of one micro-batch.
+    Mix = 7,
 }
 
 /// The numbers of one (seed, epoch, sample, purpose), in order.

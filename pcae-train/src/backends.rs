@@ -7,7 +7,8 @@ use pcae_kernel::reference::Reference;
 use pcae_kernel::sizing::{Sizes, Sizing};
 
 use crate::error::Error;
-use crate::settings::{BackendKind, MAX_THREADS, Machine, Precision};
+use crate::settings::{BackendKind, Machine, Precision};
+use crate::training::plan::MAX_THREADS;
 
 /// Something to do on whatever backend was asked for.
 pub trait Job {

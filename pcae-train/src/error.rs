@@ -37,6 +37,14 @@ pub enum Error {
     /// The data.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// The labels of a data set.
+    #[error("--data: {data}: {reason}")]
+    Labels {
+        /// The data set, in words.
+        data: String,
+        /// What was expected, what was found, what to do.
+        reason: String,
+    },
     /// A safetensors file.
     #[error(transparent)]
     File(#[from] FileError),
@@ -111,7 +119,7 @@ impl Error {
 }
 
 /// Settings that have a flag of their own.
-const FLAGS: [&str; 19] = [
+const FLAGS: [&str; 21] = [
     "data",
     "model",
     "method",
@@ -127,6 +135,8 @@ const FLAGS: [&str; 19] = [
     "keep_ratio",
     "drop_layers",
     "drop_ratio",
+    "weights",
+    "weights_from",
     "threads",
     "workers",
     "seed",

@@ -1,5 +1,5 @@
-//! Pre-training of vision transformers on unlabelled pictures with PCAE: data, loop, checkpoints, evaluation, and the command
-//! `pcae`.
+//! Pre-training of vision transformers on unlabelled pictures with PCAE, and their fine-tuning: data, loop, checkpoints,
+//! evaluation, and the command `pcae`.
 //!
 //! A run from code, as `pcae pretrain --epochs 1 --out runs/mine` does it:
 //!
@@ -13,6 +13,8 @@
 //! # Ok::<(), pcae_train::error::Error>(())
 //! ```
 //!
+//! [`finetune`] makes a classifier of what comes out, and [`evaluate`] measures that at any token budget.
+//!
 //! The model alone, without data or files, is in `pcae-kernel` and a backend.
 
 pub mod backends;
@@ -22,6 +24,8 @@ pub mod cli;
 pub mod data;
 pub mod durable;
 pub mod error;
+pub mod evaluate;
+pub mod finetune;
 pub mod inspect;
 pub mod interrupt;
 pub mod knn;
@@ -33,4 +37,5 @@ pub mod progress;
 pub mod report;
 pub mod run_dir;
 pub mod settings;
+pub mod training;
 pub mod visualize;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use pcae_kernel::backend::{AdamW, Backend, TokenDims, TrainBackend};
 use pcae_kernel::config::{
-    Budget, ClassifierConfig, ConfigError, Criterion, DecoderConfig, DropLayers, Place,
+    Budget, ClassifierConfig, ConfigError, Criterion, DecoderConfig, DropLayers, Place, Pool,
     PretrainConfig, Reduction, Target, VitConfig,
 };
 use pcae_kernel::layout::Layout;
@@ -234,6 +234,7 @@ impl Case {
         let config = ClassifierConfig {
             vit: self.vit(),
             num_classes: self.num_classes,
+            pool: Pool::Mean,
             reduction,
         };
         config.check()?;

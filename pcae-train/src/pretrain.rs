@@ -1,45 +1,39 @@
 //! The pre-training loop.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use ndarray::Array2;
 use pcae_backend_cpu::Memory;
-use pcae_kernel::backend::{AdamW, Span, TrainBackend};
-use pcae_kernel::config::{Criterion, PretrainConfig, Reduction, Target};
+use pcae_kernel::backend::{AdamW, TrainBackend};
+use pcae_kernel::config::{PretrainConfig, Reduction, Target};
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{CriterionScorer, MeanSimilarity, Pretrainer, Scalars, TrainState, Vit};
 use pcae_kernel::rng::{Purpose, Stream};
-use pcae_kernel::schedule::{
-    drop_path_rate, drop_path_scale, learning_rate, momentum, random_masking,
-};
+use pcae_kernel::schedule::{momentum, random_masking};
 use pcae_kernel::sizing::Sizing;
 
 use crate::backends::Job;
 use crate::bench::describe;
-use crate::checkpoint::{self, Position};
+use crate::checkpoint::Identity;
 use crate::data::augment::Transform;
-use crate::data::loader::{Batch, Loader, LoaderConfig, eval_batches};
+use crate::data::loader::{Batch, eval_batches};
 use crate::data::{Dataset, Splits};
 use crate::error::Error;
 use crate::knn::{self, Features, Scaling};
-use crate::metrics::{Metrics, Record, read_metrics, series};
-use crate::progress::Progress;
+use crate::metrics::{Record, series};
 use crate::report::curves::{Curves, write_png};
 use crate::run_dir::{RunDir, RunState};
 use crate::settings::{Method, Recipe, Settings};
-use crate::{backends, data, interrupt};
+use crate::training::draws::{self, Key};
+use crate::training::names::LOSS;
+use crate::training::{self, Figures, Start, Task};
+use crate::{backends, data};
 
-/// Names of the scalars in `metrics.jsonl`.
+/// Names of the scalars in `metrics.jsonl` that pre-training alone has.
 mod names {
-    pub(super) const LOSS: &str = "loss";
     pub(super) const SPREAD: &str = "target_spread";
-    pub(super) const GRAD_NORM: &str = "grad_norm";
-    pub(super) const LR: &str = "lr";
     pub(super) const MOMENTUM: &str = "momentum";
-    pub(super) const IMAGES_PER_S: &str = "images_per_s";
     pub(super) const KNN: &str = "knn_top1";
     pub(super) const KNN_PIXELS: &str = "knn_top1_pixels";
 }
@@ -121,10 +115,11 @@ fn planned_memory(settings: &Settings, recipe: &Recipe, splits: &Splits) -> Resu
     let layout = Layout::pretrain(task);
     let student = sizing.params(&layout, &[]).map_err(failed)?;
     let teacher = match task.target {
-        Target::Teacher(_) => {
-            let layout = TrainState::<Sizing>::teacher_layout(&task.vit);
-            Some(sizing.teacher_params(&layout, &[]).map_err(failed)?)
-        }
+        Target::Teacher(_) => Some(
+            sizing
+                .teacher_params(&layout.teacher(), &[])
+                .map_err(failed)?,
+        ),
         Target::Pixels { .. } => None,
     };
     let state = TrainState::with_params(&mut sizing, layout, student, teacher, 0.0);
@@ -175,235 +170,41 @@ impl Job for Run {
         let failed = |error: B::Error| Error::backend(name, error);
         let task = recipe.task;
         let layout = Layout::pretrain(&task);
-        let has_teacher = matches!(task.target, Target::Teacher(_));
         // Everything that can fail for want of memory or data comes before the run directory is touched.
-        let fingerprint = splits.train.fingerprint()?;
-        let mut step_model = StepModel::new(backend, &settings, &task).map_err(failed)?;
-        let restored = match &resume {
-            Some((_, RunState::HasCheckpoint(path))) => Some(checkpoint::load(
-                path,
-                &layout,
-                has_teacher,
-                &settings,
-                &fingerprint,
-            )?),
-            _ => None,
-        };
-        let position = restored
-            .as_ref()
-            .map_or_else(Position::default, |values| values.position);
-        let mut state = match restored {
-            Some(values) => values
-                .into_state(backend, layout, settings.weight_decay)
-                .map_err(failed)?,
-            None => {
-                let mut student = vec![0.0; layout.len()];
-                init(&layout, settings.seed, &mut student)
-                    .map_err(|error| Error::backend(name, error))?;
-                let params = backend.params(&layout, &student).map_err(failed)?;
-                let teacher_layout = TrainState::<B>::teacher_layout(&task.vit);
-                let teacher = has_teacher
-                    .then(|| backend.teacher_params(&teacher_layout, &student))
-                    .transpose()
-                    .map_err(failed)?;
-                // Before the vectors of the state are made, which are larger.
-                drop(student);
-                TrainState::with_params(backend, layout, params, teacher, settings.weight_decay)
-                    .map_err(failed)?
-            }
-        };
-        let mut evaluation =
-            Evaluation::new(backend, &settings, &recipe, &splits).map_err(failed)?;
-        let config = LoaderConfig {
-            batch_size: settings.batch_size,
-            seed: settings.seed,
-            start: position.batches,
+        let start = Start {
+            plan: recipe.plan,
+            layout,
+            has_teacher: matches!(task.target, Target::Teacher(_)),
+            layer_decay: 1.0,
+            config: settings.to_toml()?,
+            identity: Identity {
+                config: settings.recipe_json(),
+                data: splits.train.fingerprint()?,
+                more: Default::default(),
+            },
+            introduction: introduction(&settings, &recipe, &splits, &layout, name, memory),
+            dataset: splits.train.clone(),
+            augmentation: recipe.transform.clone().into(),
             workers: settings.machine.workers,
+            out: settings.machine.out.clone(),
+            resume,
         };
-        let mut loader = Loader::new(splits.train.clone(), recipe.transform.clone(), config)?;
-
-        let is_new = resume.is_none();
-        let (run, mut metrics) = match resume {
-            Some((run, RunState::HasCheckpoint(_))) => {
-                let metrics = Metrics::resume(&run, position.step)?;
-                (run, metrics)
-            }
-            Some((run, RunState::Fresh)) => {
-                let metrics = Metrics::create(&run)?;
-                (run, metrics)
-            }
-            None => {
-                let run = RunDir::create(&settings.machine.out, &settings.to_toml()?)?;
-                let metrics = Metrics::create(&run)?;
-                (run, metrics)
-            }
+        let mut pretraining = Pretraining {
+            model: StepModel::new(backend, &settings, &task).map_err(failed)?,
+            evaluation: Evaluation::new(backend, &settings, &recipe, &splits).map_err(failed)?,
+            name,
+            settings: &settings,
+            recipe: &recipe,
+            first_spread: None,
+            warned: false,
         };
-        for line in introduction(&settings, &recipe, &splits, &layout, name, memory) {
-            eprintln!("{line}");
-        }
-        if !is_new {
-            eprintln!(
-                "resuming {} after step {}",
-                run.path().display(),
-                position.step
-            );
-        }
-        let earlier = read_metrics(&run.metrics())?;
-        let mut clock = earlier.last().map_or(0.0, |record| record.time_s);
-        let mut first_spread = series(&earlier, names::SPREAD)
-            .first()
-            .map(|&(_, spread)| spread as f32)
-            .filter(|spread| *spread > 0.0);
-        let mut warned = false;
-        let mut step = position.step;
-        let mut batches = position.batches;
-        let (mut images, mut seconds) = (0_u64, 0.0);
-
-        // From here on there is something to save.
-        interrupt::install().map_err(|error| Error::Io {
-            what: "signal handlers".to_owned(),
-            error,
+        let done = training::run(backend, name, start, &mut pretraining, || {
+            let mut student = vec![0.0; layout.len()];
+            init(&layout, settings.seed, &mut student)
+                .map_err(|error| Error::backend(name, error))?;
+            Ok(student)
         })?;
-        if step == 0 && earlier.is_empty() {
-            let mut scalars = BTreeMap::new();
-            evaluation.pixels(&mut scalars)?;
-            evaluation.student(backend, name, &state, &mut scalars)?;
-            eprintln!("{}", describe_knn("before training", &scalars));
-            metrics.log(&Record {
-                step,
-                epoch: 0.0,
-                time_s: clock,
-                scalars,
-            })?;
-        }
-        // After the evaluation, which would spoil the estimate of the time left.
-        let mut progress = Progress::new(step, recipe.steps);
-        while step < recipe.steps && !interrupt::requested() {
-            let began = Instant::now();
-            state.begin_step(backend).map_err(failed)?;
-            for _ in 0..settings.accum {
-                let batch = loader.next()?;
-                let done =
-                    step_model.accumulate(backend, name, &mut state, &settings, &task, &batch);
-                if done.is_err() && !is_finite(backend, &state).map_err(failed)? {
-                    return Err(Error::Diverged {
-                        step: step + 1,
-                        loss: f32::NAN,
-                    });
-                }
-                done?;
-                loader.recycle(batch);
-                batches += 1;
-            }
-            let adamw = AdamW {
-                lr: learning_rate(
-                    step,
-                    recipe.steps,
-                    recipe.warmup_steps,
-                    recipe.lr,
-                    settings.min_lr,
-                ),
-                beta1: settings.beta1,
-                beta2: settings.beta2,
-                eps: 1e-8,
-                step: step + 1,
-                momentum: momentum(step, recipe.steps, recipe.momentum, settings.momentum_end),
-            };
-            let Scalars { loss, spread, .. } = state.scalars(backend).map_err(failed)?;
-            if !loss.is_finite() {
-                return Err(Error::Diverged {
-                    step: step + 1,
-                    loss,
-                });
-            }
-            let max_norm = (settings.clip_grad > 0.0).then_some(settings.clip_grad);
-            state.update(backend, &adamw, max_norm).map_err(failed)?;
-            let grad_norm = state.scalars(backend).map_err(failed)?.grad_norm;
-            if !grad_norm.is_finite() {
-                return Err(Error::Diverged {
-                    step: step + 1,
-                    loss,
-                });
-            }
-            step += 1;
-
-            let taken = began.elapsed().as_secs_f64();
-            let step_images = settings.batch_size as u64 * settings.accum;
-            images += step_images;
-            seconds += taken;
-            clock += taken;
-            let mut scalars = BTreeMap::from([
-                (names::LOSS.to_owned(), f64::from(loss)),
-                (names::GRAD_NORM.to_owned(), f64::from(grad_norm)),
-                (names::LR.to_owned(), adamw.lr),
-                (names::IMAGES_PER_S.to_owned(), step_images as f64 / taken),
-            ]);
-            if has_teacher {
-                scalars.insert(names::SPREAD.to_owned(), f64::from(spread));
-                scalars.insert(names::MOMENTUM.to_owned(), adamw.momentum);
-                let first = *first_spread.get_or_insert(spread);
-                if spread < COLLAPSED * first && !warned {
-                    warned = true;
-                    progress.println(&format!(
-                        "warning: step {step}: the spread of the teacher's features fell from {first:.3} to {spread:.3}: \
-                         it is collapsing to a constant. Raise momentum (now {:.4}) or lower --lr (now {:.1e})",
-                        adamw.momentum, adamw.lr
-                    ));
-                }
-            }
-            let done = step == recipe.steps;
-            let evaluate = done
-                || (settings.eval_every > 0
-                    && step.is_multiple_of(
-                        settings.eval_every.saturating_mul(recipe.steps_per_epoch),
-                    ));
-            if evaluate {
-                evaluation.student(backend, name, &state, &mut scalars)?;
-            }
-            let epoch = batches as f64 / loader.batches_per_epoch() as f64;
-            let record = Record {
-                step,
-                epoch,
-                time_s: clock,
-                scalars,
-            };
-            metrics.log(&record)?;
-            progress.set(step, images as f64 / seconds, loss);
-            if evaluate {
-                progress.println(&describe_knn(
-                    &format!("step {step}, epoch {epoch:.1}"),
-                    &record.scalars,
-                ));
-            }
-            if evaluate || done || step.is_multiple_of(recipe.save_every) {
-                metrics.sync()?;
-                checkpoint::save(
-                    &run.last_checkpoint(),
-                    backend,
-                    &state,
-                    &settings,
-                    &fingerprint,
-                    Position { step, batches },
-                )?;
-                draw(&run, &settings)?;
-            }
-        }
-        let interrupted = step < recipe.steps;
-        if interrupted {
-            metrics.sync()?;
-            checkpoint::save(
-                &run.last_checkpoint(),
-                backend,
-                &state,
-                &settings,
-                &fingerprint,
-                Position { step, batches },
-            )?;
-        }
-        progress.finish();
-        let records = read_metrics(&run.metrics())?;
-        draw(&run, &settings)?;
-        let knn = series(&records, names::KNN);
+        let knn = series(&done.records, names::KNN);
         let at = |wanted: u64| {
             knn.iter()
                 .find(|(step, _)| *step == wanted)
@@ -411,20 +212,117 @@ impl Job for Run {
         };
         Ok(Summary {
             method: settings.method,
-            out: run.path().to_owned(),
-            step,
-            steps: recipe.steps,
-            loss: series(&records, names::LOSS)
-                .last()
-                .map_or(f64::NAN, |&(_, loss)| loss),
-            images_per_s: (images > 0).then(|| images as f64 / seconds),
-            knn_top1: at(recipe.steps),
+            step: done.step,
+            steps: recipe.plan.steps,
+            loss: done.loss(),
+            images_per_s: done.images_per_s,
+            knn_top1: at(recipe.plan.steps),
             knn_top1_untrained: at(0),
-            knn_top1_pixels: series(&records, names::KNN_PIXELS)
+            knn_top1_pixels: series(&done.records, names::KNN_PIXELS)
                 .first()
                 .map(|&(_, value)| value),
-            interrupted,
+            interrupted: done.interrupted,
+            out: done.out,
         })
+    }
+}
+
+/// Pre-training within the loop.
+struct Pretraining<'a, B: TrainBackend> {
+    model: StepModel<B>,
+    evaluation: Evaluation<B>,
+    name: &'a str,
+    settings: &'a Settings,
+    recipe: &'a Recipe,
+    /// Spread of the teacher's features in the first step.
+    first_spread: Option<f32>,
+    /// Whether a collapse was reported by this process.
+    warned: bool,
+}
+
+impl<B: TrainBackend> Task<B> for Pretraining<'_, B> {
+    fn recall(&mut self, earlier: &[Record]) {
+        self.first_spread = series(earlier, names::SPREAD)
+            .first()
+            .map(|&(_, spread)| spread as f32)
+            .filter(|spread| *spread > 0.0);
+    }
+
+    fn before(
+        &mut self,
+        backend: &mut B,
+        state: &TrainState<B>,
+        figures: &mut Figures,
+    ) -> Result<Option<String>, Error> {
+        self.evaluation.pixels(figures)?;
+        self.evaluation
+            .student(backend, self.name, state, figures)?;
+        Ok(Some(format!("before training: {}", describe_knn(figures))))
+    }
+
+    fn accumulate(
+        &mut self,
+        backend: &mut B,
+        state: &mut TrainState<B>,
+        batch: &mut Batch,
+        scale: f64,
+    ) -> Result<(), Error> {
+        let (settings, task) = (self.settings, &self.recipe.task);
+        self.model
+            .accumulate(backend, self.name, state, settings, task, batch, scale)
+    }
+
+    fn momentum(&self, step: u64) -> f64 {
+        let (steps, start) = (self.recipe.plan.steps, self.recipe.momentum);
+        momentum(step, steps, start, self.settings.momentum_end)
+    }
+
+    fn observe(&mut self, seen: &Scalars, adamw: &AdamW, figures: &mut Figures) -> Option<String> {
+        if !matches!(self.recipe.task.target, Target::Teacher(_)) {
+            return None;
+        }
+        let spread = seen.spread;
+        figures.insert(names::SPREAD.to_owned(), f64::from(spread));
+        figures.insert(names::MOMENTUM.to_owned(), adamw.momentum);
+        let first = *self.first_spread.get_or_insert(spread);
+        if spread >= COLLAPSED * first || self.warned {
+            return None;
+        }
+        self.warned = true;
+        Some(format!(
+            "warning: step {}: the spread of the teacher's features fell from {first:.3} to {spread:.3}: it is \
+             collapsing to a constant. Raise momentum (now {:.4}) or lower --lr (now {:.1e})",
+            adamw.step, adamw.momentum, adamw.lr
+        ))
+    }
+
+    fn evaluate(
+        &mut self,
+        backend: &mut B,
+        state: &TrainState<B>,
+        _run: &RunDir,
+        _step: u64,
+        figures: &mut Figures,
+    ) -> Result<String, Error> {
+        self.evaluation
+            .student(backend, self.name, state, figures)?;
+        Ok(describe_knn(figures))
+    }
+
+    /// Saves the curves so far.
+    fn draw(&self, run: &RunDir, records: &[Record]) -> Result<(), Error> {
+        let knn = series(records, names::KNN);
+        let first = |series: &[(u64, f64)]| series.first().map(|&(_, value)| value);
+        let curves = Curves {
+            title: &format!("{} {}", self.settings.method, self.settings.model),
+            loss: &series(records, LOSS),
+            spread: &series(records, names::SPREAD),
+            accuracy: "kNN top-1",
+            top1: &knn,
+            raw_pixels_top1: first(&series(records, names::KNN_PIXELS)),
+            untrained_top1: first(&knn),
+        };
+        Ok(write_png(&run.curves(), &curves)?)
     }
 }
 
@@ -436,7 +334,7 @@ fn introduction(
     layout: &Layout,
     backend: &str,
     memory: Memory,
-) -> [String; 5] {
+) -> Vec<String> {
     let task = &recipe.task;
     let cost = pcae_kernel::flops::Step::new(task);
     let images = settings.batch_size as u64 * settings.accum;
@@ -450,7 +348,7 @@ fn introduction(
         }
         Target::Pixels { .. } => format!("pixels of {}", task.masked()),
     };
-    [
+    vec![
         format!(
             "data      {}; held out {}",
             splits.train.describe(),
@@ -469,9 +367,9 @@ fn introduction(
         format!("memory    planned: {}, data apart", describe(memory)),
         format!(
             "schedule  {} steps of {images} images ({} an epoch), peak learning rate {:.2e}, run directory {}",
-            recipe.steps,
-            recipe.steps_per_epoch,
-            recipe.lr,
+            recipe.plan.steps,
+            recipe.plan.steps_per_epoch,
+            recipe.plan.lr,
             settings.machine.out.display()
         ),
     ]
@@ -486,7 +384,6 @@ struct StepModel<B: TrainBackend> {
     ids_keep: Vec<u32>,
     ids_remove: Vec<u32>,
     drop_path: Vec<f32>,
-    selection: Vec<f32>,
 }
 
 impl<B: TrainBackend> StepModel<B> {
@@ -509,8 +406,7 @@ impl<B: TrainBackend> StepModel<B> {
             order: vec![0; task.vit.num_patches()],
             ids_keep: Vec::with_capacity(batch * task.visible()),
             ids_remove: Vec::with_capacity(batch * task.masked()),
-            drop_path: vec![0.0; task.vit.depth * 2 * batch],
-            selection: Vec::with_capacity(batch * task.masked()),
+            drop_path: Vec::new(),
         })
     }
 
@@ -522,14 +418,18 @@ impl<B: TrainBackend> StepModel<B> {
         settings: &Settings,
         task: &PretrainConfig,
         batch: &Batch,
+        scale: f64,
     ) -> Result<(), Error> {
         let failed = |error: B::Error| Error::backend(name, error);
-        let stream =
-            |sample: u64, purpose| Stream::new(settings.seed, batch.epoch, sample, purpose);
+        let key = Key {
+            seed: settings.seed,
+            epoch: batch.epoch,
+            samples: &batch.samples,
+        };
         self.ids_keep.clear();
         self.ids_remove.clear();
         for &sample in &batch.samples {
-            let mut stream = stream(sample, Purpose::Mask);
+            let mut stream = Stream::new(settings.seed, batch.epoch, sample, Purpose::Mask);
             self.noise.fill_with(|| stream.uniform());
             random_masking(&self.noise, &mut self.order)
                 .map_err(|error| Error::backend(name, error))?;
@@ -541,94 +441,31 @@ impl<B: TrainBackend> StepModel<B> {
             .load(backend, &batch.images, &self.ids_keep, &self.ids_remove)
             .map_err(failed)?;
         if settings.drop_path > 0.0 {
-            let count = batch.samples.len();
-            for (i, &sample) in batch.samples.iter().enumerate() {
-                let mut stream = stream(sample, Purpose::DropPath);
-                for branch in 0..2 * task.vit.depth {
-                    let rate = drop_path_rate(branch / 2, task.vit.depth, settings.drop_path);
-                    self.drop_path[branch * count + i] = drop_path_scale(&mut stream, rate);
-                }
-            }
+            draws::drop_path(key, task.vit.depth, settings.drop_path, &mut self.drop_path);
             self.model
                 .set_drop_path(backend, &self.drop_path)
                 .map_err(failed)?;
         }
-        if let Target::Teacher(reduction) = task.target
-            && reduction.criterion == Criterion::Random
-        {
-            self.draw_selection(backend, &reduction, settings, task, batch)
+        if let Target::Teacher(reduction) = task.target {
+            let (tokens, depth) = (task.masked(), task.vit.depth);
+            draws::selection(backend, key, &reduction, tokens, depth, &mut self.scorer)
                 .map_err(failed)?;
         }
-        let scale = 1.0 / settings.accum as f64;
         self.model
             .accumulate(backend, state, scale, &mut self.scorer)
             .map_err(failed)
     }
-
-    /// Random scores for each stage.
-    fn draw_selection(
-        &mut self,
-        backend: &mut B,
-        reduction: &Reduction,
-        settings: &Settings,
-        task: &PretrainConfig,
-        batch: &Batch,
-    ) -> Result<(), B::Error> {
-        let mut stages = Vec::new();
-        reduction.for_each_stage(task.masked(), task.vit.depth, |tokens, _| {
-            stages.push(tokens)
-        });
-        for (stage, tokens) in stages.into_iter().enumerate() {
-            self.selection.clear();
-            for &sample in &batch.samples {
-                // A stage is one more dimension of the key: data sets have fewer than 2^48 samples.
-                let key = sample ^ (stage as u64) << 48;
-                let mut stream = Stream::new(settings.seed, batch.epoch, key, Purpose::Selection);
-                self.selection.extend((0..tokens).map(|_| stream.uniform()));
-            }
-            self.scorer.set_noise(backend, stage, &self.selection)?;
-        }
-        Ok(())
-    }
 }
 
-/// Whether all of the student's parameters are numbers of a size that can be computed with.
-fn is_finite<B: TrainBackend>(backend: &mut B, state: &TrainState<B>) -> Result<bool, B::Error> {
-    let mut values = vec![0.0; state.layout.len()];
-    let span = Span {
-        start: 0,
-        len: values.len(),
+fn describe_knn(figures: &Figures) -> String {
+    let Some(knn) = figures.get(names::KNN) else {
+        return "no labels, so no kNN".to_owned();
     };
-    backend.read_params(&mut values, &state.student, span)?;
-    // Squares of larger ones overflow f32.
-    Ok(values.iter().all(|value| value.abs() < 1e18))
-}
-
-/// Saves the curves so far.
-fn draw(run: &RunDir, settings: &Settings) -> Result<(), Error> {
-    let records = read_metrics(&run.metrics())?;
-    let knn = series(&records, names::KNN);
-    let first = |series: &[(u64, f64)]| series.first().map(|&(_, value)| value);
-    let curves = Curves {
-        title: &format!("{} {}", settings.method, settings.model),
-        loss: &series(&records, names::LOSS),
-        spread: &series(&records, names::SPREAD),
-        knn_top1: &knn,
-        raw_pixels_top1: first(&series(&records, names::KNN_PIXELS)),
-        untrained_top1: first(&knn),
-    };
-    Ok(write_png(&run.curves(), &curves)?)
-}
-
-fn describe_knn(when: &str, scalars: &BTreeMap<String, f64>) -> String {
-    let Some(knn) = scalars.get(names::KNN) else {
-        return format!("{when}: no labels, so no kNN");
-    };
-    let pixels = scalars
+    let pixels = figures
         .get(names::KNN_PIXELS)
         .map(|pixels| format!("; on raw pixels {:.1} %", 100.0 * pixels));
     format!(
-        "{when}: kNN top-1 {:.1} %{}",
+        "kNN top-1 {:.1} %{}",
         100.0 * knn,
         pixels.unwrap_or_default()
     )
@@ -687,7 +524,7 @@ impl<B: TrainBackend> Evaluation<B> {
     }
 
     /// Adds the figure of the pixels.
-    fn pixels(&self, scalars: &mut BTreeMap<String, f64>) -> Result<(), Error> {
+    fn pixels(&self, scalars: &mut Figures) -> Result<(), Error> {
         if self.encoder.is_none() {
             return Ok(());
         }
@@ -708,7 +545,7 @@ impl<B: TrainBackend> Evaluation<B> {
         backend: &mut B,
         name: &str,
         state: &TrainState<B>,
-        scalars: &mut BTreeMap<String, f64>,
+        scalars: &mut Figures,
     ) -> Result<(), Error> {
         let Some(mut encoder) = self.encoder.take() else {
             return Ok(());

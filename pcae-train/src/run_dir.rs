@@ -5,6 +5,8 @@
 //! OUT/metrics.jsonl                  one JSON object a line
 //! OUT/tensorboard/                   the same values as TensorBoard events
 //! OUT/checkpoints/last.safetensors   the newest checkpoint
+//! OUT/checkpoints/best.safetensors   of fine-tuning: the weights that were best on the held-out pictures
+//! OUT/confusion.csv                  of fine-tuning: which classes those take for which
 //! OUT/curves.png                     the curves so far
 //! OUT/.lock                          held, by `flock`, by the process that writes the run
 //! ```
@@ -22,6 +24,7 @@ const CONFIG: &str = "config.toml";
 const LOCK: &str = ".lock";
 const CHECKPOINTS: &str = "checkpoints";
 const LAST_CHECKPOINT: &str = "last.safetensors";
+const BEST_CHECKPOINT: &str = "best.safetensors";
 const TENSORBOARD: &str = "tensorboard";
 
 /// Why a run directory cannot be used. Every message is one line and says what to do.
@@ -188,6 +191,16 @@ impl RunDir {
     /// `checkpoints/last.safetensors`
     pub fn last_checkpoint(&self) -> PathBuf {
         self.checkpoints().join(LAST_CHECKPOINT)
+    }
+
+    /// `checkpoints/best.safetensors`
+    pub fn best_checkpoint(&self) -> PathBuf {
+        self.checkpoints().join(BEST_CHECKPOINT)
+    }
+
+    /// `confusion.csv`
+    pub fn confusion(&self) -> PathBuf {
+        self.path.join("confusion.csv")
     }
 
     /// `tensorboard`, the folder of the event files

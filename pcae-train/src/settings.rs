@@ -1,18 +1,23 @@
 //! The settings of a run: defaults, a TOML file, `--set` and flags over it, and what follows from them.
 
+pub(crate) mod shared;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use pcae_kernel::config::{
     Budget, ConfigError, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig, Reduction,
-    StageLayout, Target, VitConfig,
+    StageLayout, Target,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::data::augment::{Transform, channel_stats};
-use crate::data::{DataError, Splits};
-use crate::error::{Error, flag};
+use crate::data::Splits;
+use crate::data::augment::Transform;
+use crate::error::Error;
+use crate::training::Plan;
+use crate::training::plan::{Defaults, Knobs, require};
+use shared::{Architecture, Crops, transform};
 
 /// What is predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -336,6 +341,8 @@ macro_rules! serde_as_text {
     )*};
 }
 
+pub(crate) use serde_as_text;
+
 serde_as_text!(DropLayersSpec, PlaceSpec, CriterionSpec);
 
 impl Default for Settings {
@@ -389,6 +396,9 @@ impl Default for Settings {
     }
 }
 
+/// Where a pre-training run goes.
+const DEFAULT_OUT: &str = "runs/pretrain";
+
 impl Default for Machine {
     fn default() -> Self {
         Self {
@@ -398,7 +408,7 @@ impl Default for Machine {
             isa: None,
             threads: 0,
             workers: 1,
-            out: PathBuf::from("runs/pretrain"),
+            out: PathBuf::from(DEFAULT_OUT),
         }
     }
 }
@@ -423,18 +433,10 @@ pub struct Recipe {
     pub task: PretrainConfig,
     /// What happens to a picture on its way in.
     pub transform: Transform,
-    /// Optimizer steps.
-    pub steps: u64,
-    /// Optimizer steps of a pass over the data, rounded up.
-    pub steps_per_epoch: u64,
-    /// Steps of rising learning rate.
-    pub warmup_steps: u64,
-    /// Peak learning rate.
-    pub lr: f64,
+    /// The numbers of the loop.
+    pub plan: Plan,
     /// First momentum of the teacher.
     pub momentum: f64,
-    /// Steps between two checkpoints.
-    pub save_every: u64,
 }
 
 impl Settings {
@@ -443,48 +445,7 @@ impl Settings {
     /// # Errors
     /// [`Error::Setting`] naming the key, or [`Error::ConfigFile`] naming the file.
     pub fn load(config: Option<&Path>, overrides: &[(String, String)]) -> Result<Self, Error> {
-        let mut table = match config {
-            Some(path) => {
-                let text = std::fs::read_to_string(path).map_err(|error| Error::ConfigFile {
-                    path: path.to_owned(),
-                    reason: error.to_string(),
-                })?;
-                Self::parse(path, &text)?;
-                text.parse::<toml::Table>()
-                    .map_err(|error| Error::ConfigFile {
-                        path: path.to_owned(),
-                        reason: one_line(&error),
-                    })?
-            }
-            None => toml::Table::new(),
-        };
-        for (key, text) in overrides {
-            let mut one = toml::Table::new();
-            one.insert(key.clone(), value(text));
-            if let Err(error) = Self::deserialize(one.clone()) {
-                // What reads as a number may be meant as text: a block for `drop_place`, a folder called 2024.
-                one.insert(key.clone(), toml::Value::String(text.clone()));
-                if Self::deserialize(one.clone()).is_err() {
-                    return Err(Error::Setting {
-                        name: flag(key),
-                        reason: one_line(&error),
-                    });
-                }
-            }
-            // One of a pair takes the place of the other.
-            for (a, b) in [("epochs", "steps"), ("lr", "blr")] {
-                for (given, other) in [(a, b), (b, a)] {
-                    if key == given && !overrides.iter().any(|(key, _)| key == other) {
-                        table.remove(other);
-                    }
-                }
-            }
-            table.extend(one);
-        }
-        Self::deserialize(table).map_err(|error| Error::Setting {
-            name: "settings".to_owned(),
-            reason: one_line(&error),
-        })
+        shared::load(config, overrides, DEFAULT_OUT)
     }
 
     /// Reads the text of a `config.toml`; `path` is its name in errors.
@@ -492,10 +453,7 @@ impl Settings {
     /// # Errors
     /// [`Error::ConfigFile`].
     pub fn parse(path: &Path, text: &str) -> Result<Self, Error> {
-        toml::from_str(text).map_err(|error| Error::ConfigFile {
-            path: path.to_owned(),
-            reason: one_line(&error),
-        })
+        shared::parse(path, text)
     }
 
     /// As TOML.
@@ -503,20 +461,13 @@ impl Settings {
     /// # Errors
     /// [`Error::Setting`] for values that TOML cannot hold, such as a path that is no text.
     pub fn to_toml(&self) -> Result<String, Error> {
-        toml::to_string(self).map_err(|error| Error::Setting {
-            name: "settings".to_owned(),
-            reason: one_line(&error),
-        })
+        shared::to_toml(self)
     }
 
     /// The settings without those of the machine, as one line of JSON: what a checkpoint carries. Equal runs on different
     /// machines have equal ones.
     pub fn recipe_json(&self) -> String {
-        let mut value = serde_json::to_value(self).unwrap_or_default();
-        if let Some(fields) = value.as_object_mut() {
-            fields.retain(|key, value| !Machine::KEYS.contains(&key.as_str()) && !value.is_null());
-        }
-        value.to_string()
+        shared::recipe_json(self)
     }
 
     /// The encoder and decoder, once [`Settings::resolve`] has filled in what depends on the data.
@@ -524,27 +475,17 @@ impl Settings {
     /// # Errors
     /// [`Error::Setting`] or [`Error::Config`].
     pub fn task(&self) -> Result<PretrainConfig, Error> {
-        let Some(preset) = VitConfig::preset(&self.model) else {
-            let reason = format!(
-                "expected one of {}, found {:?}",
-                VitConfig::PRESETS.join(", "),
-                self.model
-            );
-            return Err(Error::Setting {
-                name: "--model".to_owned(),
-                reason,
-            });
-        };
-        let vit = VitConfig {
-            img_size: self.img_size.unwrap_or(preset.img_size),
-            in_chans: self.in_chans.unwrap_or(preset.in_chans),
-            patch_size: self.patch_size.unwrap_or(preset.patch_size),
-            embed_dim: self.embed_dim.unwrap_or(preset.embed_dim),
-            depth: self.depth.unwrap_or(preset.depth),
-            num_heads: self.num_heads.unwrap_or(preset.num_heads),
-            mlp_ratio: self.mlp_ratio.unwrap_or(preset.mlp_ratio),
-        };
-        vit.check()?;
+        let vit = Architecture {
+            model: &self.model,
+            img_size: self.img_size,
+            in_chans: self.in_chans,
+            patch_size: self.patch_size,
+            embed_dim: self.embed_dim,
+            depth: self.depth,
+            num_heads: self.num_heads,
+            mlp_ratio: self.mlp_ratio,
+        }
+        .vit()?;
         let default = vit.default_decoder();
         let decoder = DecoderConfig {
             embed_dim: self.decoder_embed_dim.unwrap_or(default.embed_dim),
@@ -581,176 +522,66 @@ impl Settings {
         self.in_chans = Some(splits.train.channels());
         let task = self.task()?;
         self.img_size = Some(task.vit.img_size);
-        let range = |name: &str, holds: bool, expected: &str, found: &dyn fmt::Display| {
-            if holds {
-                return Ok(());
-            }
-            Err(Error::Setting {
-                name: flag(name),
-                reason: format!("expected {expected}, found {found}"),
-            })
-        };
-        let fraction = |x: f64| (0.0..1.0).contains(&x);
-        let positive = |x: f64| x > 0.0 && x.is_finite();
-        range(
-            "accum",
-            (1..=1 << 20).contains(&self.accum),
-            "1 to 1048576",
-            &self.accum,
-        )?;
-        let largest = splits.train.len();
-        let fits = (1..=largest).contains(&self.batch_size);
-        let expected =
-            format!("1 to {largest}, the number of training pictures (more come with --data)");
-        range("batch_size", fits, &expected, &self.batch_size)?;
-        range(
-            "beta1",
-            fraction(self.beta1),
-            "at least 0 and less than 1",
-            &self.beta1,
-        )?;
-        range(
-            "beta2",
-            fraction(self.beta2),
-            "at least 0 and less than 1",
-            &self.beta2,
-        )?;
-        range(
-            "drop_path",
-            fraction(self.drop_path),
-            "at least 0 and less than 1",
-            &self.drop_path,
-        )?;
-        let limit = self.clip_grad;
-        range(
-            "clip_grad",
-            limit == 0.0 || positive(limit),
-            "a positive norm, or 0 for none",
-            &limit,
-        )?;
-        let decay = self.weight_decay;
-        range(
-            "weight_decay",
-            decay >= 0.0 && decay.is_finite(),
-            "at least 0",
-            &decay,
+        let is_small = task.vit.embed_dim < SMALL_BELOW;
+        let plan = Knobs {
+            epochs: &mut self.epochs,
+            steps: self.steps,
+            lr: self.lr,
+            blr: &mut self.blr,
+            min_lr: self.min_lr,
+            warmup_steps: &mut self.warmup_steps,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            weight_decay: self.weight_decay,
+            clip_grad: self.clip_grad,
+            drop_path: self.drop_path,
+            batch_size: self.batch_size,
+            accum: self.accum,
+            eval_every: self.eval_every,
+            save_every: &mut self.save_every,
+            seed: self.seed,
+            workers: self.machine.workers,
+        }
+        .resolve(
+            &Defaults {
+                epochs: DEFAULT_EPOCHS,
+                blr: if is_small { SMALL_BLR } else { PAPER_BLR },
+                steps_per_warmup_step: 20,
+            },
+            splits.train.len(),
         )?;
         let end = self.momentum_end;
-        range("momentum_end", (0.0..=1.0).contains(&end), "0 to 1", &end)?;
-        range(
-            "min_lr",
-            self.min_lr >= 0.0 && self.min_lr.is_finite(),
-            "at least 0",
-            &self.min_lr,
-        )?;
-        let workers = self.machine.workers;
-        range("workers", workers <= MAX_THREADS, "at most 1024", &workers)?;
-        range("knn_k", self.knn_k >= 1, "at least 1", &self.knn_k)?;
-
-        let is_small = task.vit.embed_dim < 192;
-        let effective_batch = self.batch_size as u64 * self.accum;
-        let steps_per_epoch =
-            (splits.train.len() as u64 / self.batch_size as u64).div_ceil(self.accum);
-        if let (Some(_), Some(_)) = (self.epochs, self.steps) {
-            let reason = "expected either --epochs or --steps, found both".to_owned();
-            return Err(Error::Setting {
-                name: "--steps".to_owned(),
-                reason,
-            });
-        }
-        if self.steps.is_none() {
-            let epochs = *self.epochs.get_or_insert(DEFAULT_EPOCHS);
-            range(
-                "epochs",
-                (1..1 << 40).contains(&epochs),
-                "at least 1",
-                &epochs,
-            )?;
-        }
-        let steps = self.steps.unwrap_or(
-            self.epochs
-                .unwrap_or(DEFAULT_EPOCHS)
-                .saturating_mul(steps_per_epoch),
-        );
-        range("steps", (1..1 << 60).contains(&steps), "at least 1", &steps)?;
-
-        if let (Some(_), Some(_)) = (self.lr, self.blr) {
-            let reason = "expected either --lr or blr, found both".to_owned();
-            return Err(Error::Setting {
-                name: "--lr".to_owned(),
-                reason,
-            });
-        }
-        if self.lr.is_none() {
-            self.blr
-                .get_or_insert(if is_small { SMALL_BLR } else { PAPER_BLR });
-        }
-        let blr = self.blr.unwrap_or(PAPER_BLR);
-        let lr = self.lr.unwrap_or(blr * effective_batch as f64 / 256.0);
-        range(
-            if self.lr.is_some() { "lr" } else { "blr" },
-            positive(lr),
-            "a positive number",
-            &lr,
-        )?;
-        let warmup_steps = *self.warmup_steps.get_or_insert(steps / 20);
-        range(
-            "warmup_steps",
-            warmup_steps <= steps,
-            "at most the number of steps",
-            &warmup_steps,
-        )?;
-        let momentum = *self.momentum.get_or_insert(default_momentum(steps));
-        range(
+        require("momentum_end", (0.0..=1.0).contains(&end), "0 to 1", &end)?;
+        require("knn_k", self.knn_k >= 1, "at least 1", &self.knn_k)?;
+        let momentum = *self.momentum.get_or_insert(default_momentum(plan.steps));
+        require(
             "momentum",
             (0.0..=1.0).contains(&momentum),
             "0 to 1",
             &momentum,
         )?;
-        let save_every = *self.save_every.get_or_insert(steps_per_epoch);
-        range("save_every", save_every >= 1, "at least 1", &save_every)?;
-
         let crop_scale = *self.crop_scale.get_or_insert(if is_small {
             SMALL_CROP_SCALE
         } else {
             PAPER_CROP_SCALE
         });
-        let [height, width] = task.vit.img_size;
-        if self.mean.is_none() || self.std.is_none() {
-            let (mean, std) = channel_stats(&splits.train, height, width)?;
-            self.mean.get_or_insert(mean);
-            self.std.get_or_insert(std);
-        }
-        let transform = Transform {
-            height,
-            width,
-            channels: task.vit.in_chans,
-            scale: (crop_scale[0], crop_scale[1]),
-            ratio: (self.crop_ratio[0], self.crop_ratio[1]),
+        let crops = Crops {
+            scale: crop_scale,
+            ratio: self.crop_ratio,
             flip: self.flip,
-            mean: self.mean.clone().unwrap_or_default(),
-            std: self.std.clone().unwrap_or_default(),
         };
-        transform.check().map_err(|error| match error {
-            DataError::Setting {
-                name,
-                expected,
-                found,
-            } => Error::Setting {
-                name: flag(&name.replace(' ', "_")),
-                reason: format!("expected {expected}, found {found}"),
-            },
-            other => other.into(),
-        })?;
+        let transform = transform(
+            &task.vit,
+            &splits.train,
+            crops,
+            &mut self.mean,
+            &mut self.std,
+        )?;
         Ok(Recipe {
             task,
             transform,
-            steps,
-            steps_per_epoch,
-            warmup_steps,
-            lr,
+            plan,
             momentum,
-            save_every,
         })
     }
 }
@@ -760,7 +591,9 @@ const DEFAULT_EPOCHS: u64 = 24;
 /// Of the paper's family of methods, for ViT-Ti and larger on photographs.
 const PAPER_BLR: f64 = 1.5e-4;
 const PAPER_CROP_SCALE: [f64; 2] = [0.2, 1.0];
-/// For narrower encoders on small pictures, chosen by trial on the embedded set.
+/// Encoders narrower than this, ViT-Ti's width, are for small pictures.
+pub(crate) const SMALL_BELOW: usize = 192;
+/// For those, chosen by trial on the embedded set.
 const SMALL_BLR: f64 = 4e-3;
 const SMALL_CROP_SCALE: [f64; 2] = [0.5, 1.0];
 
@@ -769,27 +602,4 @@ const SMALL_CROP_SCALE: [f64; 2] = [0.5, 1.0];
 /// (seen on the embedded set).
 fn default_momentum(steps: u64) -> f64 {
     (1.0 - 12.0 / steps as f64).clamp(0.996, 0.9999)
-}
-
-/// More threads than this are a typing error, and starting them would bring a machine down.
-pub(crate) const MAX_THREADS: usize = 1024;
-
-/// A value as typed: TOML if it reads as TOML, else text.
-fn value(text: &str) -> toml::Value {
-    match format!("x = {text}").parse::<toml::Table>() {
-        Ok(mut table) => table
-            .remove("x")
-            .unwrap_or(toml::Value::String(text.to_owned())),
-        Err(_) => toml::Value::String(text.to_owned()),
-    }
-}
-
-/// A TOML error without the picture of the place.
-fn one_line(error: &dyn fmt::Display) -> String {
-    let text = error.to_string();
-    let lines = text
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty() && !line.contains('|'));
-    lines.collect::<Vec<_>>().join("; ")
 }

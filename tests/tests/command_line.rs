@@ -526,6 +526,8 @@ fn an_encoder_is_exported() {
 fn every_command_has_help_with_an_example() {
     for command in [
         "pretrain",
+        "finetune",
+        "evaluate",
         "parity",
         "export",
         "inspect",

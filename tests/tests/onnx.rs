@@ -10,7 +10,7 @@ use std::process::Command;
 use pcae_backend_cpu::Cpu;
 use pcae_kernel::backend::{Backend, TrainBackend};
 use pcae_kernel::config::{
-    Budget, ClassifierConfig, Criterion, DropLayers, Place, Reduction, VitConfig,
+    Budget, ClassifierConfig, Criterion, DropLayers, Place, Pool, Reduction, VitConfig,
 };
 use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{Classifier, MeanSimilarity, Vit};
@@ -89,6 +89,7 @@ fn ours(encoder: &Encoder, reduction: Reduction, images: &[f32]) -> (Vec<f32>, V
         vit: VIT,
         num_classes: CLASSES,
         reduction,
+        pool: Pool::Mean,
     };
     let head = encoder.head.as_ref().unwrap();
     let values = [&encoder.values[..], &head.weight, &head.bias].concat();

@@ -6,7 +6,7 @@ use super::state::{Scalars, TrainState, wrong_layout};
 use super::trunk::{Scratch, ScratchSize, Trunk};
 use super::vit::{Scorer, linear_dims, patch_dims};
 use crate::backend::{Accum, Epilogue, Linear, LinearDims, RowDims, TokenDims, TrainBackend};
-use crate::config::ClassifierConfig;
+use crate::config::{ClassifierConfig, Pool};
 use crate::error::product;
 use crate::layout::{Layout, Tail};
 
@@ -21,7 +21,11 @@ pub struct ClassifierTrainer<B: TrainBackend> {
     labels: B::Buf,
     patches: B::Buf,
     trunk: Trunk<B>,
-    mean: B::Buf,
+    /// The patch tokens' mean, or the class token.
+    token: B::Buf,
+    /// Which patch tokens pooling by the class token keeps: none.
+    no_patches: B::Ids,
+    /// `token` after the norm.
     pooled: B::Buf,
     pooled_stats: B::Vector,
     logits: B::Buf,
@@ -65,7 +69,8 @@ impl<B: TrainBackend> ClassifierTrainer<B> {
             labels: backend.buf(logits)?,
             patches: backend.buf(patches.patches_len())?,
             trunk: Trunk::new(backend, blocks, dims, &config.reduction, drop_path)?,
-            mean: backend.buf(pooled)?,
+            token: backend.buf(pooled)?,
+            no_patches: backend.ids(0)?,
             pooled: backend.buf(pooled)?,
             pooled_stats: backend.vector(product(&[batch, 2]))?,
             logits: backend.buf(logits)?,
@@ -185,13 +190,19 @@ impl<B: TrainBackend> ClassifierTrainer<B> {
         backend.embed_tokens(dims, input, projected, None, params, encoder.embed(true))?;
         self.trunk
             .forward(backend, params, &mut self.scratch, scorer)?;
-        backend.mean_pool(out_dims, &mut self.mean, self.trunk.output())?;
+        let (token, tokens) = (&mut self.token, self.trunk.output());
+        match self.config.pool {
+            Pool::Mean => backend.mean_pool(out_dims, token, tokens)?,
+            Pool::ClsToken => {
+                backend.gather_tokens(out_dims, 0, token, tokens, &self.no_patches)?
+            }
+        }
         let rows = RowDims {
             rows: self.batch,
             dim: vit.embed_dim,
         };
         let (pooled, stats) = (&mut self.pooled, &mut self.pooled_stats);
-        backend.layer_norm_saving(rows, pooled, stats, &self.mean, params, encoder.norm)?;
+        backend.layer_norm_saving(rows, pooled, stats, &self.token, params, encoder.norm)?;
         let head = linear_dims(self.batch, vit.embed_dim, self.config.num_classes);
         backend.linear(
             head,
@@ -228,12 +239,17 @@ impl<B: TrainBackend> ClassifierTrainer<B> {
             Accum::Replace,
             grads,
             b,
-            &self.mean,
+            &self.token,
             stats,
             params,
             encoder.norm,
         )?;
-        backend.mean_pool_backward(out_dims, b, a)?;
+        match self.config.pool {
+            Pool::Mean => backend.mean_pool_backward(out_dims, b, a)?,
+            Pool::ClsToken => {
+                backend.gather_tokens_backward(out_dims, 0, b, a, &self.no_patches)?;
+            }
+        }
         swap(a, b);
         self.trunk
             .backward(backend, params, grads, &mut self.scratch)?;

@@ -3,9 +3,8 @@
 use alloc::vec::Vec;
 
 use crate::backend::{AdamW, Clip, Segment, Span, TrainBackend};
-use crate::config::VitConfig;
 use crate::error::{Error, expect_len};
-use crate::layout::Layout;
+use crate::layout::{Layout, Tensor};
 
 /// Student, teacher, gradients and moments, each one flat vector in the order of the layout.
 pub struct TrainState<B: TrainBackend> {
@@ -13,7 +12,7 @@ pub struct TrainState<B: TrainBackend> {
     pub layout: Layout,
     /// What is trained.
     pub student: B::Params,
-    /// The encoder that follows it, if the task has one.
+    /// The moving average that follows it, laid out by [`Layout::teacher`], if the task has one.
     pub teacher: Option<B::Params>,
     /// Sum of the micro-batches' gradients; zero after an update.
     pub grads: B::Vector,
@@ -44,10 +43,10 @@ impl Scalars {
 }
 
 impl<B: TrainBackend> TrainState<B> {
-    /// A state at step 0: moments zero. With `teacher`, the front of that vector is the encoder that follows the student.
+    /// A state at step 0: moments zero. With `teacher`, the front of that vector is what follows the student.
     ///
     /// # Shapes
-    /// `student: [layout.len()]`, `teacher: [layout.encoder_len()]`.
+    /// `student: [layout.len()]`, `teacher: [layout.teacher().len()]`.
     ///
     /// # Errors
     /// If a vector is too short or memory is.
@@ -59,15 +58,11 @@ impl<B: TrainBackend> TrainState<B> {
         weight_decay: f64,
     ) -> Result<Self, B::Error> {
         expect_len("TrainState::new", "student", student.len(), layout.len())?;
+        let follows = layout.teacher();
         let teacher = match teacher {
             Some(values) => {
-                expect_len(
-                    "TrainState::new",
-                    "teacher",
-                    values.len(),
-                    layout.encoder_len(),
-                )?;
-                Some(backend.teacher_params(&Self::teacher_layout(&layout.vit), values)?)
+                expect_len("TrainState::new", "teacher", values.len(), follows.len())?;
+                Some(backend.teacher_params(&follows, values)?)
             }
             None => None,
         };
@@ -76,7 +71,7 @@ impl<B: TrainBackend> TrainState<B> {
     }
 
     /// [`TrainState::new`] of parameters that the backend has already, laid out by `layout` and
-    /// [`TrainState::teacher_layout`]: what they were made from need not be in memory any more.
+    /// [`Layout::teacher`]: what they were made from need not be in memory any more.
     ///
     /// # Errors
     /// If memory is short.
@@ -87,6 +82,7 @@ impl<B: TrainBackend> TrainState<B> {
         teacher: Option<B::Params>,
         weight_decay: f64,
     ) -> Result<Self, B::Error> {
+        let follows = layout.teacher().len();
         let mut segments = Vec::new();
         layout.for_each(|tensor| {
             if tensor.is_trained() {
@@ -94,7 +90,7 @@ impl<B: TrainBackend> TrainState<B> {
                     span: tensor.span,
                     weight_decay: if tensor.decays() { weight_decay } else { 0.0 },
                     lr_scale: 1.0,
-                    ema: tensor.span.end() <= layout.encoder_len(),
+                    ema: tensor.span.end() <= follows,
                 });
             }
         });
@@ -110,9 +106,19 @@ impl<B: TrainBackend> TrainState<B> {
         })
     }
 
-    /// Layout of the teacher's parameters.
-    pub const fn teacher_layout(vit: &VitConfig) -> Layout {
-        Layout::encoder(vit)
+    /// Gives each layer its own learning rate: `decay` to the power of the layers above it. The embedding is layer 0, the
+    /// blocks are 1 to `depth`, and the norm and all after it `depth + 1` (Clark et al., 2020, as BEiT and MAE count).
+    pub fn set_layer_decay(&mut self, decay: f64) {
+        let depth = self.layout.vit.depth;
+        let mut segments = self.segments.iter_mut();
+        self.layout.for_each(|tensor| {
+            if tensor.is_trained()
+                && let Some(segment) = segments.next()
+            {
+                let above = depth + 1 - layer(&tensor, self.layout.encoder.norm.weight, depth);
+                segment.lr_scale = libm::pow(decay, above as f64);
+            }
+        });
     }
 
     /// Applies the summed gradients and sets them to zero; clips their norm to `max_norm` if that is given.
@@ -164,6 +170,15 @@ impl<B: TrainBackend> TrainState<B> {
     /// What the backend reports.
     pub fn begin_step(&mut self, backend: &mut B) -> Result<(), B::Error> {
         backend.zero(&mut self.scalars, Span { start: 0, len: 3 })
+    }
+}
+
+/// Number of the layer that a tensor belongs to; the encoder's last norm lies at `norm`.
+fn layer(tensor: &Tensor, norm: Span, depth: usize) -> usize {
+    match tensor.name.block() {
+        Some((block, true)) => block + 1,
+        _ if tensor.span.start < norm.start => 0,
+        _ => depth + 1,
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::backend::{
     AttentionDims, Backend, Epilogue, Linear, LinearDims, PatchDims, RowDims, TokenDims,
 };
-use crate::config::{ClassifierConfig, Reduction, VitConfig};
+use crate::config::{ClassifierConfig, Pool, Reduction, VitConfig};
 use crate::error::{Error, product};
 use crate::layout::{EncoderParams, Layout, Tail};
 
@@ -430,12 +430,14 @@ pub(super) fn patch_dims(vit: &VitConfig, batch: usize, taken: usize) -> PatchDi
     }
 }
 
-/// A classifier's forward: class token kept, patch tokens reduced, mean pooling, `fc_norm`, head.
+/// A classifier's forward: class token kept, patch tokens reduced, pooling, norm, head.
 pub struct Classifier<B: Backend> {
     config: ClassifierConfig,
     vit: Vit<B>,
     head: Linear,
-    mean: B::Buf,
+    /// The patch tokens' mean, or the class token.
+    token: B::Buf,
+    /// `token` after the norm.
     pooled: B::Buf,
     logits: B::Buf,
 }
@@ -484,10 +486,16 @@ impl<B: Backend> Classifier<B> {
             config: *config,
             vit,
             head,
-            mean: backend.buf(width)?,
+            token: backend.buf(width)?,
             pooled: backend.buf(width)?,
             logits: backend.buf(product(&[batch, config.num_classes]))?,
         })
+    }
+
+    /// Changes what is dropped from the next forward on, see [`Vit::set_reduction`].
+    pub fn set_reduction(&mut self, reduction: Reduction) {
+        self.config.reduction = reduction;
+        self.vit.set_reduction(reduction);
     }
 
     /// Classifies `batch` pictures.
@@ -508,7 +516,12 @@ impl<B: Backend> Classifier<B> {
         self.vit
             .forward(backend, params, batch, images, None, scorer)?;
         let d = self.config.vit.embed_dim;
-        backend.mean_pool(self.vit.dims(), &mut self.mean, self.vit.tokens())?;
+        let (dims, token, tokens) = (self.vit.dims(), &mut self.token, self.vit.tokens());
+        match self.config.pool {
+            Pool::Mean => backend.mean_pool(dims, token, tokens)?,
+            // Of the patch tokens none, whatever was picked before.
+            Pool::ClsToken => backend.gather_tokens(dims, 0, token, tokens, &self.vit.picked)?,
+        }
         let norm = self.vit.params.norm;
         backend.layer_norm(
             RowDims {
@@ -516,7 +529,7 @@ impl<B: Backend> Classifier<B> {
                 dim: d,
             },
             &mut self.pooled,
-            &self.mean,
+            &self.token,
             params,
             norm,
         )?;

@@ -2,7 +2,7 @@
 
 use pcae_kernel::backend::Backend;
 use pcae_kernel::config::{
-    Budget, ClassifierConfig, Criterion, DropLayers, Place, Reduction, VitConfig,
+    Budget, ClassifierConfig, Criterion, DropLayers, Place, Pool, Reduction, VitConfig,
 };
 use pcae_kernel::error::Error;
 use pcae_kernel::init::init;
@@ -174,10 +174,15 @@ fn classify_in_arena(
 
 #[test]
 fn a_classifiers_plan_is_exact() {
-    for vit in vits() {
+    let pools = [Pool::Mean, Pool::ClsToken];
+    for (vit, pool) in vits()
+        .into_iter()
+        .flat_map(|vit| pools.map(|pool| (vit, pool)))
+    {
         let config = ClassifierConfig {
             vit,
             num_classes: 5,
+            pool,
             reduction: reduction(),
         };
         config.check().unwrap();

@@ -2,7 +2,7 @@
 
 use pcae_kernel::config::{
     Budget, ClassifierConfig, ConfigError, Criterion, DecoderConfig, DropLayers, MAX_DEPTH,
-    MAX_ELEMENTS, Place, PretrainConfig, Reduction, StageLayout, Target, VitConfig, len_keep,
+    MAX_ELEMENTS, Place, Pool, PretrainConfig, Reduction, StageLayout, Target, VitConfig, len_keep,
 };
 use pcae_kernel::flops;
 use pcae_kernel::layout::Layout;
@@ -41,6 +41,7 @@ const PRETRAIN: PretrainConfig = PretrainConfig {
 const CLASSIFIER: ClassifierConfig = ClassifierConfig {
     vit: VIT,
     num_classes: 10,
+    pool: Pool::Mean,
     reduction: Reduction {
         budget: Budget::Drop(0.3),
         ..REDUCTION
@@ -595,7 +596,7 @@ proptest! {
     #[test]
     fn checks_never_panic(config in any_pretrain(), num_classes in size(), reduction in any_reduction()) {
         let vit = config.vit;
-        let classifier = ClassifierConfig { vit, num_classes, reduction };
+        let classifier = ClassifierConfig { vit, num_classes, pool: Pool::Mean, reduction };
         let _ = config.decoder.check(&vit);
         let _ = reduction.check(num_classes, config.decoder.depth);
         if vit.check().is_ok() {

@@ -3,14 +3,14 @@
 use pcae_kernel::backend::TrainBackend;
 use pcae_kernel::backend::{Backend, TokenDims};
 use pcae_kernel::config::{
-    Budget, ClassifierConfig, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig,
+    Budget, ClassifierConfig, Criterion, DecoderConfig, DropLayers, Place, Pool, PretrainConfig,
     Reduction, Target, VitConfig,
 };
 use pcae_kernel::error::Error;
 use pcae_kernel::init::init;
 use pcae_kernel::layout::{Kind, Layout};
 use pcae_kernel::model::{
-    ClassifierTrainer, MeanSimilarity, Pretrainer, Scorer, Selection, TrainState,
+    Classifier, ClassifierTrainer, MeanSimilarity, Pretrainer, Scorer, Selection, TrainState,
 };
 use pcae_kernel::schedule::random_masking;
 
@@ -215,10 +215,11 @@ impl Scorer<Double> for Recorder {
     }
 }
 
-fn check_classifier(reduction: Reduction, with_drop_path: bool) {
+fn check_classifier(pool: Pool, reduction: Reduction, with_drop_path: bool) {
     let config = ClassifierConfig {
         vit: VIT,
         num_classes: 5,
+        pool,
         reduction,
     };
     config.check().unwrap();
@@ -251,14 +252,48 @@ fn dense() -> Reduction {
 
 #[test]
 fn classifier() {
-    check_classifier(dense(), true);
-    check_classifier(reduction(&[0, 2], Budget::Drop(0.3)), false);
-    check_classifier(reduction(&[0, 1, 2], Budget::Drop(0.3)), true);
+    for pool in [Pool::Mean, Pool::ClsToken] {
+        check_classifier(pool, dense(), true);
+        check_classifier(pool, reduction(&[0, 2], Budget::Drop(0.3)), false);
+    }
+    check_classifier(Pool::Mean, reduction(&[0, 1, 2], Budget::Drop(0.3)), true);
     let at_input = Reduction {
         place: Place::Input,
         ..reduction(&[0, 1], Budget::Drop(0.4))
     };
-    check_classifier(at_input, false);
+    check_classifier(Pool::Mean, at_input, false);
+}
+
+/// What is trained and what is deployed give the same logits.
+#[test]
+fn trainer_and_classifier_agree() {
+    for pool in [Pool::Mean, Pool::ClsToken] {
+        let config = ClassifierConfig {
+            vit: VIT,
+            num_classes: 5,
+            pool,
+            reduction: reduction(&[0, 2], Budget::Drop(0.3)),
+        };
+        let layout = Layout::classifier(&config);
+        let backend = &mut Double::owned();
+        let student = parameters(&layout, 6);
+        let mut state = TrainState::new(backend, layout, &student, None, 0.0).unwrap();
+        let mut task = ClassifierTrainer::new(backend, &config, BATCH, false).unwrap();
+        let labels = [0.2; BATCH * 5];
+        task.load(backend, &images(), &labels).unwrap();
+        task.accumulate(backend, &mut state, 1.0, &mut MeanSimilarity)
+            .unwrap();
+        let mut deployed = Classifier::new(backend, &config, BATCH).unwrap();
+        let mut on_device = backend.buf(images().len()).unwrap();
+        backend.write(&mut on_device, &images()).unwrap();
+        let scorer = &mut MeanSimilarity;
+        let logits = deployed
+            .forward(backend, &state.student, BATCH, &on_device, scorer)
+            .unwrap();
+        for (&trained, &deployed) in task.logits().iter().zip(logits) {
+            close("logit", deployed, trained, 1e-14, 1e-13);
+        }
+    }
 }
 
 /// With decoder blocks that pass everything on unchanged, a prediction is a function of the mask token and its position

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use pcae_kernel::backend::Span;
-use pcae_kernel::config::{ClassifierConfig, PretrainConfig, Reduction, Target};
+use pcae_kernel::config::{ClassifierConfig, Pool, PretrainConfig, Reduction, Target};
 use pcae_kernel::config::{DecoderConfig, VitConfig};
 use pcae_kernel::error::Error;
 use pcae_kernel::init::init;
@@ -32,15 +32,20 @@ fn classifier(vit: VitConfig, num_classes: usize) -> ClassifierConfig {
     ClassifierConfig {
         vit,
         num_classes,
+        pool: Pool::Mean,
         reduction: Reduction::NONE,
     }
 }
 
-fn layouts() -> [Layout; 3] {
+fn layouts() -> [Layout; 4] {
     [
         Layout::encoder(&VIT),
         Layout::with_decoder(&VIT, &DECODER, 7),
         Layout::classifier(&classifier(VIT, 5)),
+        Layout::classifier(&ClassifierConfig {
+            pool: Pool::ClsToken,
+            ..classifier(VIT, 6)
+        }),
     ]
 }
 
@@ -78,6 +83,24 @@ fn the_encoder_is_the_front_of_every_layout() {
             assert_eq!((ours.span, ours.kind), (its.span, its.kind));
         }
     }
+}
+
+/// A mean of tokens has a norm of its own; the class token has the encoder's.
+#[test]
+fn the_last_norm_is_named_by_what_it_norms() {
+    let [.., mean, cls_token] = layouts();
+    assert!(mean.find("fc_norm.weight").is_some() && mean.find("norm.weight").is_none());
+    assert!(cls_token.find("fc_norm.weight").is_none() && cls_token.find("norm.weight").is_some());
+}
+
+/// A moving average covers all but a decoder.
+#[test]
+fn what_a_teacher_holds() {
+    let [encoder, pretrain, mean, cls_token] = layouts();
+    assert_eq!(encoder.teacher(), encoder);
+    assert_eq!(pretrain.teacher(), encoder);
+    assert_eq!(mean.teacher(), mean);
+    assert_eq!(cls_token.teacher(), cls_token);
 }
 
 /// What operations name by span is what the visit names by text.

@@ -1,10 +1,99 @@
 //! AdamW, clipping and the moving average against their formulas, in f64.
 
 use pcae_kernel::backend::{AdamW, Clip, Segment, TrainBackend};
+use pcae_kernel::config::{ClassifierConfig, Pool, Reduction, VitConfig};
+use pcae_kernel::layout::Layout;
+use pcae_kernel::model::TrainState;
 use pcae_kernel::reference::{Heap, Reference};
 use proptest::prelude::*;
 
 use crate::support::{Double, close, dot, random, span};
+
+const TINY: ClassifierConfig = ClassifierConfig {
+    vit: VitConfig {
+        img_size: [4, 8],
+        in_chans: 1,
+        patch_size: 4,
+        embed_dim: 4,
+        depth: 2,
+        num_heads: 1,
+        mlp_ratio: 1.5,
+    },
+    num_classes: 3,
+    pool: Pool::Mean,
+    reduction: Reduction::NONE,
+};
+
+/// The first step of AdamW moves each element by its learning rate, whatever its gradient: it shows the layer's.
+#[test]
+fn layers_have_their_own_learning_rate() {
+    let layout = Layout::classifier(&TINY);
+    let backend = &mut Double::owned();
+    let start = vec![0.0; layout.len()];
+    let mut state = TrainState::new(backend, layout, &start, None, 0.0).unwrap();
+    state.set_layer_decay(0.5);
+    state.grads.fill(1.0);
+    let step = AdamW {
+        lr: 1.0,
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 0.0,
+        step: 1,
+        momentum: 0.0,
+    };
+    state.update(backend, &step, None).unwrap();
+    for (name, scale) in [
+        ("cls_token", 0.125),
+        ("patch_embed.proj.weight", 0.125),
+        ("blocks.0.attn.qkv.weight", 0.25),
+        ("blocks.1.norm1.weight", 0.5),
+        ("blocks.1.mlp.fc2.bias", 0.5),
+        ("fc_norm.weight", 1.0),
+        ("head.bias", 1.0),
+        ("pos_embed", 0.0),
+    ] {
+        let span = layout.find(name).unwrap().span;
+        for &moved in &state.student[span.start..span.end()] {
+            close(name, -moved, scale, 0.0, 1e-12);
+        }
+    }
+}
+
+/// The moving average of a classifier follows every trained tensor, its head too.
+#[test]
+fn a_classifiers_average_follows_all_of_it() {
+    let layout = Layout::classifier(&TINY);
+    let backend = &mut Double::owned();
+    let start: Vec<f32> = random(80, layout.len()).iter().map(|&x| x as f32).collect();
+    let mut state = TrainState::new(backend, layout, &start, Some(&start), 0.0).unwrap();
+    state.grads.fill(1.0);
+    let step = AdamW {
+        lr: 0.25,
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 0.0,
+        step: 1,
+        momentum: 0.75,
+    };
+    state.update(backend, &step, None).unwrap();
+    let teacher = state.teacher.unwrap();
+    layout.for_each(|tensor| {
+        let moved = if tensor.is_trained() {
+            0.25 * 0.25
+        } else {
+            0.0
+        };
+        for i in tensor.span.start..tensor.span.end() {
+            close(
+                "teacher",
+                teacher[i],
+                f64::from(start[i]) - moved,
+                0.0,
+                1e-12,
+            );
+        }
+    });
+}
 
 /// One element's state, stepped literally as the oracle writes it.
 #[derive(Clone, Copy)]

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use pcae_backend_cpu::{Bandwidth, Bf16Unit, Cpu, Isa, Memory, Precision as CpuPrecision};
 use pcae_kernel::config::{
-    Budget, ClassifierConfig, Criterion, DropLayers, Place, PretrainConfig, Reduction,
+    Budget, ClassifierConfig, Criterion, DropLayers, Place, Pool, PretrainConfig, Reduction,
 };
 use pcae_kernel::op::OpKind;
 use serde::Serialize;
@@ -652,17 +652,16 @@ impl Timing {
 
 /// The classifier with 1000 classes that the paper counts, tokens dropped after blocks 0, 7 and 10 of 12.
 fn classifier(task: &PretrainConfig, drop_ratio: f64) -> Result<ClassifierConfig, Error> {
-    let depth = task.vit.depth;
-    let blocks = [0, depth * 7 / 12, depth * 10 / 12];
     let reduction = Reduction {
         criterion: Criterion::MeanSimilarity,
         place: Place::Progressive,
-        drop_layers: DropLayers::new(&blocks, depth)?,
+        drop_layers: DropLayers::classification(task.vit.depth)?,
         budget: Budget::Drop(drop_ratio),
     };
     let config = ClassifierConfig {
         vit: task.vit,
         num_classes: 1000,
+        pool: Pool::Mean,
         reduction,
     };
     config.check()?;

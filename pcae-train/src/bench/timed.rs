@@ -659,7 +659,7 @@ impl<B: TrainBackend> TrainBackend for Timed<B> {
 
 #[cfg(test)]
 mod tests {
-    use pcae_kernel::config::{ClassifierConfig, Reduction, VitConfig};
+    use pcae_kernel::config::{ClassifierConfig, Pool, Reduction, VitConfig};
     use pcae_kernel::conformance::{self, Tolerance};
     use pcae_kernel::flops;
     use pcae_kernel::model::{Classifier, MeanSimilarity};
@@ -693,6 +693,7 @@ mod tests {
         let config = ClassifierConfig {
             vit,
             num_classes: 5,
+            pool: Pool::Mean,
             reduction: Reduction::NONE,
         };
         let mut timed = Timed::new(Reference::<f32, _>::owned());

@@ -245,7 +245,7 @@ impl<B: TrainBackend> Step<B> {
         let student = backend.params(&layout, &values)?;
         let teacher = match config.target {
             Target::Teacher(_) => {
-                let layout = TrainState::<B>::teacher_layout(&config.vit);
+                let layout = layout.teacher();
                 let len = values.len().min(layout.len());
                 Some(backend.teacher_params(&layout, &values[..len])?)
             }

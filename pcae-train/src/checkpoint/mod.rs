@@ -2,18 +2,20 @@
 //!
 //! | tensor | what |
 //! |---|---|
-//! | `<name>` | student (encoder and decoder), by its name in timm/MAE `state_dict`s |
-//! | `teacher.<name>` | the encoder that follows it |
+//! | `<name>` | student (encoder and decoder, or classifier), by its name in timm/MAE `state_dict`s |
+//! | `teacher.<name>` | the moving average that follows it: of the encoder, or of a whole classifier |
 //! | `adamw.exp_avg.<name>`, `adamw.exp_avg_sq.<name>` | moments of what is trained |
 //!
 //! Metadata: `format` (`pcae`), `version` (`1`), `step`, `batches` (micro-batches consumed: the position in the data),
-//! `config` (the recipe as JSON, without the machine's settings), `data` (fingerprint of the training pictures). Nothing in it depends on the machine or on time, so
+//! `config` (the recipe as JSON, without the machine's settings), `data` (fingerprint of the training pictures); of a
+//! classifier also `task` (`classify`) and `classes` (names as JSON). Nothing in it depends on the machine or on time, so
 //! equal runs have equal files. Everything is stored in f32, so that a resumed run goes on in the same bits; [`export`] writes
 //! an encoder alone, in f16 or bf16 if wanted.
 
 pub mod exchange;
 pub mod export;
 pub mod file;
+pub mod weights;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -23,7 +25,6 @@ use pcae_kernel::layout::{Layout, Tensor};
 use pcae_kernel::model::TrainState;
 
 use crate::error::Error;
-use crate::settings::Settings;
 use file::{FileError, Reader};
 
 const FORMAT: &str = "pcae";
@@ -41,6 +42,31 @@ pub struct Position {
     pub batches: u64,
 }
 
+/// What a checkpoint says about its run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The recipe as JSON, without the machine's settings.
+    pub config: String,
+    /// Fingerprint of the training pictures.
+    pub data: String,
+    /// More metadata; a resumed run does not compare it.
+    pub more: BTreeMap<String, String>,
+}
+
+impl Identity {
+    fn metadata(&self) -> BTreeMap<String, String> {
+        let mut metadata = self.more.clone();
+        let own = [
+            ("format", FORMAT),
+            ("version", VERSION),
+            ("config", &self.config),
+            ("data", &self.data),
+        ];
+        metadata.extend(own.map(|(key, value)| (key.to_owned(), value.to_owned())));
+        metadata
+    }
+}
+
 /// Saves the whole state, atomically: a kill at any moment leaves the old file or the new one.
 ///
 /// # Errors
@@ -48,21 +74,17 @@ pub struct Position {
 pub fn save<B: TrainBackend>(
     path: &Path,
     backend: &mut B,
+    name: &str,
     state: &TrainState<B>,
-    settings: &Settings,
-    data: &str,
+    identity: &Identity,
     position: Position,
 ) -> Result<(), Error> {
-    let metadata = BTreeMap::from([
-        ("format".to_owned(), FORMAT.to_owned()),
-        ("version".to_owned(), VERSION.to_owned()),
-        ("step".to_owned(), position.step.to_string()),
-        ("batches".to_owned(), position.batches.to_string()),
-        ("config".to_owned(), settings.recipe_json()),
-        ("data".to_owned(), data.to_owned()),
-    ]);
-    let failed = |error: B::Error| Error::backend(format!("{:?}", settings.machine.backend), error);
+    let mut metadata = identity.metadata();
+    metadata.insert("step".to_owned(), position.step.to_string());
+    metadata.insert("batches".to_owned(), position.batches.to_string());
+    let failed = |error: B::Error| Error::backend(name, error);
     let tensors = tensors(&state.layout);
+    let follows = state.layout.teacher().len();
     let mut stored: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
     let mut store = |prefix: &str, tensor: &Tensor, values: &[f32]| {
         let name = format!("{prefix}{}", tensor.name);
@@ -88,7 +110,7 @@ pub fn save<B: TrainBackend>(
         if let Some(teacher) = state
             .teacher
             .as_ref()
-            .filter(|_| tensor.span.end() <= state.layout.encoder_len())
+            .filter(|_| tensor.span.end() <= follows)
         {
             backend
                 .read_params(&mut values, teacher, tensor.span)
@@ -104,6 +126,43 @@ pub fn save<B: TrainBackend>(
             }
         }
     }
+    write(path, &metadata, &stored)
+}
+
+/// Saves parameters alone, as they are deployed, atomically: with `<name>` for each, and the metadata of `identity` and
+/// `more`.
+///
+/// # Errors
+/// As [`save`].
+pub fn save_model<B: TrainBackend>(
+    path: &Path,
+    backend: &mut B,
+    name: &str,
+    (layout, params): (&Layout, &B::Params),
+    identity: &Identity,
+    more: &[(&str, String)],
+) -> Result<(), Error> {
+    let mut metadata = identity.metadata();
+    metadata.extend(
+        more.iter()
+            .map(|(key, value)| ((*key).to_owned(), value.clone())),
+    );
+    let mut stored = Vec::new();
+    for tensor in tensors(layout) {
+        let mut values = vec![0.0; tensor.span.len];
+        backend
+            .read_params(&mut values, params, tensor.span)
+            .map_err(|error| Error::backend(name, error))?;
+        stored.push((tensor.name.to_string(), tensor.shape().to_vec(), values));
+    }
+    write(path, &metadata, &stored)
+}
+
+fn write(
+    path: &Path,
+    metadata: &BTreeMap<String, String>,
+    stored: &[(String, Vec<usize>, Vec<f32>)],
+) -> Result<(), Error> {
     let views: Vec<file::Tensor<'_>> = stored
         .iter()
         .map(|(name, shape, values)| file::Tensor {
@@ -112,7 +171,7 @@ pub fn save<B: TrainBackend>(
             data: file::TensorData::F32(values),
         })
         .collect();
-    Ok(file::write(path, &metadata, &views)?)
+    Ok(file::write(path, metadata, &views)?)
 }
 
 /// The values of a checkpoint, in the order of the layout.
@@ -141,10 +200,7 @@ impl Values {
         let student = backend.params(&layout, &self.student)?;
         drop(self.student);
         let teacher = match self.teacher {
-            Some(values) => {
-                let layout = TrainState::<B>::teacher_layout(&layout.vit);
-                Some(backend.teacher_params(&layout, &values)?)
-            }
+            Some(values) => Some(backend.teacher_params(&layout.teacher(), &values)?),
             None => None,
         };
         let mut state = TrainState::with_params(backend, layout, student, teacher, weight_decay)?;
@@ -162,8 +218,7 @@ pub fn load(
     path: &Path,
     layout: &Layout,
     has_teacher: bool,
-    settings: &Settings,
-    data: &str,
+    identity: &Identity,
 ) -> Result<Values, Error> {
     let reader = Reader::open(path)?;
     let wrong = |reason: String| Error::Checkpoint {
@@ -178,7 +233,7 @@ pub fn load(
     let entry = |key: &str| {
         let missing = || {
             wrong(format!(
-                "expected metadata {key:?}, found none; give a checkpoint of `pcae pretrain`"
+                "expected metadata {key:?}, found none; give a checkpoint of a run"
             ))
         };
         metadata.get(key).ok_or_else(missing)
@@ -205,11 +260,15 @@ pub fn load(
     };
 
     let tensors = tensors(layout);
-    let encoder_len = if has_teacher { layout.encoder_len() } else { 0 };
+    let follows = if has_teacher {
+        layout.teacher().len()
+    } else {
+        0
+    };
     let mut expected: Vec<(String, usize, usize)> = Vec::new();
     for (index, tensor) in tensors.iter().enumerate() {
         expected.push((tensor.name.to_string(), 0, index));
-        if tensor.span.end() <= encoder_len {
+        if tensor.span.end() <= follows {
             expected.push((format!("{TEACHER}{}", tensor.name), 1, index));
         }
         if tensor.is_trained() {
@@ -243,8 +302,7 @@ pub fn load(
             unknown.len()
         )));
     }
-    let mut groups =
-        [layout.len(), encoder_len, layout.len(), layout.len()].map(|len| vec![0.0; len]);
+    let mut groups = [layout.len(), follows, layout.len(), layout.len()].map(|len| vec![0.0; len]);
     for (name, group, index) in &expected {
         let tensor = &tensors[*index];
         let values = reader.tensor_f32(name, tensor.shape()).map_err(|error| match error {
@@ -256,13 +314,13 @@ pub fn load(
         })?;
         groups[*group][tensor.span.start..tensor.span.end()].copy_from_slice(&values);
     }
-    if entry("config")? != &settings.recipe_json() {
+    if entry("config")? != &identity.config {
         return Err(wrong(
             "expected the settings of the run's config.toml, found others; restore config.toml or start a new run"
                 .to_owned(),
         ));
     }
-    let trained_on = entry("data")?;
+    let (trained_on, data) = (entry("data")?, &identity.data);
     if trained_on != data {
         return Err(wrong(format!(
             "expected the run's training pictures ({trained_on}), found others ({data}); restore --data or start a new run"

@@ -1,11 +1,12 @@
 //! The flags. One thing has one name in every command.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
 
 use super::exchange::{ConvertArgs, OnnxArgs, VisualizeArgs};
 use super::export::ExportArgs;
+use super::finetune::{EvaluateArgs, FinetuneArgs};
 use crate::bench::{Plan, What};
 use crate::error::Error;
 use crate::settings::{BackendKind, Machine, Precision, Settings};
@@ -32,6 +33,19 @@ pub(super) enum Command {
   pcae pretrain --resume runs/photos              continue, to the same bits
   pcae pretrain --method mae --set clip_grad=1    the baseline; any setting of config.toml works with --set")]
     Pretrain(PretrainArgs),
+    /// Train a classifier on a pre-trained encoder, with or without token reduction.
+    #[command(after_help = "Examples:
+  pcae finetune --weights runs/pretrain                              on the embedded Fashion-MNIST
+  pcae finetune --weights runs/photos --data labelled --drop-ratio 0.3 --set ema=0.999
+  pcae finetune --weights none --model vit-s16 --data labelled       from scratch
+  pcae finetune --resume runs/finetune                               continue, to the same bits")]
+    Finetune(FinetuneArgs),
+    /// Measure a fine-tuned classifier at any drop ratio: accuracy, multiply-adds, images/s.
+    #[command(after_help = "Examples:
+  pcae evaluate runs/finetune --drop-ratio 0,0.1,0.2,0.3,0.4
+  pcae evaluate runs/finetune --drop-ratio 0.2,0.4 --criterion mean-similarity,random
+  pcae evaluate model.safetensors --data labelled --confusion confusion.csv")]
+    Evaluate(EvaluateArgs),
     /// Time training steps and inference, and hold them against the machine's measured peak.
     #[command(after_help = "Examples:
   pcae bench                                                     vit-b16, batch 1 and 8, all threads
@@ -333,8 +347,25 @@ fn key_value_list(text: &str) -> Vec<String> {
     parts
 }
 
+/// For `--resume`, which takes nothing but what has no part in the numbers.
+pub(super) fn is_machine_alone(
+    config: Option<&Path>,
+    overrides: &[(String, String)],
+) -> Result<(), Error> {
+    let is_machine = |key: &str| key != "out" && Machine::KEYS.contains(&key);
+    if config.is_none() && overrides.iter().all(|(key, _)| is_machine(key)) {
+        return Ok(());
+    }
+    let reason = "expected alone, or with --backend, --precision, --threads, --workers or --set isa: the run keeps its \
+                  settings";
+    Err(Error::Setting {
+        name: "--resume".to_owned(),
+        reason: reason.to_owned(),
+    })
+}
+
 /// `KEY=VALUE` of the flag `name`.
-fn key_values(name: &str, set: &[String]) -> Result<Vec<(String, String)>, Error> {
+pub(super) fn key_values(name: &str, set: &[String]) -> Result<Vec<(String, String)>, Error> {
     let mut overrides = Vec::new();
     for text in set {
         let Some((key, value)) = text.split_once('=') else {

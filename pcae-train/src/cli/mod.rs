@@ -3,6 +3,7 @@
 mod args;
 mod exchange;
 mod export;
+mod finetune;
 
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
@@ -11,9 +12,9 @@ use clap::Parser;
 
 use crate::error::Error;
 use crate::report::roofline;
-use crate::settings::{Machine, Method, Settings};
+use crate::settings::{Method, Settings};
 use crate::{backends, bench, inspect, pretrain};
-use args::{Args, BenchArgs, Command, ParityArgs, PretrainArgs};
+use args::{Args, BenchArgs, Command, ParityArgs, PretrainArgs, is_machine_alone};
 
 /// Parses the command line, does what it says, and returns the exit code: 0 for success, 1 for a failure, 2 for a command
 /// that was typed wrong, 130 for a run that a signal ended early.
@@ -31,6 +32,8 @@ pub fn main() -> ExitCode {
         .init();
     let done = match args.command {
         Command::Pretrain(args) => pretrain_command(&args),
+        Command::Finetune(args) => finetune::finetune_command(&args),
+        Command::Evaluate(args) => finetune::evaluate_command(&args),
         Command::Parity(args) => parity_command(&args),
         Command::Bench(args) => bench_command(&args),
         Command::Export(args) => args.run(),
@@ -72,19 +75,21 @@ fn write_out(text: &str) -> Result<(), Error> {
     }
 }
 
+/// The program as it was typed, so that advice can be typed too.
+fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "pcae".to_owned())
+}
+
+/// `76.4 %`
+fn percent(part: Option<f64>) -> String {
+    part.map_or_else(|| "-".to_owned(), |part| format!("{:.1} %", 100.0 * part))
+}
+
 fn pretrain_command(args: &PretrainArgs) -> Result<ExitCode, Error> {
     let overrides = args.overrides()?;
     let summary = match &args.resume {
         Some(out) => {
-            let is_machine = |key: &str| key != "out" && Machine::KEYS.contains(&key);
-            if args.config.is_some() || overrides.iter().any(|(key, _)| !is_machine(key)) {
-                let reason = "expected alone, or with --backend, --precision, --threads, --workers or --set isa: the run \
-                              keeps its settings";
-                return Err(Error::Setting {
-                    name: "--resume".to_owned(),
-                    reason: reason.to_owned(),
-                });
-            }
+            is_machine_alone(args.config.as_deref(), &overrides)?;
             pretrain::resume(out, &overrides)?
         }
         None => pretrain::start(Settings::load(args.config.as_deref(), &overrides)?)?,
@@ -108,8 +113,7 @@ fn pretrain_command(args: &PretrainArgs) -> Result<ExitCode, Error> {
 /// The last lines of a run: its figures, and what to type next.
 fn closing(summary: &pretrain::Summary) -> String {
     let out = summary.out.display();
-    // As it was typed, so that the advice can be typed too.
-    let program = std::env::args().next().unwrap_or_else(|| "pcae".to_owned());
+    let program = program();
     let pretrain::Summary {
         step,
         steps,
@@ -127,9 +131,6 @@ fn closing(summary: &pretrain::Summary) -> String {
         text += &format!(", {images_per_s:.0} images/s");
     }
     text.push('\n');
-    let percent = |top1: Option<f64>| {
-        top1.map_or_else(|| "-".to_owned(), |top1| format!("{:.1} %", 100.0 * top1))
-    };
     if summary.knn_top1.is_some() {
         text += &format!(
             "kNN top-1: trained {}, untrained {}, raw pixels {}\n",
@@ -139,7 +140,8 @@ fn closing(summary: &pretrain::Summary) -> String {
         );
     }
     text += &format!(
-        "curves      {out}/curves.png\ncheckpoint  {out}/checkpoints/last.safetensors\nnext:\n  {program} inspect {out}\n  \
+        "curves      {out}/curves.png\ncheckpoint  {out}/checkpoints/last.safetensors\nnext:\n  {program} finetune \
+         --weights {out}\n  {program} inspect {out}\n  \
          tensorboard --logdir {out}/tensorboard\n"
     );
     if summary.method == Method::Pcae {

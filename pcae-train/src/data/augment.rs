@@ -41,7 +41,9 @@ pub struct Transform {
 pub struct Scratch {
     resizer: Resizer,
     /// `[height, width, channels]` of the result.
-    resized: Vec<u8>,
+    pub(super) resized: Vec<u8>,
+    /// As large, for what cannot be done in place.
+    pub(super) spare: Vec<u8>,
 }
 
 /// A part of a picture, in pixels.
@@ -195,6 +197,19 @@ impl Transform {
         out: &mut [f32],
     ) -> Result<(), DataError> {
         self.check_shapes(picture, out)?;
+        let flip = self.crop(picture, stream, scratch)?;
+        self.normalize(&scratch.resized, flip, out);
+        Ok(())
+    }
+
+    /// The random part of [`Self::train`]: leaves the crop, resized, in `scratch`, and returns whether it is to be
+    /// mirrored.
+    pub(super) fn crop(
+        &self,
+        picture: &Picture,
+        stream: &mut Stream,
+        scratch: &mut Scratch,
+    ) -> Result<bool, DataError> {
         let crop = random_resized_crop(
             picture.width,
             picture.height,
@@ -204,8 +219,7 @@ impl Transform {
         );
         let flip = self.flip && stream.uniform() < 0.5;
         self.resize(picture, crop, (self.width, self.height), scratch)?;
-        self.normalize(&scratch.resized, flip, out);
-        Ok(())
+        Ok(flip)
     }
 
     /// Resizes `picture` to the least size that covers the result, cuts out the centre and normalises it.
@@ -284,7 +298,7 @@ impl Transform {
         )
     }
 
-    fn check_shapes(&self, picture: &Picture, out: &[f32]) -> Result<(), DataError> {
+    pub(super) fn check_shapes(&self, picture: &Picture, out: &[f32]) -> Result<(), DataError> {
         let setting = |name, expected, found| {
             Err(DataError::Setting {
                 name,
@@ -339,7 +353,9 @@ impl Transform {
         let options =
             ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
         let size = (size.0 as u32, size.1 as u32);
-        let Scratch { resizer, resized } = scratch;
+        let Scratch {
+            resizer, resized, ..
+        } = scratch;
         let done = match self.channels {
             1 => resize_typed::<U8>(resizer, picture, view, &options, resized, size),
             _ => resize_typed::<U8x3>(resizer, picture, view, &options, resized, size),
@@ -351,7 +367,7 @@ impl Transform {
         })
     }
 
-    fn normalize(&self, pixels: &[u8], flip: bool, out: &mut [f32]) {
+    pub(super) fn normalize(&self, pixels: &[u8], flip: bool, out: &mut [f32]) {
         let planes = out.chunks_exact_mut(self.height * self.width);
         for (channel, plane) in planes.enumerate() {
             let (mean, std) = (self.mean[channel], self.std[channel]);

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::augment::{Scratch, Transform};
+use super::regularize::Augmentation;
 use super::{DataError, Dataset, Picture};
 
 /// Finished batches that wait for the training loop; with the one being filled and the one in use, four exist.
@@ -77,14 +78,16 @@ impl Loader {
     /// Checks the settings and starts the workers.
     ///
     /// # Errors
-    /// If a field of `transform` is out of range or does not fit the pictures, `batch_size` is 0 or larger than the data
-    /// set, or threads cannot be started.
+    /// If a field of `augmentation` is out of range or does not fit the pictures, `batch_size` is 0 or larger than the
+    /// data set, or threads cannot be started.
     pub fn new(
         dataset: Arc<Dataset>,
-        transform: Transform,
+        augmentation: impl Into<Augmentation>,
         config: LoaderConfig,
     ) -> Result<Self, DataError> {
-        check(&dataset, &transform)?;
+        let augmentation = augmentation.into();
+        augmentation.check()?;
+        check(&dataset, &augmentation.transform)?;
         if config.batch_size == 0 || config.batch_size > dataset.len() {
             return Err(DataError::BatchSize {
                 batch_size: config.batch_size,
@@ -100,7 +103,7 @@ impl Loader {
                 .map(|_| Mutex::default())
                 .collect(),
             dataset,
-            transform,
+            augmentation,
             batch_size: config.batch_size,
             seed: config.seed,
         };
@@ -229,7 +232,7 @@ fn panic_message(panic: &(dyn Any + Send)) -> &str {
 #[derive(Debug)]
 struct Filler {
     dataset: Arc<Dataset>,
-    transform: Transform,
+    augmentation: Augmentation,
     batch_size: usize,
     seed: u64,
     batches_per_epoch: u64,
@@ -281,14 +284,17 @@ impl Filler {
         let samples = &self.order[first..][..self.batch_size];
         batch.samples.clear();
         batch.samples.extend(samples.iter().map(|&i| i as u64));
-        batch
-            .images
-            .resize(self.batch_size * self.transform.output_len(), 0.0);
+        batch.images.resize(
+            self.batch_size * self.augmentation.transform.output_len(),
+            0.0,
+        );
         (batch.epoch, batch.index) = (epoch, index);
     }
 
     fn fill(&self, batch: &mut Batch) -> Result<(), DataError> {
-        let images = batch.images.chunks_exact_mut(self.transform.output_len());
+        let images = batch
+            .images
+            .chunks_exact_mut(self.augmentation.transform.output_len());
         for (out, sample) in images.zip(&mut batch.samples) {
             self.fill_one(0, batch.epoch, sample, out)?;
         }
@@ -300,7 +306,7 @@ impl Filler {
         let epoch = batch.epoch;
         batch
             .images
-            .par_chunks_exact_mut(self.transform.output_len())
+            .par_chunks_exact_mut(self.augmentation.transform.output_len())
             .zip(&mut batch.samples)
             .try_for_each(|(out, sample)| {
                 if stop.load(Ordering::Relaxed) {
@@ -328,7 +334,7 @@ impl Filler {
         // The stream of the sample that was drawn: its substitute gets another crop than in its own turn.
         let mut stream = Stream::new(self.seed, epoch, *sample, Purpose::Augment);
         *sample = self.dataset.load(*sample as usize, picture)? as u64;
-        self.transform.train(picture, &mut stream, scratch, out)
+        self.augmentation.train(picture, &mut stream, scratch, out)
     }
 }
 

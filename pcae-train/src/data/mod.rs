@@ -10,6 +10,9 @@ mod folder;
 pub mod idx;
 mod idx_folder;
 pub mod loader;
+pub mod mix;
+mod rand_augment;
+pub mod regularize;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

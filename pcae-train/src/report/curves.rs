@@ -1,4 +1,4 @@
-//! The curves of a run in one picture: loss and spread of the teacher's features above, kNN accuracy below.
+//! The curves of a run in one picture: loss and spread of the teacher's features above, accuracy below.
 
 use std::error::Error;
 use std::io;
@@ -75,11 +75,13 @@ pub struct Curves<'a> {
     pub loss: &'a [(u64, f64)],
     /// The spread of the teacher's features, 0 for a collapsed teacher; empty for methods without one.
     pub spread: &'a [(u64, f64)],
-    /// kNN top-1 accuracy as a fraction, 0 to 1.
-    pub knn_top1: &'a [(u64, f64)],
-    /// kNN top-1 accuracy of the pixels themselves, as a fraction.
+    /// What the accuracy is, such as `kNN top-1`.
+    pub accuracy: &'a str,
+    /// That accuracy as a fraction, 0 to 1.
+    pub top1: &'a [(u64, f64)],
+    /// The same of the pixels themselves, as a fraction.
     pub raw_pixels_top1: Option<f64>,
-    /// kNN top-1 accuracy of the network before training, as a fraction.
+    /// The same of the network before training, as a fraction.
     pub untrained_top1: Option<f64>,
 }
 
@@ -120,9 +122,9 @@ fn draw<'a>(pixels: &'a mut [u8], curves: &Curves<'_>) -> Drawn<'a> {
 
     let loss = drawable(curves.loss);
     let spread = drawable(curves.spread);
-    let knn = percent(drawable(curves.knn_top1));
+    let top1 = percent(drawable(curves.top1));
     // The same steps on both panels, at least one apart.
-    let last_step = [&loss, &spread, &knn]
+    let last_step = [&loss, &spread, &top1]
         .into_iter()
         .filter_map(|points| points.last())
         .map(|&(step, _)| step)
@@ -134,7 +136,8 @@ fn draw<'a>(pixels: &'a mut [u8], curves: &Curves<'_>) -> Drawn<'a> {
         ("raw pixels", curves.raw_pixels_top1),
         ("untrained", curves.untrained_top1),
     ];
-    draw_knn(&lower, &root, 0..last_step, &knn, &references)?;
+    let accuracy = curves.accuracy;
+    draw_accuracy(&lower, &root, 0..last_step, (accuracy, &top1), &references)?;
     root.present()?;
     Ok(())
 }
@@ -181,11 +184,11 @@ fn draw_loss<'b>(
     Ok(())
 }
 
-fn draw_knn<'b>(
+fn draw_accuracy<'b>(
     area: &Area<'b>,
     root: &Area<'b>,
     steps: Range<u64>,
-    knn: &[Point],
+    (accuracy, points): (&str, &[Point]),
     references: &[(&str, Option<f64>)],
 ) -> Drawn<'b> {
     let mut references: Vec<_> = references
@@ -193,18 +196,18 @@ fn draw_knn<'b>(
         .filter_map(|&(name, top1)| Some((name, 100.0 * top1.filter(|top1| top1.is_finite())?)))
         .collect();
     references.sort_by(|(_, a), (_, b)| b.total_cmp(a));
-    let values = knn.iter().map(|&(_, value)| value);
+    let values = points.iter().map(|&(_, value)| value);
     // A point of accuracy at least, or the noise of the evaluation would fill the panel.
     let values = padded(
         values.chain(references.iter().map(|&(_, value)| value)),
         1.0,
     );
 
-    draw_legend(area, &[("kNN top-1", KNN, 4)])?;
+    draw_legend(area, &[(accuracy, KNN, 4)])?;
     let mut panel = builder(area)
         .margin_right(MARGIN + RIGHT)
         .build_cartesian_2d(steps.clone(), values.clone())?;
-    draw_mesh(&mut panel, &values, "kNN top-1 (%)")?;
+    draw_mesh(&mut panel, &values, &format!("{accuracy} (%)"))?;
 
     // Names stand at the right end of their lines, the highest first, each clear of the one before.
     let style = (FONT, TEXT_SIZE).into_text_style(root).color(&REFERENCE);
@@ -223,8 +226,12 @@ fn draw_knn<'b>(
         root.draw_text(name, &style, (x + 8, y + TEXT_DROP))?;
         free_from = y + TEXT_SIZE as i32;
     }
-    panel.draw_series(LineSeries::new(knn.iter().copied(), KNN.stroke_width(4)))?;
-    panel.draw_series(knn.iter().map(|&point| Circle::new(point, 5, KNN.filled())))?;
+    panel.draw_series(LineSeries::new(points.iter().copied(), KNN.stroke_width(4)))?;
+    panel.draw_series(
+        points
+            .iter()
+            .map(|&point| Circle::new(point, 5, KNN.filled())),
+    )?;
     Ok(())
 }
 
@@ -374,7 +381,8 @@ mod tests {
             title: "run",
             loss: &[(0, 1.0), (10, 0.5), (20, 0.4)],
             spread: &[(0, 0.5), (20, 0.8)],
-            knn_top1: &[(0, 0.6), (20, 0.7)],
+            accuracy: "kNN top-1",
+            top1: &[(0, 0.6), (20, 0.7)],
             raw_pixels_top1: Some(0.83),
             untrained_top1: Some(0.61),
         };
@@ -409,7 +417,8 @@ mod tests {
                 title: "a\tb \u{1f600}",
                 loss: points,
                 spread: points,
-                knn_top1: points,
+                accuracy: "",
+                top1: points,
                 raw_pixels_top1: Some(points[0].1),
                 untrained_top1: None,
             });

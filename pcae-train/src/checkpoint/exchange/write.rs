@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use pcae_kernel::config::{ClassifierConfig, Reduction, VitConfig};
+use pcae_kernel::config::{ClassifierConfig, Pool, Reduction, VitConfig};
 use pcae_kernel::layout::Layout;
 use serde_json::json;
 
@@ -29,6 +29,7 @@ pub fn write(path: &Path, encoder: &Encoder) -> Result<(), Error> {
                 vit: *vit,
                 num_classes: head.num_classes,
                 reduction: Reduction::NONE,
+                pool: Pool::Mean,
             });
             values.extend_from_slice(&head.weight);
             values.extend_from_slice(&head.bias);

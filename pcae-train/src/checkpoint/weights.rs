@@ -1,0 +1,183 @@
+//! Weights to start from or to deploy: the encoder of a pre-training run, a fine-tuned classifier, or any file with
+//! tensors under the names of timm's `state_dict`s.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use pcae_kernel::layout::{Layout, Tail};
+use serde::{Deserialize, Serialize};
+
+use super::file::{FileError, Reader};
+use super::{FORMAT, TEACHER, tensors};
+use crate::error::Error;
+
+/// Which of the weights in a checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// What was trained.
+    #[default]
+    Student,
+    /// The moving average that followed it.
+    Teacher,
+}
+
+/// An open file of weights.
+#[derive(Debug)]
+pub struct Weights {
+    path: PathBuf,
+    reader: Reader,
+    metadata: BTreeMap<String, String>,
+}
+
+/// What [`Weights::load`] did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Loaded {
+    /// Tensors that came from the file.
+    pub found: usize,
+    /// Tensors of the layout.
+    pub total: usize,
+    /// Those that keep the values they had.
+    pub fresh: Vec<String>,
+}
+
+impl Weights {
+    /// Opens a safetensors file, or the best or else the last checkpoint of a run directory.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the directory has none, or [`Error::File`].
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let path = if path.is_dir() {
+            let folder = path.join("checkpoints");
+            let names = ["best.safetensors", "last.safetensors"];
+            let found = names
+                .map(|name| folder.join(name))
+                .into_iter()
+                .find(|path| path.is_file());
+            found.ok_or_else(|| Error::Checkpoint {
+                path: path.to_owned(),
+                reason: "expected a run directory, or a safetensors file, found a folder without checkpoints; give the \
+                         --out of an earlier run"
+                    .to_owned(),
+            })?
+        } else {
+            path.to_owned()
+        };
+        let reader = Reader::open(&path)?;
+        let metadata = reader
+            .metadata()
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .collect();
+        Ok(Self {
+            path,
+            reader,
+            metadata,
+        })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The settings of the run that wrote it; `None` for a file of another program.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if what is there is no JSON object.
+    pub fn config(&self) -> Result<Option<serde_json::Value>, Error> {
+        let (Some(config), Some(FORMAT)) = (
+            self.metadata.get("config"),
+            self.metadata.get("format").map(String::as_str),
+        ) else {
+            return Ok(None);
+        };
+        match serde_json::from_str::<serde_json::Value>(config) {
+            Ok(value) if value.is_object() => Ok(Some(value)),
+            _ => Err(self.wrong("expected settings as JSON in the metadata, found something else; copy the file again")),
+        }
+    }
+
+    /// The names of a classifier's classes; `None` for what is no classifier of ours.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if what is there is no list of names.
+    pub fn classes(&self) -> Result<Option<Vec<String>>, Error> {
+        let Some(classes) = self.metadata.get("classes") else {
+            return Ok(None);
+        };
+        serde_json::from_str(classes).map(Some).map_err(|_| {
+            self.wrong("expected a list of names as metadata \"classes\", found something else; copy the file again")
+        })
+    }
+
+    /// Copies the tensors of `layout` into `values`, by name. The encoder up to its last block must be whole; its last norm
+    /// may be missing, since a classifier's is another one, and the head is left as it is unless `with_head`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for another architecture, or where there is no `source`; [`Error::File`].
+    pub fn load(
+        &self,
+        layout: &Layout,
+        source: Source,
+        with_head: bool,
+        values: &mut [f32],
+    ) -> Result<Loaded, Error> {
+        let prefix = match source {
+            Source::Student => "",
+            Source::Teacher => TEACHER,
+        };
+        let names = self.reader.names();
+        if !names.iter().any(|name| name.starts_with(prefix)) {
+            return Err(
+                self.wrong("expected a moving average (teacher.…), found none; take the student")
+            );
+        }
+        let optional = layout.encoder.norm.weight.start;
+        let head = match layout.tail {
+            Tail::Head(head, _) => head.weight.start,
+            Tail::Encoder | Tail::Decoder(_) => layout.len(),
+        };
+        let tensors = tensors(layout);
+        let (mut fresh, mut missing) = (Vec::new(), Vec::new());
+        for tensor in &tensors {
+            let name = format!("{prefix}{}", tensor.name);
+            if (tensor.span.start >= head && !with_head) || names.binary_search(&name).is_err() {
+                fresh.push(tensor.name.to_string());
+                if tensor.span.start < optional {
+                    missing.push(name);
+                }
+                continue;
+            }
+            let read = self.reader.tensor_f32(&name, tensor.shape());
+            let from_file = read.map_err(|error| match error {
+                FileError::WrongShape { name, expected, found, .. } => self.wrong(&format!(
+                    "tensor {name}: expected shape {expected:?}, found {found:?}; the weights are of another architecture \
+                     or another size of picture: give its --model and --set img_size"
+                )),
+                other => other.into(),
+            })?;
+            values[tensor.span.start..tensor.span.end()].copy_from_slice(&from_file);
+        }
+        let loaded = Loaded {
+            found: tensors.len() - fresh.len(),
+            total: tensors.len(),
+            fresh,
+        };
+        if let Some(first) = missing.first() {
+            return Err(self.wrong(&format!(
+                "{} of {} tensors of the model found; the first missing of the encoder is {first}; the weights are of \
+                 another architecture: give its --model",
+                loaded.found, loaded.total
+            )));
+        }
+        Ok(loaded)
+    }
+
+    pub(crate) fn wrong(&self, reason: &str) -> Error {
+        Error::Checkpoint {
+            path: self.path.clone(),
+            reason: reason.to_owned(),
+        }
+    }
+}

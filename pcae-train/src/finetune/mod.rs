@@ -1,0 +1,523 @@
+//! Fine-tuning: a classifier on a pre-trained encoder, with token reduction.
+
+pub(crate) mod classes;
+pub(crate) mod evaluation;
+mod settings;
+
+use std::path::{Path, PathBuf};
+
+use pcae_kernel::backend::{AdamW, TrainBackend};
+use pcae_kernel::flops;
+use pcae_kernel::init::init;
+use pcae_kernel::layout::Layout;
+use pcae_kernel::model::{ClassifierTrainer, CriterionScorer, Scalars, TrainState};
+use pcae_kernel::rng::{Purpose, Stream};
+
+use crate::backends::Job;
+use crate::checkpoint::weights::{Source, Weights};
+use crate::checkpoint::{self, Identity};
+use crate::data::loader::Batch;
+use crate::data::mix::Shape;
+use crate::data::{Dataset, Splits};
+use crate::error::Error;
+use crate::metrics::{Record, series};
+use crate::report::curves::{Curves, write_png};
+use crate::run_dir::{RunDir, RunState};
+use crate::training::draws::{self, Key};
+use crate::training::names::LOSS;
+use crate::training::{self, Figures, Start, Task};
+use crate::{backends, data};
+pub use evaluation::{Confusion, Score};
+pub use settings::{FinetuneRecipe, FinetuneSettings, PoolSpec, WeightsSpec};
+
+use evaluation::Evaluator;
+
+/// Names of the scalars in `metrics.jsonl` that fine-tuning alone has.
+mod names {
+    pub(super) const TOP1: &str = "top1";
+    pub(super) const TOP5: &str = "top5";
+    pub(super) const HELD_OUT_LOSS: &str = "held_out_loss";
+    pub(super) const EMA_TOP1: &str = "ema_top1";
+    pub(super) const EMA_TOP5: &str = "ema_top5";
+    pub(super) const EMA_HELD_OUT_LOSS: &str = "ema_held_out_loss";
+}
+
+/// Pictures classified at a time for an evaluation.
+pub(crate) const EVAL_BATCH: usize = 100;
+
+/// What a run came to.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Summary {
+    /// The run directory.
+    pub out: PathBuf,
+    /// Optimizer steps done, those of earlier processes included.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub steps: u64,
+    /// Loss of the last step, on mixed and smoothed labels.
+    pub loss: f64,
+    /// Pictures trained on per second in this process, evaluations and checkpoints left out; `None` if there were none.
+    pub images_per_s: Option<f64>,
+    /// Part of the held-out pictures classified right in the last evaluation.
+    pub top1: Option<f64>,
+    /// Part of them whose class was among the five best.
+    pub top5: Option<f64>,
+    /// The same as `top1` of the moving average, if there is one.
+    pub ema_top1: Option<f64>,
+    /// The best of all evaluations. It was chosen on the held-out pictures, and so is a little too good.
+    pub best_top1: Option<f64>,
+    /// After which step that was.
+    pub best_step: Option<u64>,
+    /// Whether a signal ended it early.
+    pub interrupted: bool,
+}
+
+/// Starts a run in `settings.machine.out`.
+///
+/// # Errors
+/// [`Error`]; nothing is overwritten.
+pub fn start(mut settings: FinetuneSettings) -> Result<Summary, Error> {
+    if let Some(weights) = open_weights(&settings)? {
+        match weights.config()? {
+            Some(config) => settings.adopt(&config),
+            None if settings.model.is_none() => {
+                let reason = "expected the architecture of the weights, which their file does not say, found none";
+                return Err(Error::Setting {
+                    name: "--model".to_owned(),
+                    reason: reason.to_owned(),
+                });
+            }
+            None => {}
+        }
+    }
+    launch(settings, None)
+}
+
+/// Continues the run in `out`, on the same settings but for `machine`, which may choose anew what has no part in the
+/// numbers: `(key, value)` of [`crate::settings::Machine`].
+///
+/// # Errors
+/// [`Error`]; the run stays as it is.
+pub fn resume(out: &Path, machine: &[(String, String)]) -> Result<Summary, Error> {
+    let (run, state) = RunDir::open(out)?;
+    let mut settings = FinetuneSettings::load(Some(&run.config()), machine)?;
+    settings.machine.out = out.to_owned();
+    launch(settings, Some((run, state)))
+}
+
+fn launch(
+    mut settings: FinetuneSettings,
+    resume: Option<(RunDir, RunState)>,
+) -> Result<Summary, Error> {
+    let splits = data::open(settings.data.as_deref(), settings.in_chans)?;
+    let recipe = settings.resolve(&splits)?;
+    let machine = settings.machine.clone();
+    backends::run(
+        &machine,
+        Run {
+            settings,
+            recipe,
+            splits,
+            resume,
+        },
+    )
+}
+
+/// The weights to start from; `None` for random ones.
+fn open_weights(settings: &FinetuneSettings) -> Result<Option<Weights>, Error> {
+    match &settings.weights {
+        Some(WeightsSpec::Path(path)) => Weights::open(path).map(Some),
+        Some(WeightsSpec::None) => Ok(None),
+        None => Err(Error::Setting {
+            name: "--weights".to_owned(),
+            reason: "expected a run directory or a file with weights, or \"none\" to start from random ones, found \
+                     nothing; `pcae pretrain` makes some"
+                .to_owned(),
+        }),
+    }
+}
+
+struct Run {
+    settings: FinetuneSettings,
+    recipe: FinetuneRecipe,
+    splits: Splits,
+    resume: Option<(RunDir, RunState)>,
+}
+
+impl Job for Run {
+    type Output = Summary;
+
+    fn run<B: TrainBackend>(self, backend: &mut B, name: &str) -> Result<Summary, Error> {
+        let Self {
+            settings,
+            recipe,
+            splits,
+            resume,
+        } = self;
+        let failed = |error: B::Error| Error::backend(name, error);
+        let task = recipe.task;
+        let layout = Layout::classifier(&task);
+        // Weights are read when there is nothing of the run to read yet; all that can fail comes before the run directory.
+        let (initial, origin) = match &resume {
+            Some((_, RunState::HasCheckpoint(_))) => (Vec::new(), None),
+            _ => {
+                let (values, origin) = initial(&settings, &recipe, &layout, name)?;
+                (values, Some(origin))
+            }
+        };
+        let identity = Identity {
+            config: settings.recipe_json(),
+            data: splits.train.fingerprint()?,
+            more: [
+                ("task", "classify".to_owned()),
+                ("classes", serde_json::json!(recipe.classes).to_string()),
+            ]
+            .map(|(key, value)| (key.to_owned(), value))
+            .into(),
+        };
+        let start = Start {
+            plan: recipe.plan,
+            layout,
+            has_teacher: settings.ema > 0.0,
+            layer_decay: recipe.layer_decay,
+            config: settings.to_toml()?,
+            identity: identity.clone(),
+            introduction: introduction(&settings, &recipe, &splits, &layout, name, origin),
+            dataset: splits.train.clone(),
+            augmentation: recipe.augmentation.clone(),
+            workers: settings.machine.workers,
+            out: settings.machine.out.clone(),
+            resume,
+        };
+        let (batch, tokens) = (settings.batch_size, task.vit.num_patches());
+        let (reduction, depth) = (task.reduction, task.vit.depth);
+        let mut finetuning = Finetuning {
+            model: ClassifierTrainer::new(backend, &task, batch, recipe.drop_path > 0.0)
+                .map_err(failed)?,
+            scorer: CriterionScorer::new(backend, &reduction, batch, tokens, depth)
+                .map_err(failed)?,
+            evaluator: Evaluator::new(backend, &task, EVAL_BATCH, settings.seed).map_err(failed)?,
+            class_map: classes::map(&splits.held_out, &recipe.classes)?,
+            name,
+            settings: &settings,
+            recipe: &recipe,
+            train: &splits.train,
+            held_out: &splits.held_out,
+            identity,
+            best: None,
+            drop_path: Vec::new(),
+            labels: Vec::new(),
+            targets: Vec::new(),
+        };
+        let done = training::run(backend, name, start, &mut finetuning, || Ok(initial))?;
+        let last = |name: &str| {
+            let series = series(&done.records, name);
+            series.last().map(|&(_, value)| value)
+        };
+        let best = best(&done.records);
+        Ok(Summary {
+            step: done.step,
+            steps: recipe.plan.steps,
+            loss: done.loss(),
+            images_per_s: done.images_per_s,
+            top1: last(names::TOP1),
+            top5: last(names::TOP5),
+            ema_top1: last(names::EMA_TOP1),
+            best_top1: best.map(|(_, top1)| top1),
+            best_step: best.map(|(step, _)| step),
+            interrupted: done.interrupted,
+            out: done.out,
+        })
+    }
+}
+
+/// The values to start from, and where they are from, in words.
+fn initial(
+    settings: &FinetuneSettings,
+    recipe: &FinetuneRecipe,
+    layout: &Layout,
+    name: &str,
+) -> Result<(Vec<f32>, String), Error> {
+    let mut values = vec![0.0; layout.len()];
+    init(layout, settings.seed, &mut values).map_err(|error| Error::backend(name, error))?;
+    let Some(weights) = open_weights(settings)? else {
+        return Ok((values, "random".to_owned()));
+    };
+    // A head is for its own classes alone.
+    let same_classes = weights.classes()?.as_deref() == Some(&recipe.classes[..]);
+    let loaded = weights.load(layout, settings.weights_from, same_classes, &mut values)?;
+    let fresh = if loaded.fresh.is_empty() {
+        String::new()
+    } else {
+        format!("; new: {}", loaded.fresh.join(", "))
+    };
+    let (path, found, total) = (weights.path().display(), loaded.found, loaded.total);
+    let average = match settings.weights_from {
+        Source::Student => "",
+        Source::Teacher => " (moving average)",
+    };
+    let origin = format!("{path}{average}: {found} of {total} tensors loaded{fresh}");
+    Ok((values, origin))
+}
+
+/// The first lines of a run: what is trained on what, where, from what, and how much of everything that takes.
+fn introduction(
+    settings: &FinetuneSettings,
+    recipe: &FinetuneRecipe,
+    splits: &Splits,
+    layout: &Layout,
+    backend: &str,
+    origin: Option<String>,
+) -> Vec<String> {
+    let FinetuneRecipe { task, plan, .. } = recipe;
+    let mut lines = vec![
+        format!(
+            "data      {}; held out {}",
+            splits.train.describe(),
+            splits.held_out.len()
+        ),
+        format!(
+            "model     {} {:.2} M parameters, {} classes, {}; {:.1} M multiply-adds to classify an image",
+            settings.model.as_deref().unwrap_or_default(),
+            layout.len() as f64 / 1e6,
+            task.num_classes,
+            token_counts(task),
+            flops::classifier(task) as f64 / 1e6
+        ),
+    ];
+    lines.extend(origin.map(|origin| format!("weights   {origin}")));
+    lines.push(format!("backend   {backend}"));
+    lines.push(format!(
+        "schedule  {} steps of {} images ({} an epoch), peak learning rate {:.2e}, run directory {}",
+        plan.steps,
+        plan.batch_size as u64 * plan.accum,
+        plan.steps_per_epoch,
+        plan.lr,
+        settings.machine.out.display()
+    ));
+    lines
+}
+
+/// `49 -> 40 -> 32 -> 26 patches`, as the stages leave them.
+pub(crate) fn token_counts(task: &pcae_kernel::config::ClassifierConfig) -> String {
+    let tokens = task.vit.num_patches();
+    let mut counts = vec![tokens.to_string()];
+    task.reduction
+        .for_each_stage(tokens, task.vit.depth, |_, keep| {
+            counts.push(keep.to_string())
+        });
+    format!("{} patches", counts.join(" -> "))
+}
+
+/// The step after which the greatest part was classified right, and that part; of equals the first.
+fn best(records: &[Record]) -> Option<(u64, f64)> {
+    let mut best: Option<(u64, f64)> = None;
+    for record in records {
+        for name in [names::TOP1, names::EMA_TOP1] {
+            if let Some(&top1) = record.scalars.get(name)
+                && best.is_none_or(|(_, best)| top1 > best)
+            {
+                best = Some((record.step, top1));
+            }
+        }
+    }
+    best
+}
+
+/// Fine-tuning within the loop.
+struct Finetuning<'a, B: TrainBackend> {
+    model: ClassifierTrainer<B>,
+    scorer: CriterionScorer<B>,
+    evaluator: Evaluator<B>,
+    /// For each class of the held-out pictures its number.
+    class_map: Vec<u32>,
+    name: &'a str,
+    settings: &'a FinetuneSettings,
+    recipe: &'a FinetuneRecipe,
+    train: &'a Dataset,
+    held_out: &'a Dataset,
+    identity: Identity,
+    /// The best part classified right so far.
+    best: Option<f64>,
+    drop_path: Vec<f32>,
+    labels: Vec<u32>,
+    targets: Vec<f32>,
+}
+
+impl<B: TrainBackend> Task<B> for Finetuning<'_, B> {
+    fn recall(&mut self, earlier: &[Record]) {
+        self.best = best(earlier).map(|(_, top1)| top1);
+    }
+
+    /// Nothing: a new head guesses.
+    fn before(
+        &mut self,
+        _backend: &mut B,
+        _state: &TrainState<B>,
+        _figures: &mut Figures,
+    ) -> Result<Option<String>, Error> {
+        Ok(None)
+    }
+
+    fn accumulate(
+        &mut self,
+        backend: &mut B,
+        state: &mut TrainState<B>,
+        batch: &mut Batch,
+        scale: f64,
+    ) -> Result<(), Error> {
+        let failed = |error: B::Error| Error::backend(self.name, error);
+        let (task, seed) = (&self.recipe.task, self.settings.seed);
+        let (tokens, depth) = (task.vit.num_patches(), task.vit.depth);
+        self.labels.clear();
+        // All are labelled, as the settings were checked.
+        let labels = batch.samples.iter();
+        self.labels
+            .extend(labels.filter_map(|&sample| self.train.label(sample as usize)));
+        let shape = Shape {
+            channels: task.vit.in_chans,
+            height: task.vit.img_size[0],
+            width: task.vit.img_size[1],
+        };
+        self.recipe.mix.apply(
+            &mut Stream::new(seed, 0, batch.index, Purpose::Mix),
+            &mut batch.images,
+            shape,
+            &self.labels,
+            task.num_classes,
+            &mut self.targets,
+        );
+        self.model
+            .load(backend, &batch.images, &self.targets)
+            .map_err(failed)?;
+        let key = Key {
+            seed,
+            epoch: batch.epoch,
+            samples: &batch.samples,
+        };
+        if self.recipe.drop_path > 0.0 {
+            draws::drop_path(key, depth, self.recipe.drop_path, &mut self.drop_path);
+            self.model
+                .set_drop_path(backend, &self.drop_path)
+                .map_err(failed)?;
+        }
+        let scorer = &mut self.scorer;
+        draws::selection(backend, key, &task.reduction, tokens, depth, scorer).map_err(failed)?;
+        self.model
+            .accumulate(backend, state, scale, scorer)
+            .map_err(failed)
+    }
+
+    /// Shorter averages at first, which would otherwise remember the start for long.
+    fn momentum(&self, step: u64) -> f64 {
+        let step = step as f64;
+        self.settings.ema.min((1.0 + step) / (10.0 + step))
+    }
+
+    fn observe(
+        &mut self,
+        _seen: &Scalars,
+        _adamw: &AdamW,
+        _figures: &mut Figures,
+    ) -> Option<String> {
+        None
+    }
+
+    fn evaluate(
+        &mut self,
+        backend: &mut B,
+        state: &TrainState<B>,
+        run: &RunDir,
+        step: u64,
+        figures: &mut Figures,
+    ) -> Result<String, Error> {
+        const STUDENT: [&str; 3] = [names::TOP1, names::TOP5, names::HELD_OUT_LOSS];
+        const EMA: [&str; 3] = [names::EMA_TOP1, names::EMA_TOP5, names::EMA_HELD_OUT_LOSS];
+        let student = Some((STUDENT, &state.student));
+        let average = state.teacher.as_ref().map(|average| (EMA, average));
+        let mut line = String::new();
+        for (names, params) in student.into_iter().chain(average) {
+            let score = self.evaluator.run(
+                backend,
+                self.name,
+                params,
+                self.held_out,
+                &self.recipe.augmentation.transform,
+                &self.class_map,
+            )?;
+            let Score {
+                top1, top5, loss, ..
+            } = score;
+            for (name, value) in names.into_iter().zip([top1, top5, loss]) {
+                figures.insert(name.to_owned(), value);
+            }
+            let is_average = names == EMA;
+            line += if is_average { "; average " } else { "" };
+            line += &format!("top-1 {:.2} %, top-5 {:.2} %", 100.0 * top1, 100.0 * top5);
+            if self.best.is_none_or(|best| top1 > best) {
+                self.best = Some(top1);
+                line += " (best)";
+                let source = if is_average { "average" } else { "student" };
+                let more = [
+                    ("step", step.to_string()),
+                    ("top1", top1.to_string()),
+                    ("weights", source.to_owned()),
+                ];
+                let (path, model) = (run.best_checkpoint(), (&state.layout, params));
+                checkpoint::save_model(&path, backend, self.name, model, &self.identity, &more)?;
+                score
+                    .confusion
+                    .write_csv(&run.confusion(), &self.recipe.classes)?;
+            }
+        }
+        Ok(line)
+    }
+
+    fn draw(&self, run: &RunDir, records: &[Record]) -> Result<(), Error> {
+        let (accuracy, name) = if self.settings.ema > 0.0 {
+            ("top-1 of the average", names::EMA_TOP1)
+        } else {
+            ("top-1", names::TOP1)
+        };
+        let curves = Curves {
+            title: &format!(
+                "fine-tuning {}",
+                self.settings.model.as_deref().unwrap_or_default()
+            ),
+            loss: &series(records, LOSS),
+            accuracy,
+            top1: &series(records, name),
+            ..Curves::default()
+        };
+        Ok(write_png(&run.curves(), &curves)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of both kinds of weights, and of equals the first; records without an evaluation say nothing.
+    #[test]
+    fn the_best_is_found_in_the_records() {
+        let record = |step, figures: &[(&str, f64)]| Record {
+            step,
+            scalars: figures
+                .iter()
+                .map(|&(name, value)| (name.to_owned(), value))
+                .collect(),
+            ..Record::default()
+        };
+        let mut records = vec![record(1, &[("loss", 9.0)])];
+        assert_eq!(best(&records), None);
+        records.push(record(2, &[("top1", 0.5), ("ema_top1", 0.4)]));
+        records.push(record(
+            3,
+            &[("top1", 0.6), ("ema_top1", 0.7), ("top5", 1.0)],
+        ));
+        records.push(record(4, &[("top1", 0.7)]));
+        assert_eq!(best(&records), Some((3, 0.7)));
+        records.push(record(5, &[("top1", 0.8), ("ema_top1", 0.8)]));
+        assert_eq!(best(&records), Some((5, 0.8)));
+    }
+}
