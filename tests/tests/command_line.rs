@@ -526,6 +526,9 @@ fn an_encoder_is_exported() {
 fn every_command_has_help_with_an_example() {
     for command in [
         "pretrain",
+        "knn",
+        "probe",
+        "embed",
         "parity",
         "export",
         "inspect",

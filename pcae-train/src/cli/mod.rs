@@ -3,6 +3,7 @@
 mod args;
 mod exchange;
 mod export;
+mod features;
 
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
@@ -32,6 +33,9 @@ pub fn main() -> ExitCode {
     let done = match args.command {
         Command::Pretrain(args) => pretrain_command(&args),
         Command::Parity(args) => parity_command(&args),
+        Command::Knn(args) => features::knn(&args),
+        Command::Probe(args) => features::probe(&args),
+        Command::Embed(args) => features::embed(&args),
         Command::Bench(args) => bench_command(&args),
         Command::Export(args) => args.run(),
         Command::Convert(args) => args.run(),
