@@ -85,12 +85,12 @@ pub(crate) fn exp_row<S: Simd>(s: S, x: &mut [f32], count: usize, scale: f32) ->
         max = s.max(max, s.load(x));
     }
     let max = s.max_lane(max);
-    let to_exp2 = scale * core::f32::consts::LOG2_E;
-    let (slope, shift) = (s.splat(to_exp2), s.splat(-max * to_exp2));
+    let (slope, shift) = (s.splat(scale * core::f32::consts::LOG2_E), s.splat(max));
     // Beside the sum, which is 1 at least, this is nothing, whereas a subnormal number costs some processors a hundred
     // cycles. NaN is the second operand, and so passes.
     let least = s.splat(-125.0);
-    let e = |x| exp2(s, s.max(least, s.mul_add(x, slope, shift)));
+    // The difference first: it is 0 at the maximum however large that is.
+    let e = |x| exp2(s, s.max(least, s.mul(s.sub(x, shift), slope)));
     let mut total = e(s.min(s.load(tail), cap));
     s.store(tail, total);
     for x in body.chunks_exact_mut(S::LANES) {
@@ -485,6 +485,18 @@ mod tests {
 
         fn dot<'a, S>(s; a: &'a [f32], b: &'a [f32]) -> f32 {
             dot_row(s, a, b)
+        }
+    }
+
+    /// Far beyond where a product of the maximum and a constant is exact: its error must not become an exponent.
+    #[test]
+    fn softmax_of_huge_scores_is_finite() {
+        for isa in Isa::available() {
+            for max in [1e4, 1e30, 3e38] {
+                let mut p = vec![1.0, max, -max, 0.0];
+                softmax(isa, &mut p, 0.3);
+                assert_close(&p, [0.0, 1.0, 0.0, 0.0].into_iter(), 1e-30);
+            }
         }
     }
 

@@ -69,7 +69,7 @@ fn tensors(path: &Path) -> Result<String, Error> {
 }
 
 /// Text of a stranger's file, its control characters written out: they could otherwise drive the terminal.
-fn plain(text: &str) -> String {
+pub(crate) fn plain(text: &str) -> String {
     let escape = |c: char| {
         if c.is_control() {
             c.escape_default().to_string()

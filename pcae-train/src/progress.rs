@@ -7,10 +7,11 @@ use indicatif::{FormattedDuration, ProgressBar, ProgressDrawTarget, ProgressStyl
 
 /// Time between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
-const BAR_TEMPLATE: &str = "{bar:30} {pos}/{len} steps  {msg}";
+const BAR_TEMPLATE: &str = "{bar:30} {prefix} {pos}/{len}  {msg}";
 
-/// The progress of a loop over steps.
+/// The progress of a loop over steps, or over pictures.
 pub struct Progress {
+    unit: &'static str,
     started: Instant,
     start: u64,
     steps: u64,
@@ -25,20 +26,26 @@ enum Output {
 impl Progress {
     /// Starts at step `start` (of a resumed run; else 0) on the way to `steps`.
     pub fn new(start: u64, steps: u64) -> Self {
+        Self::of("step", start, steps)
+    }
+
+    /// The same for a loop over what is called `unit`.
+    pub fn of(unit: &'static str, start: u64, steps: u64) -> Self {
         let output = if std::io::stderr().is_terminal() {
             // The default style is good enough should the template not parse.
             let style = ProgressStyle::with_template(BAR_TEMPLATE)
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
             let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
-            Output::Bar(bar.with_style(style).with_position(start))
+            Output::Bar(bar.with_style(style).with_prefix(unit).with_position(start))
         } else {
             Output::Lines(Lines::new(Box::new(std::io::stderr())))
         };
-        Self::with_output(start, steps, output)
+        Self::with_output(unit, start, steps, output)
     }
 
-    fn with_output(start: u64, steps: u64, output: Output) -> Self {
+    fn with_output(unit: &'static str, start: u64, steps: u64, output: Output) -> Self {
         Self {
+            unit,
             started: Instant::now(),
             start,
             steps,
@@ -48,13 +55,21 @@ impl Progress {
 
     /// Shows that `step` steps are done, the throughput in images per second, and the loss.
     pub fn set(&mut self, step: u64, images_per_s: f64, loss: f32) {
-        self.set_at(Instant::now(), step, images_per_s, loss);
+        self.set_at(Instant::now(), step, images_per_s, Some(loss));
     }
 
-    fn set_at(&mut self, now: Instant, step: u64, images_per_s: f64, loss: f32) {
+    /// Shows that `done` are done, and the throughput in images per second.
+    pub fn count(&mut self, done: u64, images_per_s: f64) {
+        self.set_at(Instant::now(), done, images_per_s, None);
+    }
+
+    fn set_at(&mut self, now: Instant, step: u64, images_per_s: f64, loss: Option<f32>) {
         // Slow models need the decimal, fast ones would only flicker in it.
         let decimals = usize::from(images_per_s < 100.0);
-        let mut message = format!("{images_per_s:.decimals$} images/s  loss {loss:.4}");
+        let mut message = format!("{images_per_s:.decimals$} images/s");
+        if let Some(loss) = loss {
+            message += &format!("  loss {loss:.4}");
+        }
         if let Some(left) = self.time_left(now, step) {
             message += &format!("  ETA {}", FormattedDuration(left));
         }
@@ -65,7 +80,7 @@ impl Progress {
             }
             Output::Lines(lines) => {
                 let steps = self.steps;
-                lines.set(now, format!("step {step}/{steps}  {message}"));
+                lines.set(now, format!("{} {step}/{steps}  {message}", self.unit));
             }
         }
     }
@@ -157,7 +172,7 @@ mod tests {
     fn progress(start: u64, steps: u64) -> (Shared, Progress) {
         let out = Shared::default();
         let lines = Output::Lines(Lines::new(Box::new(out.clone())));
-        (out, Progress::with_output(start, steps, lines))
+        (out, Progress::with_output("step", start, steps, lines))
     }
 
     fn text(out: &Shared) -> String {
@@ -170,7 +185,7 @@ mod tests {
         let second = Duration::from_secs(1);
         let started = progress.started;
         for i in 1..=10 {
-            progress.set_at(started + second * i, 100 + u64::from(i), 850.4, 0.5);
+            progress.set_at(started + second * i, 100 + u64::from(i), 850.4, Some(0.5));
         }
         progress.println("saved");
         progress.finish();

@@ -145,6 +145,10 @@ pub struct Vit<B: Backend> {
     largest: TokenDims,
     /// The sequences now.
     now: TokenDims,
+    /// Blocks run on them.
+    blocks: usize,
+    /// Stages run on them.
+    stage: usize,
     /// The residual stream.
     x: B::Buf,
     /// Outputs of norms, of attention, of gathering, and in the end of the final norm.
@@ -217,6 +221,8 @@ impl<B: Backend> Vit<B> {
             reduction,
             largest,
             now: largest,
+            blocks: 0,
+            stage: 0,
             x: backend.buf(largest.len())?,
             y: backend.buf(largest.len())?,
             wide: backend.buf(product(&[rows, Self::wide_dim(config)]))?,
@@ -247,6 +253,27 @@ impl<B: Backend> Vit<B> {
         ids: Option<&B::Ids>,
         scorer: &mut impl Scorer<B>,
     ) -> Result<(), B::Error> {
+        self.start(backend, params, batch, images, ids, scorer)?;
+        self.advance(backend, params, self.config.depth, ids, scorer)
+    }
+
+    /// The part of [`Vit::forward`] before the first block. [`Vit::advance`] goes on from there, and in between
+    /// [`Vit::tokens`] and [`Vit::final_norm`] show the tokens as they are: features of any layer in one forward.
+    ///
+    /// # Shapes
+    /// As [`Vit::forward`].
+    ///
+    /// # Errors
+    /// If there is no room for `batch`, or what the backend reports.
+    pub fn start(
+        &mut self,
+        backend: &mut B,
+        params: &B::Params,
+        batch: usize,
+        images: &B::Buf,
+        ids: Option<&B::Ids>,
+        scorer: &mut impl Scorer<B>,
+    ) -> Result<(), B::Error> {
         if batch > self.largest.batch {
             let expected = "at most as many pictures as there is room for";
             return Err(Error::Dimensions {
@@ -260,20 +287,40 @@ impl<B: Backend> Vit<B> {
             batch,
             ..self.largest
         };
+        (self.blocks, self.stage) = (0, 0);
         self.embed(backend, params, images, ids)?;
-        let mut stage = 0;
-        for index in 0..self.config.depth {
-            let before = index.checked_sub(1);
-            self.reduce(backend, before, &mut stage, ids, scorer)?;
-            self.block(backend, params, index)?;
+        self.reduce(backend, None, ids, scorer)
+    }
+
+    /// Runs blocks, each with the stage that may follow it, until `blocks` have run since [`Vit::start`], whose `params`,
+    /// `ids` and `scorer` it needs again.
+    ///
+    /// # Errors
+    /// If there are fewer blocks or more have run, or what the backend reports.
+    pub fn advance(
+        &mut self,
+        backend: &mut B,
+        params: &B::Params,
+        blocks: usize,
+        ids: Option<&B::Ids>,
+        scorer: &mut impl Scorer<B>,
+    ) -> Result<(), B::Error> {
+        if blocks < self.blocks || blocks > self.config.depth {
+            let expected = "a number of blocks from those already run to all";
+            return Err(Error::Dimensions {
+                op: "advance",
+                expected,
+                found: blocks,
+            }
+            .into());
         }
-        self.reduce(
-            backend,
-            Some(self.config.depth - 1),
-            &mut stage,
-            ids,
-            scorer,
-        )
+        while self.blocks < blocks {
+            let index = self.blocks;
+            self.block(backend, params, index)?;
+            self.blocks += 1;
+            self.reduce(backend, Some(index), ids, scorer)?;
+        }
+        Ok(())
     }
 
     /// Patch embedding of the needed patches only, positions, class token.
@@ -358,7 +405,6 @@ impl<B: Backend> Vit<B> {
         &mut self,
         backend: &mut B,
         after: Option<usize>,
-        stage: &mut usize,
         ids: Option<&B::Ids>,
         scorer: &mut impl Scorer<B>,
     ) -> Result<(), B::Error> {
@@ -368,7 +414,7 @@ impl<B: Backend> Vit<B> {
         self.selector.select(
             backend,
             scorer,
-            *stage,
+            self.stage,
             self.now,
             keep,
             &self.x,
@@ -378,7 +424,7 @@ impl<B: Backend> Vit<B> {
         backend.gather_tokens(self.now, keep, &mut self.y, &self.x, &self.picked)?;
         core::mem::swap(&mut self.x, &mut self.y);
         self.now.tokens = keep;
-        *stage += 1;
+        self.stage += 1;
         Ok(())
     }
 

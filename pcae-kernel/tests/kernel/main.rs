@@ -16,3 +16,4 @@ mod optimizer;
 mod schedule;
 mod selection;
 mod support;
+mod taps;

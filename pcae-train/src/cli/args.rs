@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 
 use super::exchange::{ConvertArgs, OnnxArgs, VisualizeArgs};
 use super::export::ExportArgs;
+use super::features::{EmbedArgs, KnnArgs, ProbeArgs};
 use super::finetune::{EvaluateArgs, FinetuneArgs};
 use crate::bench::{Plan, What};
 use crate::error::Error;
@@ -46,6 +47,26 @@ pub(super) enum Command {
   pcae evaluate runs/finetune --drop-ratio 0.2,0.4 --criterion mean-similarity,random
   pcae evaluate model.safetensors --data labelled --confusion confusion.csv")]
     Evaluate(EvaluateArgs),
+    /// Classify by nearest neighbours among an encoder's features, without training.
+    #[command(after_help = "Examples:
+  pcae knn runs/pretrain                                what the run trained on, its last layer
+  pcae knn runs/pretrain --layer 0,1,2,3 --pool mean,cls --k 5,20
+  pcae knn runs/photos --data flowers --weights teacher --json
+  pcae knn runs/photos --weights untrained              what training has to beat")]
+    Knn(KnnArgs),
+    /// Train a linear classifier on an encoder's features.
+    #[command(after_help = "Examples:
+  pcae probe runs/pretrain                              logistic regression, its penalty chosen on held-back pictures
+  pcae probe runs/pretrain --solver lars --epochs 90    MAE's linear probe
+  pcae probe runs/photos --data flowers --val flowers-test --pool cls")]
+    Probe(ProbeArgs),
+    /// Write an encoder's features of many pictures to a file.
+    #[command(after_help = "Examples:
+  pcae embed runs/photos --data album --out album.npy          a folder, at any depth
+  pcae embed runs/photos --data files.txt --out files.csv      a list with the path of a picture in each line
+  pcae embed runs/photos --data shards --pool tokens --layer 5 --out tokens.safetensors    WebDataset tar files
+The same command goes on after an interruption. What cannot be read is listed in OUT.unreadable.txt.")]
+    Embed(EmbedArgs),
     /// Time training steps and inference, and hold them against the machine's measured peak.
     #[command(after_help = "Examples:
   pcae bench                                                     vit-b16, batch 1 and 8, all threads

@@ -3,6 +3,7 @@
 mod args;
 mod exchange;
 mod export;
+mod features;
 mod finetune;
 
 use std::io::{ErrorKind, Write};
@@ -35,6 +36,9 @@ pub fn main() -> ExitCode {
         Command::Finetune(args) => finetune::finetune_command(&args),
         Command::Evaluate(args) => finetune::evaluate_command(&args),
         Command::Parity(args) => parity_command(&args),
+        Command::Knn(args) => features::knn(&args),
+        Command::Probe(args) => features::probe(&args),
+        Command::Embed(args) => features::embed(&args),
         Command::Bench(args) => bench_command(&args),
         Command::Export(args) => args.run(),
         Command::Convert(args) => args.run(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Cursor;
+use std::io::{Cursor, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -66,11 +66,26 @@ pub(super) fn open(root: &Path, channels: usize) -> Result<Splits, DataError> {
         )?;
         return Ok(join(parts, classes));
     };
-    let ([train_files, held_out_files], classes) = label([list(&train)?, list(&held_out)?]);
+    pair(&train, &held_out, channels)
+}
+
+/// Opens two folders of pictures as the parts of one data set.
+pub(super) fn open_pair(
+    root: &Path,
+    held_out: &Path,
+    channels: usize,
+) -> Result<Splits, DataError> {
+    let train = root.join("train");
+    let train = if train.is_dir() { &train } else { root };
+    pair(train, held_out, channels)
+}
+
+fn pair(train: &Path, held_out: &Path, channels: usize) -> Result<Splits, DataError> {
+    let ([train_files, held_out_files], classes) = label([list(train)?, list(held_out)?]);
     let part =
         |path: &Path, files| whole(path.display().to_string(), Source::Files(files), channels);
     Ok(join(
-        (part(&train, train_files), part(&held_out, held_out_files)),
+        (part(train, train_files), part(held_out, held_out_files)),
         classes,
     ))
 }
@@ -149,7 +164,7 @@ fn entries(folder: &Path) -> Result<Entries, DataError> {
     Ok(found)
 }
 
-fn has_picture_extension(path: &Path) -> bool {
+pub(crate) fn has_picture_extension(path: &Path) -> bool {
     path.extension().is_some_and(|extension| {
         EXTENSIONS
             .iter()
@@ -220,7 +235,11 @@ pub(super) fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
 }
 
 /// Appends the pictures at any depth below `folder`.
-fn collect(folder: &Path, depth: usize, pictures: &mut Vec<PathBuf>) -> Result<(), DataError> {
+pub(crate) fn collect(
+    folder: &Path,
+    depth: usize,
+    pictures: &mut Vec<PathBuf>,
+) -> Result<(), DataError> {
     if depth > MAX_DEPTH {
         return Err(DataError::Layout {
             path: folder.to_owned(),
@@ -241,9 +260,34 @@ fn collect(folder: &Path, depth: usize, pictures: &mut Vec<PathBuf>) -> Result<(
 ///
 /// The format is told by the content. Only the pixels of ordinary pictures go straight into `picture`; what has alpha,
 /// 16 bits, another number of channels or a rotation takes a detour over RGBA.
-pub(super) fn decode(path: &Path, channels: usize, picture: &mut Picture) -> Result<(), DataError> {
+pub(crate) fn decode(path: &Path, channels: usize, picture: &mut Picture) -> Result<(), DataError> {
+    guarded(path, || try_decode(path, channels, picture))
+}
+
+/// [`decode`] for the `len` bytes from `offset` on in the file at `archive`; `path` is their name in errors.
+pub(crate) fn decode_within(
+    archive: &Path,
+    (offset, len): (u64, u64),
+    path: &Path,
+    channels: usize,
+    picture: &mut Picture,
+) -> Result<(), DataError> {
+    guarded(path, || {
+        check_size(len)?;
+        let mut file = fs::File::open(archive)?;
+        file.seek(SeekFrom::Start(offset))?;
+        let mut bytes = Vec::with_capacity(usize::try_from(len)?);
+        file.take(len).read_to_end(&mut bytes)?;
+        decode_bytes(&bytes, channels, picture)
+    })
+}
+
+fn guarded(
+    path: &Path,
+    decode: impl FnOnce() -> Result<(), Box<dyn std::error::Error>>,
+) -> Result<(), DataError> {
     // Decoders are large and meet untrusted files: a bug in one should cost one picture, not a run of days.
-    let decoded = catch_unwind(AssertUnwindSafe(|| try_decode(path, channels, picture)));
+    let decoded = catch_unwind(AssertUnwindSafe(decode));
     let reason = match decoded {
         Ok(Ok(())) => return Ok(()),
         Ok(Err(error)) => error.to_string().replace(['\n', '\r'], " "),
@@ -261,12 +305,25 @@ fn try_decode(
     picture: &mut Picture,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let bytes = fs::metadata(path)?.len();
+    check_size(bytes)?;
+    decode_bytes(&fs::read(path)?, channels, picture)
+}
+
+/// Refuses what would take too much memory.
+fn check_size(bytes: u64) -> Result<(), String> {
     if bytes > MAX_BYTES {
-        return Err(format!("a file of {bytes} bytes, more than {MAX_BYTES}").into());
+        return Err(format!("a file of {bytes} bytes, more than {MAX_BYTES}"));
     }
-    let file = fs::read(path)?;
-    let mut reader = ImageReader::new(Cursor::new(&file)).with_guessed_format()?;
-    if reader.format() == Some(ImageFormat::Jpeg) && is_cut_short(&file) {
+    Ok(())
+}
+
+fn decode_bytes(
+    file: &[u8],
+    channels: usize,
+    picture: &mut Picture,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let mut reader = ImageReader::new(Cursor::new(file)).with_guessed_format()?;
+    if reader.format() == Some(ImageFormat::Jpeg) && is_cut_short(file) {
         return Err("a JPEG file without its end".into());
     }
     let mut limits = Limits::default();

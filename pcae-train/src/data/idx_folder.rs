@@ -35,6 +35,9 @@ const EMBEDDED_CLASSES: [&str; 10] = [
     "Ankle boot",
 ];
 
+/// Kinds of files with pictures.
+const PICTURES: [&str; 2] = ["idx3", "idx4"];
+
 /// Pictures of one size, in memory.
 #[derive(Debug)]
 pub(super) struct Array {
@@ -187,8 +190,15 @@ pub(super) fn open(path: &Path, channels: Option<usize>) -> Result<Option<Splits
     Ok(Some(join(parts, classes)))
 }
 
+/// Whether [`open`] finds something to open.
+pub(super) fn is_one(path: &Path) -> bool {
+    ["train", "t10k"]
+        .iter()
+        .any(|part| find(path, part, "images", &PICTURES).is_some())
+}
+
 fn read_part(folder: &Path, part: &str) -> Result<Option<Array>, DataError> {
-    let Some(images) = find(folder, part, "images", &["idx3", "idx4"]) else {
+    let Some(images) = find(folder, part, "images", &PICTURES) else {
         return Ok(None);
     };
     let images = IdxFile::read(images)?;

@@ -6,7 +6,7 @@
 
 pub mod augment;
 mod error;
-mod folder;
+pub(crate) mod folder;
 pub mod idx;
 mod idx_folder;
 pub mod loader;
@@ -349,6 +349,32 @@ pub fn picture_files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
 /// [`DataError::Picture`] if it is none; `picture` is then unspecified.
 pub fn read_picture(path: &Path, channels: usize, picture: &mut Picture) -> Result<(), DataError> {
     folder::decode(path, channels, picture)
+}
+
+/// Opens class folders or pictures at `train` and `held_out` as the two parts of one data set: all of either, and a class
+/// of one name is the same in both. A `train/` within `train` is taken for it.
+///
+/// # Errors
+/// As [`open`], and if `train` holds IDX files, which bring their own held-out part.
+pub fn open_pair(
+    train: &Path,
+    held_out: &Path,
+    channels: Option<usize>,
+) -> Result<Splits, DataError> {
+    if is_idx_folder(train) {
+        return Err(DataError::Setting {
+            name: "--val",
+            expected: "a folder of pictures as --data".to_owned(),
+            found: "IDX files there; put the held-out ones beside them as t10k-images-idx3-ubyte"
+                .to_owned(),
+        });
+    }
+    folder::open_pair(train, held_out, channels.unwrap_or(3))
+}
+
+/// Whether a folder holds pictures in IDX files.
+pub(crate) fn is_idx_folder(path: &Path) -> bool {
+    idx_folder::is_one(path)
 }
 
 /// Makes a pair of one source, holding out every `every`-th sample of each class, and at least one in all.

@@ -1,0 +1,450 @@
+//! A trained encoder, for use: whatever wrote it, one function reads it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use pcae_kernel::config::{Budget, Criterion, DropLayers, Place, Reduction, VitConfig};
+use pcae_kernel::init::init;
+use pcae_kernel::layout::Layout;
+use serde::Serialize;
+
+use crate::checkpoint::exchange::{self, Hints, Preprocessing};
+use crate::checkpoint::export;
+use crate::checkpoint::file::Reader;
+use crate::data::augment::Transform;
+use crate::error::Error;
+use crate::settings::{DropLayersSpec, Settings};
+
+/// Which parameters of a pre-training checkpoint to take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Weights {
+    /// Those that were trained.
+    #[default]
+    Student,
+    /// Their moving average.
+    Teacher,
+    /// Those that the run began with: what training has to beat.
+    Untrained,
+}
+
+impl fmt::Display for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Student => "student",
+            Self::Teacher => "teacher",
+            Self::Untrained => "untrained",
+        })
+    }
+}
+
+/// An encoder and what its pictures go through.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Encoder {
+    /// Its sizes.
+    pub vit: VitConfig,
+    /// Its parameters, in the order of [`Layout::encoder`].
+    pub values: Vec<f32>,
+    /// Size and normalisation of its pictures, and the random crops that it was trained on.
+    pub transform: Transform,
+    /// The pictures that it was trained on; `None` for the embedded ones, or where the file does not say.
+    pub data: Option<PathBuf>,
+    /// What was read, in a line: file, weights, `N of M tensors loaded`.
+    pub origin: String,
+}
+
+/// Least and greatest area of the random crops of others' encoders: those of this project's recipe.
+const CROP_SCALE: [f64; 2] = [0.2, 1.0];
+
+/// Reads the encoder at `path`: of a run directory its newest checkpoint, a checkpoint of `pcae pretrain`, what `pcae export`
+/// or `pcae convert` wrote, or a file with the names of timm, MAE, DINOv2 or Hugging Face, of which `hints` tell what it does
+/// not.
+///
+/// It is strict, see [`export::read`] and [`exchange::read`].
+///
+/// # Errors
+/// As these, [`Error::Checkpoint`] for weights that the file has not, or [`Error::Setting`] if nothing says how its pictures
+/// were normalised.
+pub fn load(path: &Path, weights: Weights, hints: &Hints) -> Result<Encoder, Error> {
+    let path = exchange::locate(path)?;
+    let wrong = |reason: String| Error::Checkpoint {
+        path: path.clone(),
+        reason,
+    };
+    let run = run_settings(&Reader::open(&path)?);
+    match (weights, &run) {
+        (Weights::Untrained, None) => Err(wrong(
+            "expected a checkpoint of `pcae pretrain`, which tells its initial values, found another's; use --weights student"
+                .to_owned(),
+        )),
+        (Weights::Teacher, None) => Err(wrong(
+            "expected a checkpoint of `pcae pretrain`, which has a student and a teacher, found another's; use --weights \
+             student, or --prefix where its names begin with one"
+                .to_owned(),
+        )),
+        (Weights::Untrained, Some(_)) if *hints != Hints::default() => Err(wrong(
+            "expected nothing said about it for --weights untrained: its own run says all".to_owned(),
+        )),
+        (_, Some(_)) if *hints == Hints::default() => of_run(&path, weights),
+        _ => of_others(&path, weights, hints, run),
+    }
+}
+
+/// The settings of the pre-training run that a file is of.
+fn run_settings(reader: &Reader) -> Option<Settings> {
+    let metadata = reader.metadata();
+    let ours = metadata.get("format") == Some(&"pcae");
+    let settings = metadata.get("config").filter(|_| ours)?;
+    let settings: Settings = serde_json::from_str(settings).ok()?;
+    // Also `convert` writes settings, but no run had them.
+    settings.crop_scale.is_some().then_some(settings)
+}
+
+fn of_run(path: &Path, weights: Weights) -> Result<Encoder, Error> {
+    let whose = match weights {
+        Weights::Teacher => export::Weights::Teacher,
+        Weights::Student | Weights::Untrained => export::Weights::Student,
+    };
+    let read = export::read(path, whose)?;
+    let wrong = |reason: String| Error::Checkpoint {
+        path: read.path.clone(),
+        reason,
+    };
+    let (vit, settings) = (read.vit, &read.settings);
+    let missing = |name| {
+        wrong(format!(
+            "expected the resolved setting {name:?} in metadata \"config\", found none; give a checkpoint of `pcae pretrain`"
+        ))
+    };
+    let preprocessing = Preprocessing {
+        mean: settings.mean.clone().ok_or_else(|| missing("mean"))?,
+        std: settings.std.clone().ok_or_else(|| missing("std"))?,
+    };
+    let transform = transform(Some(settings), &vit, preprocessing).map_err(wrong)?;
+    let (values, origin) = if weights == Weights::Untrained {
+        let layout = Layout::encoder(&vit);
+        let mut values = vec![0.0; layout.len()];
+        init(&layout, settings.seed, &mut values).map_err(|error| wrong(error.to_string()))?;
+        let origin = format!(
+            "the untrained one of {}, seed {}",
+            read.path.display(),
+            settings.seed
+        );
+        (values, origin)
+    } else {
+        let origin = read.report();
+        (read.values, origin)
+    };
+    Ok(Encoder {
+        vit,
+        values,
+        transform,
+        data: read.settings.data,
+        origin,
+    })
+}
+
+fn of_others(
+    path: &Path,
+    weights: Weights,
+    hints: &Hints,
+    run: Option<Settings>,
+) -> Result<Encoder, Error> {
+    let mut hints = hints.clone();
+    if weights == Weights::Teacher && hints.prefix.is_none() {
+        hints.prefix = Some("teacher.".to_owned());
+    }
+    let read = exchange::read(path, &hints)?;
+    let Some(preprocessing) = read.preprocessing else {
+        return Err(Error::Setting {
+            name: "--mean".to_owned(),
+            reason: format!(
+                "expected the mean of each channel that '{}' was trained with, and --std, found none; for most it is \
+                 0.485,0.456,0.406 and 0.229,0.224,0.225",
+                path.display()
+            ),
+        });
+    };
+    let transform = transform(run.as_ref(), &read.vit, preprocessing);
+    let transform = transform.map_err(|reason| Error::Checkpoint {
+        path: path.to_owned(),
+        reason,
+    })?;
+    Ok(Encoder {
+        vit: read.vit,
+        values: read.values,
+        transform,
+        data: run.and_then(|settings| settings.data),
+        origin: format!("{}: {}", path.display(), read.report),
+    })
+}
+
+/// What pictures go through: as in the run, or else as in this project's recipe.
+fn transform(
+    run: Option<&Settings>,
+    vit: &VitConfig,
+    Preprocessing { mean, std }: Preprocessing,
+) -> Result<Transform, String> {
+    let default = Settings::default();
+    let settings = run.unwrap_or(&default);
+    let scale = settings.crop_scale.unwrap_or(CROP_SCALE);
+    let transform = Transform {
+        height: vit.img_size[0],
+        width: vit.img_size[1],
+        channels: vit.in_chans,
+        scale: (scale[0], scale[1]),
+        ratio: (settings.crop_ratio[0], settings.crop_ratio[1]),
+        flip: settings.flip,
+        mean,
+        std,
+    };
+    transform.check().map_err(|error| error.to_string())?;
+    Ok(transform)
+}
+
+/// What is dropped on the way through a frozen encoder: after each of `drop_layers` (by default blocks 0, 7 and 10 of 12,
+/// as in the paper's downstream tasks) the `drop_ratio` most redundant of the patch tokens.
+///
+/// # Errors
+/// [`Error::Config`] for a ratio or a block that cannot be.
+pub fn reduction(
+    vit: &VitConfig,
+    drop_ratio: f64,
+    drop_layers: Option<&DropLayersSpec>,
+) -> Result<Reduction, Error> {
+    let depth = vit.depth;
+    let drop_layers = match drop_layers {
+        None => DropLayers::new(&[0, depth * 7 / 12, depth * 10 / 12], depth)?,
+        Some(asked) => asked.layers(depth)?,
+    };
+    let reduction = Reduction {
+        criterion: Criterion::MeanSimilarity,
+        place: Place::Progressive,
+        drop_layers,
+        budget: Budget::Drop(drop_ratio),
+    };
+    reduction.check(vit.num_patches(), depth)?;
+    Ok(reduction)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::file::{self, TensorData};
+    use std::collections::BTreeMap;
+
+    struct Checkpoint {
+        settings: Settings,
+        metadata: BTreeMap<String, String>,
+        tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
+    }
+
+    /// Initial values as the student, twice those as the teacher, of pretraining's layout.
+    fn checkpoint() -> Checkpoint {
+        let settings = Settings {
+            embed_dim: Some(8),
+            depth: Some(3),
+            num_heads: Some(2),
+            decoder_depth: Some(1),
+            in_chans: Some(3),
+            img_size: Some([28, 20]),
+            crop_scale: Some([0.3, 1.0]),
+            mean: Some(vec![0.1, 0.2, 0.3]),
+            std: Some(vec![0.4, 0.5, 0.6]),
+            data: Some("photos".into()),
+            seed: 5,
+            ..Settings::default()
+        };
+        let layout = Layout::pretrain(&settings.task().unwrap());
+        let mut values = vec![0.0; layout.len()];
+        init(&layout, 6, &mut values).unwrap();
+        let mut tensors = Vec::new();
+        layout.for_each(|tensor| {
+            let own = &values[tensor.span.start..tensor.span.end()];
+            let (name, shape) = (tensor.name.to_string(), tensor.shape().to_vec());
+            if tensor.span.end() <= layout.encoder_len() {
+                let twice = own.iter().map(|value| 2.0 * value).collect();
+                tensors.push((format!("teacher.{name}"), shape.clone(), twice));
+            }
+            tensors.push((name, shape, own.to_vec()));
+        });
+        let metadata = [
+            ("format".to_owned(), "pcae".to_owned()),
+            ("version".to_owned(), "1".to_owned()),
+            ("config".to_owned(), settings.recipe_json()),
+        ];
+        Checkpoint {
+            settings,
+            metadata: metadata.into(),
+            tensors,
+        }
+    }
+
+    impl Checkpoint {
+        fn load(&self, weights: Weights) -> Result<Encoder, String> {
+            self.load_with(weights, &Hints::default())
+        }
+
+        fn load_with(&self, weights: Weights, hints: &Hints) -> Result<Encoder, String> {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("checkpoints").join("last.safetensors");
+            std::fs::create_dir(folder.path().join("checkpoints")).unwrap();
+            let tensors: Vec<file::Tensor<'_>> = self
+                .tensors
+                .iter()
+                .map(|(name, shape, values)| file::Tensor {
+                    name: name.clone(),
+                    shape: shape.clone(),
+                    data: TensorData::F32(values),
+                })
+                .collect();
+            file::write(&path, &self.metadata, &tensors).unwrap();
+            let by_folder = load(folder.path(), weights, hints).map_err(|error| error.to_string());
+            let by_file = load(&path, weights, hints).map_err(|error| error.to_string());
+            assert_eq!(by_folder, by_file);
+            by_file
+        }
+    }
+
+    #[test]
+    fn student_teacher_and_initial_values() {
+        let checkpoint = checkpoint();
+        let task = checkpoint.settings.task().unwrap();
+        let (whole, layout) = (Layout::pretrain(&task), Layout::encoder(&task.vit));
+        let initial = |seed| {
+            let mut values = vec![0.0; whole.len()];
+            init(&whole, seed, &mut values).unwrap();
+            values.truncate(layout.len());
+            values
+        };
+        let student = checkpoint.load(Weights::Student).unwrap();
+        assert_eq!(student.vit, task.vit);
+        assert_eq!(student.values, initial(6));
+        assert!(
+            student
+                .origin
+                .contains("42 of 42 tensors loaded, the student"),
+            "{}",
+            student.origin
+        );
+        assert_eq!(student.data.as_deref(), Some(Path::new("photos")));
+        let transform = &student.transform;
+        assert_eq!(
+            (transform.height, transform.width, transform.channels),
+            (28, 20, 3)
+        );
+        assert_eq!(
+            (transform.mean[2], transform.std[0], transform.scale.0),
+            (0.3, 0.4, 0.3)
+        );
+        let teacher = checkpoint.load(Weights::Teacher).unwrap();
+        let twice: Vec<f32> = initial(6).iter().map(|value| 2.0 * value).collect();
+        assert_eq!(teacher.values, twice);
+        assert_eq!(
+            checkpoint.load(Weights::Untrained).unwrap().values,
+            initial(5)
+        );
+    }
+
+    #[test]
+    fn what_pictures_went_through_must_be_known() {
+        for (spoil, named) in [
+            ((|s| s.mean = None) as fn(&mut Settings), "\"mean\""),
+            (|s| s.std = Some(vec![0.0; 3]), "std"),
+            (|s| s.crop_scale = None, "--weights student"),
+        ] {
+            let mut checkpoint = checkpoint();
+            spoil(&mut checkpoint.settings);
+            let config = checkpoint.settings.recipe_json();
+            checkpoint.metadata.insert("config".to_owned(), config);
+            let error = checkpoint.load(Weights::Untrained).unwrap_err();
+            assert!(error.contains(named), "{named} in {error}");
+        }
+    }
+
+    /// A file with timm's names and nothing said in it: heads and normalisation are told, the size is another.
+    #[test]
+    fn encoders_of_others() {
+        let mut checkpoint = checkpoint();
+        checkpoint.metadata.clear();
+        checkpoint.tensors.retain(|(name, ..)| {
+            !["teacher.", "decoder_", "mask_token"]
+                .iter()
+                .any(|other| name.starts_with(other))
+        });
+        let own = [28, 20];
+        let hints = Hints {
+            num_heads: Some(2),
+            img_size: Some(own),
+            mean: Some(vec![0.1, 0.2, 0.3]),
+            std: Some(vec![0.4, 0.5, 0.6]),
+            ..Hints::default()
+        };
+        let read = checkpoint.load_with(Weights::Student, &hints).unwrap();
+        let ours = self::checkpoint().load(Weights::Student).unwrap();
+        assert_eq!((&read.values, read.vit), (&ours.values, ours.vit));
+        assert_eq!(read.transform.mean, [0.1, 0.2, 0.3]);
+        assert_eq!((read.transform.scale, read.data), ((0.2, 1.0), None));
+        let larger = Hints {
+            img_size: Some([56, 40]),
+            ..hints.clone()
+        };
+        // The table's own size cannot be told beside another one: 35 positions are no square.
+        assert!(checkpoint.load_with(Weights::Student, &larger).is_err());
+        for (weights, hints, named) in [
+            (
+                Weights::Student,
+                Hints {
+                    mean: None,
+                    std: None,
+                    ..hints.clone()
+                },
+                "--mean",
+            ),
+            (
+                Weights::Student,
+                Hints {
+                    num_heads: None,
+                    ..hints.clone()
+                },
+                "--num-heads",
+            ),
+            (Weights::Teacher, hints.clone(), "--prefix"),
+            (Weights::Untrained, hints.clone(), "--weights student"),
+        ] {
+            let error = checkpoint.load_with(weights, &hints).unwrap_err();
+            assert!(error.contains(named), "{named} in {error}");
+        }
+        // A run's own checkpoint at another size, of which it says the rest.
+        let at = |weights| {
+            let hints = Hints {
+                img_size: Some([56, 40]),
+                ..Hints::default()
+            };
+            self::checkpoint().load_with(weights, &hints)
+        };
+        let (student, teacher) = (at(Weights::Student).unwrap(), at(Weights::Teacher).unwrap());
+        assert_eq!(
+            (student.vit.num_patches(), student.transform.height),
+            (140, 56)
+        );
+        assert_eq!(student.transform.scale, (0.3, 1.0));
+        let last = student.values.len() - 1;
+        assert_eq!(teacher.values[last - 9], 2.0 * student.values[last - 9]);
+        assert!(at(Weights::Untrained).is_err());
+    }
+
+    #[test]
+    fn stages_are_where_they_are_asked_for() {
+        let vit = VitConfig::preset("vit-b16").unwrap();
+        let blocks = |reduction: Reduction| reduction.drop_layers.iter().collect::<Vec<_>>();
+        assert_eq!(blocks(reduction(&vit, 0.2, None).unwrap()), [0, 7, 10]);
+        let own = DropLayersSpec::Blocks(vec![3, 5]);
+        let own = reduction(&vit, 0.2, Some(&own)).unwrap();
+        assert_eq!(blocks(own), [3, 5]);
+        // 196, 157, 126.
+        assert_eq!(own.remaining(196, 12), 126);
+        assert!(reduction(&vit, 1.0, None).is_err());
+        assert!(reduction(&vit, 0.1, Some(&DropLayersSpec::Blocks(vec![12]))).is_err());
+    }
+}

@@ -1,0 +1,557 @@
+//! `pcae probe`: how well a linear classifier tells classes apart on a frozen encoder's features.
+
+mod lbfgs;
+mod linear;
+mod logistic;
+mod scores;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use ndarray::{Array2, Axis};
+use pcae_kernel::backend::TrainBackend;
+use pcae_kernel::config::Reduction;
+use pcae_kernel::rng::{Purpose, Stream};
+use pcae_kernel::schedule::learning_rate;
+use serde::Serialize;
+
+use crate::backends::{self, Job, count};
+use crate::data::Splits;
+use crate::data::loader::{Loader, LoaderConfig};
+use crate::encoder::Encoder;
+use crate::error::Error;
+use crate::features::{
+    Extracted, Extractor, Frozen, Pool, Tap, class_name, extract_all, layer, matrix, open_labelled,
+};
+use crate::knn::standardise;
+use crate::progress::Progress;
+use linear::{Optimizer, Probe, Recipe};
+pub use logistic::Tried;
+use scores::Scores;
+
+/// Penalties that are tried where nobody says which.
+const DEFAULT_PENALTIES: [f64; 9] = [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8];
+/// Of how many training pictures one chooses the penalty.
+const CHOOSE_EVERY: usize = 5;
+/// A guess costs the logarithm of the number of classes: a loss of this is no longer coming down.
+const DIVERGED: f32 = 1e3;
+/// MAE's momentum.
+const MOMENTUM: f32 = 0.9;
+/// MAE's schedule: 90 epochs, 10 of them of rising rate.
+const DEFAULT_EPOCHS: u64 = 90;
+const WARMUP_OF: u64 = 9;
+const DEFAULT_BATCH: usize = 256;
+/// Peak learning rates for 256 pictures a step, by trial on the embedded set.
+const SGD_LR: f64 = 0.5;
+const LARS_LR: f64 = 10.0;
+
+/// What the classifier is trained by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Solver {
+    /// Logistic regression with an L2 penalty chosen on held-back training pictures, by L-BFGS.
+    #[default]
+    Logistic,
+    /// SGD with momentum behind a batch norm.
+    Sgd,
+    /// The same by LARS: MAE's linear probe.
+    Lars,
+}
+
+/// What to probe, and how.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The encoder.
+    pub frozen: Frozen,
+    /// The pictures; what the encoder was trained on if `None`.
+    pub data: Option<PathBuf>,
+    /// Pictures to classify, in place of those that `data` holds out.
+    pub val: Option<PathBuf>,
+    /// Block after which features are taken; the last one if `None`.
+    pub layer: Option<usize>,
+    /// What of the tokens there.
+    pub pool: Pool,
+    /// What the classifier is trained by.
+    pub solver: Solver,
+    /// Penalties of the logistic regression; empty for the usual ones.
+    pub l2: Vec<f64>,
+    /// Whether each epoch sees new crops of the pictures, as pre-training did, instead of the features of one view.
+    pub augment: bool,
+    /// Passes over the data of SGD and LARS.
+    pub epochs: Option<u64>,
+    /// Pictures in a step of SGD and LARS.
+    pub batch_size: Option<usize>,
+    /// Peak learning rate of SGD and LARS.
+    pub lr: Option<f64>,
+    /// Weight decay of SGD and LARS.
+    pub weight_decay: Option<f64>,
+    /// Seed of the initial classifier, the order of the pictures, their crops and what is held back.
+    pub seed: u64,
+}
+
+/// What came out.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// What was probed.
+    pub encoder: String,
+    /// What the classifier was trained by.
+    pub solver: Solver,
+    /// The block, from 0.
+    pub layer: usize,
+    /// What of the tokens.
+    pub pool: Pool,
+    /// Part of the patch tokens that each stage dropped.
+    pub drop_ratio: f64,
+    /// Training pictures.
+    pub train: usize,
+    /// Pictures classified.
+    pub held_out: usize,
+    /// Pictures left out because they could not be read.
+    pub unreadable: usize,
+    /// Part of the held-out pictures classified right.
+    pub top1: f64,
+    /// Part whose class is among the five likeliest, where there are more than five.
+    pub top5: Option<f64>,
+    /// The same on the training pictures.
+    pub train_top1: f64,
+    /// Training loss at the end: the objective of the logistic regression, the mean of the last epoch of SGD and LARS.
+    pub loss: f64,
+    /// The logistic regression's penalty.
+    pub l2: Option<f64>,
+    /// The penalties that were tried for it.
+    pub tried: Vec<Tried>,
+    /// Peak learning rate of SGD and LARS.
+    pub lr: Option<f64>,
+    /// Each class.
+    pub per_class: Vec<ClassScore>,
+    /// Seconds to train the classifier, features apart.
+    pub seconds: f64,
+}
+
+/// How well one class is recognised.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ClassScore {
+    /// Its name, or number.
+    pub class: String,
+    /// Held-out pictures of it.
+    pub pictures: usize,
+    /// Part of them classified right; `None` where there are none.
+    pub top1: Option<f64>,
+}
+
+/// Probes.
+///
+/// # Errors
+/// [`Error`] for an encoder, data or settings that cannot be used.
+pub fn run(plan: &Plan) -> Result<Report, Error> {
+    check(plan)?;
+    let (encoder, reduction) = plan.frozen.load()?;
+    let tap = Tap {
+        layer: layer(plan.layer, encoder.vit.depth)?,
+        pool: plan.pool,
+    };
+    let splits = open_labelled(&encoder, plan.data.as_deref(), plan.val.as_deref())?;
+    let probing = Probing {
+        plan,
+        tap,
+        encoder,
+        reduction,
+        splits,
+    };
+    backends::run(&plan.frozen.machine, probing)
+}
+
+/// A setting as it is typed.
+fn named(key: &str) -> String {
+    format!("--{}", key.replace('_', "-"))
+}
+
+/// What needs neither encoder nor data.
+fn check(plan: &Plan) -> Result<(), Error> {
+    let wrong = |name: &str, reason: String| {
+        Err(Error::Setting {
+            name: named(name),
+            reason,
+        })
+    };
+    if plan.pool == Pool::Tokens {
+        return wrong(
+            "pool",
+            "expected cls or mean, one vector a picture, found tokens".to_owned(),
+        );
+    }
+    let steps = [
+        ("augment", plan.augment),
+        ("epochs", plan.epochs.is_some()),
+        ("batch_size", plan.batch_size.is_some()),
+        ("lr", plan.lr.is_some()),
+        ("weight_decay", plan.weight_decay.is_some()),
+    ];
+    let logistic = plan.solver == Solver::Logistic;
+    if let Some((name, _)) = steps.into_iter().find(|&(_, given)| given && logistic) {
+        let reason =
+            "expected with --solver sgd or lars: the logistic regression has no steps of its own";
+        return wrong(name, reason.to_owned());
+    }
+    if !logistic && !plan.l2.is_empty() {
+        return wrong(
+            "l2",
+            "expected with --solver logistic; use --weight-decay".to_owned(),
+        );
+    }
+    if let Some(l2) = plan.l2.iter().find(|&&l2| !(l2 > 0.0 && l2.is_finite())) {
+        return wrong("l2", format!("expected positive numbers, found {l2}"));
+    }
+    if plan.epochs == Some(0) {
+        return wrong("epochs", "expected at least 1, found 0".to_owned());
+    }
+    if let Some(lr) = plan.lr.filter(|lr| !(*lr > 0.0 && lr.is_finite())) {
+        return wrong("lr", format!("expected a positive number, found {lr}"));
+    }
+    if let Some(decay) = plan
+        .weight_decay
+        .filter(|decay| !(*decay >= 0.0 && decay.is_finite()))
+    {
+        return wrong(
+            "weight_decay",
+            format!("expected at least 0, found {decay}"),
+        );
+    }
+    Ok(())
+}
+
+struct Probing<'a> {
+    plan: &'a Plan,
+    tap: Tap,
+    encoder: Encoder,
+    reduction: Reduction,
+    splits: Splits,
+}
+
+/// Features with their labels.
+struct Part {
+    x: Array2<f32>,
+    labels: Vec<u32>,
+}
+
+/// What a solver leaves.
+struct Solved {
+    /// Logits of training and held-out pictures.
+    logits: [Array2<f32>; 2],
+    loss: f64,
+    l2: Option<f64>,
+    tried: Vec<Tried>,
+    lr: Option<f64>,
+}
+
+impl Job for Probing<'_> {
+    type Output = Report;
+
+    fn run<B: TrainBackend>(self, backend: &mut B, name: &str) -> Result<Report, Error> {
+        let Self {
+            plan,
+            tap,
+            ref encoder,
+            ref splits,
+            ..
+        } = self;
+        eprintln!("encoder   {}", encoder.origin);
+        eprintln!(
+            "data      {}; held out {}",
+            splits.train.describe(),
+            splits.held_out.len()
+        );
+        eprintln!("backend   {name}");
+        let mut extractor =
+            Extractor::new(backend, encoder, plan.frozen.batch_size, self.reduction)
+                .map_err(|error| Error::backend(name, error))?;
+        let mut unreadable = 0;
+        let mut extract = |extractor: &mut Extractor<B>, backend: &mut B, dataset| {
+            let batch_size = plan.frozen.batch_size;
+            let transform = &encoder.transform;
+            let Extracted {
+                features,
+                labels,
+                unreadable: missing,
+            } = extract_all(
+                backend,
+                name,
+                extractor,
+                dataset,
+                transform,
+                batch_size,
+                &[tap],
+            )?;
+            unreadable += missing;
+            let x = features.into_iter().next().unwrap_or_default();
+            Ok::<_, Error>(Part { x, labels })
+        };
+        let train = extract(&mut extractor, backend, &splits.train)?;
+        let held_out = extract(&mut extractor, backend, &splits.held_out)?;
+        let began = Instant::now();
+        let classes = splits.train.num_classes();
+        let (train_labels, held_out_labels) = (train.labels.clone(), held_out.labels.clone());
+        let solved = match plan.solver {
+            Solver::Logistic => logistic(plan, train, held_out, classes),
+            Solver::Sgd | Solver::Lars => self.steps(backend, name, extractor, train, held_out)?,
+        };
+        let [on_train, on_held_out] = &solved.logits;
+        let scores = Scores::of(on_held_out, &held_out_labels);
+        let per_class = scores.per_class.iter().enumerate();
+        let per_class = per_class.map(|(class, &(pictures, right))| ClassScore {
+            class: class_name(&splits.train, class),
+            pictures,
+            top1: (pictures > 0).then(|| right as f64 / pictures as f64),
+        });
+        Ok(Report {
+            encoder: encoder.origin.clone(),
+            solver: plan.solver,
+            layer: tap.layer,
+            pool: tap.pool,
+            drop_ratio: plan.frozen.drop_ratio,
+            train: train_labels.len(),
+            held_out: held_out_labels.len(),
+            unreadable,
+            top1: scores.top1,
+            top5: scores.top5,
+            train_top1: Scores::of(on_train, &train_labels).top1,
+            loss: solved.loss,
+            l2: solved.l2,
+            tried: solved.tried,
+            lr: solved.lr,
+            per_class: per_class.collect(),
+            seconds: began.elapsed().as_secs_f64(),
+        })
+    }
+}
+
+fn logistic(plan: &Plan, mut train: Part, mut held_out: Part, classes: usize) -> Solved {
+    standardise(&mut train.x, &mut held_out.x);
+    let penalties = if plan.l2.is_empty() {
+        &DEFAULT_PENALTIES[..]
+    } else {
+        &plan.l2
+    };
+    let (fit, choose) = hold_back(&train.labels, plan.seed);
+    let fitted = logistic::fit(
+        train.x.view(),
+        &train.labels,
+        classes,
+        (&fit, &choose),
+        penalties,
+    );
+    Solved {
+        logits: [&train.x, &held_out.x].map(|x| fitted.head.logits(x.view())),
+        loss: fitted.loss,
+        l2: Some(fitted.l2),
+        tried: fitted.tried,
+        lr: None,
+    }
+}
+
+/// Rows to fit and rows to choose by, a fifth of each class, at random.
+fn hold_back(labels: &[u32], seed: u64) -> (Vec<usize>, Vec<usize>) {
+    let mut rows: Vec<usize> = (0..labels.len()).collect();
+    Stream::new(seed, 0, 0, Purpose::Split).shuffle(&mut rows);
+    // Stable: the order within a class stays random.
+    rows.sort_by_key(|&row| labels[row]);
+    let (mut fit, mut choose) = (Vec::new(), Vec::new());
+    for (turn, row) in rows.into_iter().enumerate() {
+        if turn % CHOOSE_EVERY == CHOOSE_EVERY - 1 {
+            choose.push(row);
+        } else {
+            fit.push(row);
+        }
+    }
+    fit.sort_unstable();
+    choose.sort_unstable();
+    (fit, choose)
+}
+
+impl Probing<'_> {
+    /// SGD or LARS, on the features of one view or of new crops in each epoch.
+    fn steps<B: TrainBackend>(
+        &self,
+        backend: &mut B,
+        name: &str,
+        mut extractor: Extractor<B>,
+        train: Part,
+        held_out: Part,
+    ) -> Result<Solved, Error> {
+        let (plan, dataset) = (self.plan, &self.splits.train);
+        let largest = train.labels.len();
+        let batch_size = plan.batch_size.unwrap_or(DEFAULT_BATCH.min(largest));
+        if batch_size < 2 || batch_size > largest {
+            return Err(Error::Setting {
+                name: named("batch_size"),
+                reason: format!(
+                    "expected 2 to {largest}, the number of training pictures (batch norm needs two), found {batch_size}"
+                ),
+            });
+        }
+        let (optimizer, default_lr) = match plan.solver {
+            Solver::Lars => (Optimizer::Lars, LARS_LR),
+            Solver::Sgd | Solver::Logistic => (Optimizer::Sgd, SGD_LR),
+        };
+        let recipe = Recipe {
+            optimizer,
+            momentum: MOMENTUM,
+            weight_decay: plan.weight_decay.unwrap_or(0.0) as f32,
+        };
+        let lr = plan.lr.unwrap_or(default_lr * batch_size as f64 / 256.0);
+        let epochs = plan.epochs.unwrap_or(DEFAULT_EPOCHS);
+        let per_epoch = (largest / batch_size) as u64;
+        let steps = epochs.saturating_mul(per_epoch);
+        let mut probe = Probe::new(recipe, train.x.ncols(), dataset.num_classes(), plan.seed);
+        let mut loader = if plan.augment {
+            let config = LoaderConfig {
+                batch_size,
+                seed: plan.seed,
+                start: 0,
+                workers: plan.frozen.machine.workers,
+            };
+            let transform = self.encoder.transform.clone();
+            Some(Loader::new(dataset.clone(), transform, config)?)
+        } else {
+            None
+        };
+        let mut order: Vec<usize> = (0..largest).collect();
+        let mut progress = Progress::new(0, steps);
+        let began = Instant::now();
+        let (mut step, mut loss) = (0, f64::NAN);
+        for epoch in 0..epochs {
+            if loader.is_none() {
+                order.sort_unstable();
+                Stream::new(plan.seed, epoch, 0, Purpose::Shuffle).shuffle(&mut order);
+            }
+            loss = 0.0;
+            for rows in order.chunks_exact(batch_size) {
+                let (x, labels) = match &mut loader {
+                    Some(loader) => {
+                        let batch = loader.next()?;
+                        let x = self.augmented(backend, name, &mut extractor, &batch.images)?;
+                        let label = |&i: &u64| dataset.label(i as usize).unwrap_or_default();
+                        let labels = batch.samples.iter().map(label).collect();
+                        loader.recycle(batch);
+                        (x, labels)
+                    }
+                    None => {
+                        let labels = rows.iter().map(|&row| train.labels[row]);
+                        (train.x.select(Axis(0), rows), labels.collect::<Vec<u32>>())
+                    }
+                };
+                let rate = learning_rate(step, steps, steps / WARMUP_OF, lr, 0.0);
+                let now = probe.step(x.view(), &labels, rate as f32);
+                if now.is_nan() || now > DIVERGED {
+                    return Err(Error::Setting {
+                        name: named("lr"),
+                        reason: format!(
+                            "expected a rate at which the loss falls, found {lr}, at which it is {now:.3e} after {}; lower it",
+                            count(step as usize, "step")
+                        ),
+                    });
+                }
+                step += 1;
+                loss += f64::from(now) / per_epoch as f64;
+                let images = step as f64 * batch_size as f64;
+                progress.set(step, images / began.elapsed().as_secs_f64(), now);
+            }
+        }
+        progress.finish();
+        Ok(Solved {
+            logits: [&train.x, &held_out.x].map(|x| probe.logits(x.view())),
+            loss,
+            l2: None,
+            tried: Vec::new(),
+            lr: Some(lr),
+        })
+    }
+
+    /// Features of pictures that are there already.
+    fn augmented<B: TrainBackend>(
+        &self,
+        backend: &mut B,
+        name: &str,
+        extractor: &mut Extractor<B>,
+        images: &[f32],
+    ) -> Result<Array2<f32>, Error> {
+        let len = self.encoder.transform.output_len();
+        let mut out = [Vec::new()];
+        for images in images.chunks(self.plan.frozen.batch_size * len) {
+            extractor
+                .extract(backend, images, images.len() / len, &[self.tap], &mut out)
+                .map_err(|error| Error::backend(name, error))?;
+        }
+        let [out] = out;
+        matrix(images.len() / len, out)
+    }
+}
+
+impl fmt::Display for Report {
+    /// The classes, the penalties, and the whole in the last line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = |x: f64| format!("{:.2} %", 100.0 * x);
+        writeln!(f, "{:<32} {:>8} {:>9}", "class", "pictures", "top-1")?;
+        for class in &self.per_class {
+            let top1 = class.top1.map_or_else(|| "-".to_owned(), percent);
+            writeln!(f, "{:<32} {:>8} {top1:>9}", class.class, class.pictures)?;
+        }
+        for tried in &self.tried {
+            writeln!(
+                f,
+                "l2 {:e}: {} of the held-back training pictures, {}{}",
+                tried.l2,
+                percent(tried.top1),
+                count(tried.iterations, "iteration"),
+                if self.l2 == Some(tried.l2) {
+                    ", taken"
+                } else {
+                    ""
+                }
+            )?;
+        }
+        if self.unreadable > 0 {
+            writeln!(f, "{} could not be read", count(self.unreadable, "picture"))?;
+        }
+        let solver = format!("{:?}", self.solver).to_lowercase();
+        write!(
+            f,
+            "probe ({solver}, layer {}, {}): top-1 {}",
+            self.layer,
+            self.pool,
+            percent(self.top1)
+        )?;
+        if let Some(top5) = self.top5 {
+            write!(f, ", top-5 {}", percent(top5))?;
+        }
+        writeln!(
+            f,
+            " on {} pictures; {} on the {} training pictures",
+            self.held_out,
+            percent(self.train_top1),
+            self.train
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fifth_of_each_class_is_held_back() {
+        let labels: Vec<u32> = (0..100)
+            .map(|i| u32::from(i >= 60) + u32::from(i >= 90))
+            .collect();
+        let (fit, choose) = hold_back(&labels, 3);
+        assert_eq!((fit.len(), choose.len()), (80, 20));
+        let of = |class| choose.iter().filter(|&&row| labels[row] == class).count();
+        assert_eq!([of(0), of(1), of(2)], [12, 6, 2]);
+        let mut all = [fit, choose].concat();
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..100));
+        assert_eq!(hold_back(&labels, 3), hold_back(&labels, 3));
+        assert_ne!(hold_back(&labels, 3), hold_back(&labels, 4));
+    }
+}
