@@ -14,6 +14,8 @@ const PIECES: usize = 32;
 const BLOCK: usize = 256;
 /// A gradient whose elements are all below this moves no prediction: features have unit variance.
 const TOLERANCE: f64 = 1e-6;
+/// The same while penalties are compared, of which each is ten times the next.
+const ROUGH_TOLERANCE: f64 = 1e-4;
 const ITERATIONS: usize = 1000;
 
 /// A fit's data and penalty.
@@ -102,9 +104,9 @@ impl Problem<'_> {
     }
 
     /// The best parameters, looked for from `start` on.
-    fn fit(&self, start: Option<Vec<f64>>) -> Minimum {
+    fn fit(&self, start: Option<Vec<f64>>, tolerance: f64) -> Minimum {
         let start = start.unwrap_or_else(|| vec![0.0; self.len()]);
-        minimize(start, ITERATIONS, TOLERANCE, |params, gradient| {
+        minimize(start, ITERATIONS, tolerance, |params, gradient| {
             self.value(params, gradient)
         })
     }
@@ -173,7 +175,7 @@ pub(super) fn fit(
                 l2: penalty,
             };
             // From the strong to the weak, each from where the one before ended.
-            let end = problem.fit(start.take());
+            let end = problem.fit(start.take(), ROUGH_TOLERANCE);
             let scores = Scores::of(&problem.head(&end.x).logits(unseen.view()), &unseen_labels);
             tried.push(Tried {
                 l2: penalty,
@@ -193,7 +195,7 @@ pub(super) fn fit(
         classes,
         l2,
     };
-    let end = problem.fit(best.map(|(_, params)| params));
+    let end = problem.fit(best.map(|(_, params)| params), TOLERANCE);
     Fitted {
         head: problem.head(&end.x),
         l2,
@@ -265,7 +267,7 @@ mod tests {
             classes: 3,
             l2: 1e-3,
         };
-        let end = problem.fit(None);
+        let end = problem.fit(None, TOLERANCE);
         let bias = &end.x[6..];
         // A gradient of 1e-6 over curvatures of 0.1 to 0.25.
         assert!(
@@ -297,7 +299,7 @@ mod tests {
                 classes: 2,
                 l2,
             };
-            let end = problem.fit(None);
+            let end = problem.fit(None, TOLERANCE);
             let slope = |w: f64| 0.8 - 1.0 / (1.0 + (-2.0 * w).exp()) - l2 * w;
             let (mut low, mut high) = (0.0, 10.0);
             for _ in 0..100 {
@@ -354,7 +356,7 @@ mod tests {
                 .num_threads(threads)
                 .build()
                 .unwrap();
-            pool.install(|| problem.fit(None).x)
+            pool.install(|| problem.fit(None, TOLERANCE).x)
         };
         assert_eq!(on(1), on(3));
     }
