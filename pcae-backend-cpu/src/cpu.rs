@@ -20,7 +20,7 @@ use crate::memory;
 use crate::rows;
 use crate::threads::{Pieces, Threads};
 
-/// The CPU backend: f32 throughout, vector instructions chosen at run time, an own pool of threads.
+/// The CPU backend: f32, or bf16 operands for linear layers ([`Cpu::precision`]); vector instructions chosen at run time, an own pool of threads.
 ///
 /// Results depend on the instruction set, not on the number of threads. Working memory grows to what the largest
 /// operation needs and is kept, so that nothing allocates after the first step.
@@ -62,8 +62,19 @@ struct Frozen {
     isa: Isa,
     pairs: Vec<f32>,
     start: usize,
-    /// First parameter of each weight, and where its panels begin.
-    places: Vec<(usize, usize)>,
+    /// By their first parameter.
+    places: Vec<Packed>,
+}
+
+/// A packed weight, `[n, inner]`.
+#[derive(Clone, Copy, Debug)]
+struct Packed {
+    /// Its first parameter.
+    start: usize,
+    n: usize,
+    inner: usize,
+    /// Where its pairs begin, of bf16.
+    at: usize,
 }
 
 impl Cpu {
@@ -239,12 +250,32 @@ impl Params {
                 weights.push((tensor.span, n, tensor.span.len / n.max(1)));
             }
         });
+        if let Precision::Bf16(unit) = self.precision
+            && !unit.fits(isa)
+        {
+            return Err(Error::Unit { unit, isa });
+        }
         let mut frozen = Frozen {
             isa,
             pairs: Vec::new(),
             start: 0,
             places: Vec::new(),
         };
+        let len = |precision, n, inner| match precision {
+            Precision::F32 => 0,
+            Precision::Bf16(unit) => packed_len_bf16(isa, unit, n, inner),
+        };
+        let mut total = 0;
+        for &(span, n, inner) in &weights {
+            frozen.places.push(Packed {
+                start: span.start,
+                n,
+                inner,
+                at: total,
+            });
+            total += len(self.precision, n, inner);
+        }
+        frozen.places.sort_unstable_by_key(|packed| packed.start);
         match self.precision {
             Precision::F32 => {
                 let mut copy = Vec::new();
@@ -254,22 +285,15 @@ impl Params {
                 }
             }
             Precision::Bf16(unit) => {
-                let len = |n, inner| packed_len_bf16(isa, unit, n, inner);
-                let total = weights
-                    .iter()
-                    .map(|&(_, n, inner)| len(n, inner))
-                    .sum::<usize>();
                 frozen.pairs = zeroed(total.saturating_add(LINE))?;
                 frozen.start = line_start(&frozen.pairs);
-                let mut at = 0;
+                let mut rest = &mut frozen.pairs[frozen.start..];
                 for (span, n, inner) in weights {
-                    let to = &mut frozen.pairs[frozen.start + at..][..len(n, inner)];
+                    let (to, after) = rest.split_at_mut(len(self.precision, n, inner));
                     let weight = &self.values[self.start..][span.start..span.end()];
                     pack_weight_bf16(isa, unit, to, weight, n, inner);
-                    frozen.places.push((span.start, at));
-                    at += len(n, inner);
+                    rest = after;
                 }
-                frozen.places.sort_unstable();
             }
         }
         self.frozen = Some(frozen);
@@ -282,26 +306,27 @@ impl Params {
         op: &'static str,
         isa: Isa,
         span: Span,
-        len: usize,
+        dims: LinearDims,
     ) -> Result<Right<'_>, Error> {
-        let weight = self.part(op, "weight", span, len)?;
+        let weight = self.part(op, "weight", span, dims.weight_len())?;
         let Some(frozen) = &self.frozen else {
             return Ok(Right::Columns(weight));
         };
-        if frozen.isa != isa {
-            return Err(Error::Frozen { op });
-        }
-        if self.precision == Precision::F32 {
-            return Ok(Right::Panels(weight));
-        }
-        match frozen
+        let place = frozen
             .places
-            .binary_search_by_key(&span.start, |place| place.0)
-        {
-            Ok(i) => Ok(Right::Pairs(
-                &frozen.pairs[frozen.start + frozen.places[i].1..],
-            )),
-            Err(_) => Err(Error::Frozen { op }),
+            .binary_search_by_key(&span.start, |packed| packed.start);
+        // In panels a weight has one shape only.
+        match place.map(|i| &frozen.places[i]) {
+            Ok(packed)
+                if frozen.isa == isa
+                    && (packed.n, packed.inner) == (dims.out_features, dims.in_features) =>
+            {
+                Ok(match self.precision {
+                    Precision::F32 => Right::Panels(weight),
+                    Precision::Bf16(_) => Right::Pairs(&frozen.pairs[frozen.start + packed.at..]),
+                })
+            }
+            _ => Err(Error::Frozen { op }),
         }
     }
 
@@ -412,7 +437,7 @@ pub(crate) fn linear_inputs<'a>(
     layer: Linear,
 ) -> Result<(Left<'a>, Right<'a>, &'a [f32]), Error> {
     let x = front(op, "x", x, dims.in_len())?;
-    let weight = params.weight(op, isa, layer.weight, dims.weight_len())?;
+    let weight = params.weight(op, isa, layer.weight, dims)?;
     let bias = params.part(op, "bias", layer.bias, dims.out_features)?;
     Ok((Left::Rows(x), weight, bias))
 }

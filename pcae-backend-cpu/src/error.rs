@@ -13,10 +13,18 @@ pub enum Error {
         /// Elements asked for.
         elements: usize,
     },
-    /// Frozen parameters were given to what changes or reads them, or to a backend with another instruction set.
+    /// Frozen parameters were given to what changes or reads them, to a backend with another instruction set, or for a layer
+    /// of another shape than the one that was packed.
     Frozen {
         /// Which operation.
         op: &'static str,
+    },
+    /// Parameters in a bf16 that this backend's instruction set has no unit for.
+    Unit {
+        /// The unit that was asked for.
+        unit: crate::Bf16Unit,
+        /// The backend's instruction set.
+        isa: crate::Isa,
     },
     /// No instruction set has this name.
     UnknownIsa,
@@ -50,7 +58,11 @@ impl fmt::Display for Error {
             }
             Self::Frozen { op } => write!(
                 f,
-                "{op}: expected parameters from `params`, or frozen ones for a forward with the instruction set that froze them; found frozen ones"
+                "{op}: expected parameters from `params`, or frozen ones for a forward of the same layers with the instruction set that froze them; found frozen ones"
+            ),
+            Self::Unit { unit, isa } => write!(
+                f,
+                "expected a bf16 unit that works beside {isa}, found {unit}; take one from `Bf16Unit::available`"
             ),
             Self::UnknownIsa => f.write_str(
                 "unknown instruction set; expected `avx512`, `avx2`, `neon` or `portable`",

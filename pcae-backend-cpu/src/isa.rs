@@ -139,6 +139,17 @@ fn run_neon<K: Kernel>(simd: Neon, kernel: K) -> K::Output {
     kernel.run(simd)
 }
 
+/// What the processor says of itself.
+#[cfg(target_arch = "x86_64")]
+#[allow(
+    unused_unsafe,
+    reason = "CPUID has become safe to ask for since the oldest compiler that is supported"
+)]
+pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> core::arch::x86_64::CpuidResult {
+    // SAFETY: every x86-64 processor has the instruction.
+    unsafe { core::arch::x86_64::__cpuid_count(leaf, subleaf) }
+}
+
 /// Defines a function `name(isa, arguments…)` whose body is compiled for every instruction set.
 macro_rules! kernel {
     ($(

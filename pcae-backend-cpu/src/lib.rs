@@ -1,8 +1,11 @@
-//! PCAE on the CPU: [`Cpu`], a [`TrainBackend`](pcae_kernel::backend::TrainBackend) in f32.
+//! PCAE on the CPU: [`Cpu`], a [`TrainBackend`](pcae_kernel::backend::TrainBackend) in f32, or with bf16 operands in linear
+//! layers.
 //!
 //! - Vector instructions are chosen when the backend is built: AVX-512, AVX2 with FMA, NEON, or plain Rust ([`Isa`]).
 //! - Matrix products of linear layers keep their sums in registers and read packed operands; bias, GELU and residual are
-//!   applied to each tile before it is stored. Attention runs head by head.
+//!   applied to each tile before it is stored. Attention works through blocks of queries, head by head, without an N by N matrix.
+//! - bf16 is multiplied by AMX or AVX512-BF16 where the processor has them, else by f32 multiply-adds ([`Bf16Unit`]).
+//! - [`Memory`] says what a task will take, before it takes it.
 //! - The same input gives the same bits for any number of threads.
 //!
 //! ```

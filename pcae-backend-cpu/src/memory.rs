@@ -31,18 +31,19 @@ pub(crate) fn level2_cache() -> usize {
     const UNKNOWN: usize = 512 * 1024;
     #[cfg(target_arch = "x86_64")]
     {
-        use core::arch::x86_64::{__cpuid, __cpuid_count};
         use std::sync::OnceLock;
+
+        use crate::isa::cpuid;
 
         static FOUND: OnceLock<usize> = OnceLock::new();
         *FOUND.get_or_init(|| {
             // Intel's leaf, then AMD's, which describe one cache in each subleaf in the same way.
             for (leaf, base) in [(4, 0), (0x8000_001d, 0x8000_0000)] {
-                if __cpuid(base).eax < leaf {
+                if cpuid(base, 0).eax < leaf {
                     continue;
                 }
                 for index in 0..8 {
-                    let cache = __cpuid_count(leaf, index);
+                    let cache = cpuid(leaf, index);
                     if cache.eax & 0x1f == 0 {
                         break;
                     }

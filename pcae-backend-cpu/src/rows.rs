@@ -72,10 +72,11 @@ fn sum_wide(a: &[f32], b: &[f32], f: impl Fn(f64, f64) -> f64) -> f64 {
 /// vector of its last element; what lies behind that element is lost.
 ///
 /// # Accuracy
-/// Relative error at most `3e-7 + 1e-7 * |scale * x[i] - max|`, but nothing is below `2^-125`.
+/// Relative error at most `3e-7 + 2e-7 * |scale * x[i] - max|` (three roundings of the exponent, and that of its factor),
+/// but nothing is below `2^-125`.
 #[inline(always)]
 pub(crate) fn exp_row<S: Simd>(s: S, x: &mut [f32], count: usize, scale: f32) -> (f32, f32) {
-    let lowest = s.splat(f32::MIN);
+    let lowest = s.splat(f32::NEG_INFINITY);
     // Whole vectors are loaded and stored: what comes next reads them again, and would wait for a masked store.
     let last = (count - 1) / S::LANES * S::LANES;
     let cap = s.load_or(&[f32::INFINITY; 16][..count - last], lowest);

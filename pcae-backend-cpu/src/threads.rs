@@ -239,7 +239,7 @@ mod team {
     use std::io;
     use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-    use std::sync::{Arc, Mutex, PoisonError};
+    use std::sync::{Arc, Mutex, PoisonError, TryLockError};
     use std::thread::{self, JoinHandle};
 
     /// How often a waiting thread looks before it sleeps: about 50 µs, longer than what lies between two operations of
@@ -312,10 +312,21 @@ mod team {
         /// Runs `job` on all threads and waits for them; `false` if they are busy, with a job that asks for another or
         /// with that of another caller.
         pub(super) fn run(&self, job: &Job<'_>) -> bool {
-            let Ok(_busy) = self.busy.try_lock() else {
-                return false;
+            // A job that panicked leaves nothing behind that the next one could not use.
+            let _busy = match self.busy.try_lock() {
+                Ok(busy) => busy,
+                Err(TryLockError::Poisoned(busy)) => busy.into_inner(),
+                Err(TryLockError::WouldBlock) => return false,
             };
             let shared = &*self.shared;
+            // That of a helper, where the caller's own panic was the one that got away.
+            drop(
+                shared
+                    .panic
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take(),
+            );
             // SAFETY: only the lifetime changes. No helper uses the job after `Wait` is dropped, before `job` ends.
             let job_static = unsafe {
                 core::mem::transmute::<*const Job<'_>, *const Job<'static>>(core::ptr::from_ref(
@@ -503,11 +514,15 @@ mod tests {
                 }));
                 assert!(result.is_err());
             }
-            let mut seen = vec![0; 100];
-            pool.for_each(100, usize::MAX, Pieces::new(&mut seen, 1), |i, seen| {
-                seen[0] = i
+            // All threads work again: each waits until the others have come.
+            let barrier = std::sync::Barrier::new(pool.count());
+            let mut seen = vec![0; pool.count()];
+            let parts = Pieces::new(&mut seen, 1);
+            pool.for_each(pool.count(), usize::MAX, parts, |i, seen| {
+                barrier.wait();
+                seen[0] = i;
             });
-            assert!((0..100).all(|i| seen[i] == i));
+            assert!((0..pool.count()).all(|i| seen[i] == i));
         }
     }
 }

@@ -26,7 +26,8 @@ pub(super) enum Unit {
     /// Dot products of pairs, AVX512-BF16.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(Avx512Bf16),
-    /// Multiply-adds in f32, of each half in turn: the same numbers, without the speed.
+    /// Multiply-adds in f32, of each half in turn: the sums of AVX512-BF16 but for subnormal numbers, which that unit takes
+    /// for zeros.
     Emulated,
 }
 
@@ -47,6 +48,18 @@ impl Bf16Unit {
     /// The fastest unit that this processor has beside `isa`.
     pub fn detect(isa: Isa) -> Self {
         Self::available(isa).next().unwrap_or(Self(Unit::Emulated))
+    }
+
+    /// Whether products of `isa` can use it: the units of x86-64 work beside AVX-512.
+    pub(crate) fn fits(self, isa: Isa) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Unit::Amx(_) | Unit::Avx512Bf16(_) => isa.is_avx512(),
+            Unit::Emulated => {
+                let _ = isa;
+                true
+            }
+        }
     }
 
     /// Whether the left operand comes in squares, of AMX.

@@ -11,8 +11,8 @@
 //! chunks the sums wait in the thread's scratch. ([Goto and van de Geijn](https://doi.org/10.1145/1356052.1356053)
 //! explain such cuts.)
 //!
-//! Each element adds its products in ascending order of the inner index, in one accumulator: its bits depend neither
-//! on the cuts nor on the number of threads.
+//! Each element adds its products in ascending order of the inner index, in one accumulator (of bf16, in the order of the
+//! unit that multiplies them): its bits depend neither on the cuts nor on the number of threads.
 
 mod bf16;
 mod finish;
@@ -94,7 +94,8 @@ pub(crate) fn scratch_len(isa: Isa, precision: Precision, threads: usize, dims: 
 /// `left @ right`, each tile of which goes to `finish`.
 ///
 /// # Errors
-/// If there is no memory for the packed operands, the first time that a product this large is asked for.
+/// If there is no memory for the packed operands, the first time that a product this large is asked for, or if the
+/// precision is that of another instruction set.
 ///
 /// # Panics
 /// If an operand is shorter than `dims` say, or packed for another precision.
@@ -108,6 +109,11 @@ pub(crate) fn gemm(
     right: Right<'_>,
     finish: &Finish<'_>,
 ) -> Result<(), Error> {
+    if let Precision::Bf16(unit) = precision
+        && !unit.fits(isa)
+    {
+        return Err(Error::Unit { unit, isa });
+    }
     let product = Product {
         isa,
         precision,

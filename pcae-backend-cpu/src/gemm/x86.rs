@@ -4,7 +4,7 @@ use core::arch::asm;
 use core::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use crate::isa::Isa;
+use crate::isa::{Isa, cpuid};
 
 /// Proof of AVX512-BF16 and AVX-512F.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,10 +186,10 @@ impl Amx {
 
 /// AMX-TILE and AMX-BF16, as CPUID says.
 fn has_amx_bf16() -> bool {
-    if __cpuid_count(0, 0).eax < 7 {
+    if cpuid(0, 0).eax < 7 {
         return false;
     }
-    let edx = __cpuid_count(7, 0).edx;
+    let edx = cpuid(7, 0).edx;
     edx >> 22 & 1 == 1 && edx >> 24 & 1 == 1
 }
 

@@ -305,6 +305,9 @@ pub(super) struct BenchArgs {
     pub(super) json: Option<PathBuf>,
 }
 
+/// Pictures at a time, and repeats: far more than a machine can do.
+const MOST: usize = 1 << 16;
+
 impl BenchArgs {
     pub(super) fn plan(&self) -> Result<Plan, Error> {
         let mut overrides = key_values("--set", &self.set)?;
@@ -331,11 +334,10 @@ impl BenchArgs {
             .map(|&batch| ("--batch-size", batch))
             .chain([("--repeats", self.repeats)]);
         for (name, count) in counts {
-            if count == 0 {
-                let reason = "expected at least 1, found 0".to_owned();
+            if !(1..=MOST).contains(&count) {
                 return Err(Error::Setting {
                     name: name.to_owned(),
-                    reason,
+                    reason: format!("expected 1 to {MOST}, found {count}"),
                 });
             }
         }
