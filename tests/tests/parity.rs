@@ -4,16 +4,24 @@
 
 use std::collections::BTreeMap;
 
-use pcae_backend_cpu::{Cpu, Isa};
+use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Precision};
 use pcae_kernel::backend::TrainBackend;
 use pcae_kernel::reference::Reference;
 use pcae_tests::{FIXTURES, fixture};
 use pcae_train::checkpoint::file::{Dtype, Reader, Tensor, TensorData, write};
-use pcae_train::parity::{Report, replay};
+use pcae_train::parity::{Report, Tolerance, replay};
 
-fn all_fixtures<B: TrainBackend>(what: &str, mut backend: impl FnMut() -> B) -> Vec<Report> {
+fn all_fixtures<B: TrainBackend>(what: &str, backend: impl FnMut() -> B) -> Vec<Report> {
+    all_fixtures_within(Tolerance::F32, what, backend)
+}
+
+fn all_fixtures_within<B: TrainBackend>(
+    tolerance: Tolerance,
+    what: &str,
+    mut backend: impl FnMut() -> B,
+) -> Vec<Report> {
     let replay = |name: &&str| {
-        let report = replay(&mut backend(), &fixture(name)).unwrap();
+        let report = replay(&mut backend(), &fixture(name), tolerance).unwrap();
         assert!(report.passes(), "{what}, {name}\n{report}");
         report
     };
@@ -49,8 +57,28 @@ fn cpu_on_every_instruction_set_and_threads() {
 }
 
 #[test]
+fn bf16_of_every_unit_stays_within_its_own_tolerance() {
+    for isa in Isa::available() {
+        for unit in Bf16Unit::available(isa) {
+            let what = format!("{isa}, {unit}");
+            let reports = all_fixtures_within(Tolerance::BF16, &what, || {
+                let cpu = Cpu::with(isa, 1).unwrap();
+                cpu.precision(Precision::Bf16(unit))
+            });
+            for report in &reports {
+                let floats = report.rows.iter().filter(|row| row.tolerance < 0.1);
+                let worst = floats.map(|row| row.relative).fold(0.0, f64::max);
+                println!("{what}: {worst:.1e}");
+                // Rounded to 8 bits, not to 24.
+                assert!(worst > 1e-3, "{what}: {worst}");
+            }
+        }
+    }
+}
+
+#[test]
 fn trajectories_are_replayed() {
-    let report = replay(&mut Cpu::new(), &fixture("pcae_small")).unwrap();
+    let report = replay(&mut Cpu::new(), &fixture("pcae_small"), Tolerance::F32).unwrap();
     let losses = report
         .rows
         .iter()
@@ -115,7 +143,7 @@ impl Contents {
             });
         }
         write(&path, &self.metadata, &tensors).unwrap();
-        replay(&mut Cpu::new(), &path)
+        replay(&mut Cpu::new(), &path, Tolerance::F32)
     }
 }
 

@@ -12,8 +12,9 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::error::Error;
+use crate::parity::Tolerance;
 use crate::report::roofline;
-use crate::settings::{Method, Settings};
+use crate::settings::{Method, Precision, Settings};
 use crate::{backends, bench, inspect, pretrain};
 use args::{Args, BenchArgs, Command, ParityArgs, PretrainArgs, is_machine_alone};
 
@@ -183,7 +184,7 @@ fn bench_command(args: &BenchArgs) -> Result<ExitCode, Error> {
 }
 
 fn parity_command(args: &ParityArgs) -> Result<ExitCode, Error> {
-    struct Replay<'a>(&'a std::path::Path);
+    struct Replay<'a>(&'a std::path::Path, Tolerance);
     impl backends::Job for Replay<'_> {
         type Output = crate::parity::Report;
 
@@ -192,10 +193,15 @@ fn parity_command(args: &ParityArgs) -> Result<ExitCode, Error> {
             backend: &mut B,
             _name: &str,
         ) -> Result<Self::Output, Error> {
-            Ok(crate::parity::replay(backend, self.0)?)
+            Ok(crate::parity::replay(backend, self.0, self.1)?)
         }
     }
-    let report = backends::run(&args.machine(), Replay(&args.fixture))?;
+    let machine = args.machine();
+    let tolerance = match machine.precision {
+        Precision::Bf16 => Tolerance::BF16,
+        Precision::F32 | Precision::F64 => Tolerance::F32,
+    };
+    let report = backends::run(&machine, Replay(&args.fixture, tolerance))?;
     write_out(&format!("{report}\n"))?;
     Ok(if report.passes() {
         ExitCode::SUCCESS
