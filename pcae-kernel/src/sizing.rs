@@ -47,17 +47,6 @@ pub struct Sizes {
     pub frozen: usize,
 }
 
-impl Sizes {
-    /// All of them.
-    pub const fn total(&self) -> usize {
-        self.bufs
-            .saturating_add(self.ids)
-            .saturating_add(self.vectors)
-            .saturating_add(self.params)
-            .saturating_add(self.frozen)
-    }
-}
-
 impl Sizing {
     /// The different operations that ran.
     pub fn ops(&self) -> &[Op] {
