@@ -445,10 +445,10 @@ class Ours:
     def sample(self, seconds):
         repeats = max(1, int(seconds / self.took)) if self.took else 1
         allowed = cpus(self.case["threads"])
-        done = subprocess.run(self.command + ["--repeats", str(repeats)], stdout=subprocess.PIPE, text=True,
-                              preexec_fn=lambda: os.sched_setaffinity(0, allowed))
+        done = subprocess.run(self.command + ["--repeats", str(repeats)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, preexec_fn=lambda: os.sched_setaffinity(0, allowed))
         if done.returncode:
-            raise SystemExit(f"error: {' '.join(self.command)} failed; its message is above")
+            raise SystemExit(f"error: {' '.join(self.command)} failed:\n{done.stderr}")
         report = json.loads(self.json.read_text())
         result = report["results"][0]
         self.took = self.case["batch"] / result["images_per_s"]
