@@ -430,7 +430,8 @@ mod team {
 #[cfg(test)]
 mod tests {
     use super::*;
-
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::{Duration, Instant};
     fn pools() -> Vec<Threads> {
         let mut pools = vec![Threads::one()];
         if cfg!(feature = "threads") {
@@ -514,15 +515,18 @@ mod tests {
                 }));
                 assert!(result.is_err());
             }
-            // All threads work again: each waits until the others have come.
-            let barrier = std::sync::Barrier::new(pool.count());
-            let mut seen = vec![0; pool.count()];
-            let parts = Pieces::new(&mut seen, 1);
-            pool.for_each(pool.count(), usize::MAX, parts, |i, seen| {
-                barrier.wait();
-                seen[0] = i;
+            // All threads work again: each waits until the others have come, but not for ever.
+            let (arrived, began) = (AtomicUsize::new(0), Instant::now());
+            let mut met = vec![false; pool.count()];
+            let parts = Pieces::new(&mut met, 1);
+            pool.for_each(pool.count(), usize::MAX, parts, |_, met| {
+                arrived.fetch_add(1, Ordering::SeqCst);
+                while !met[0] && began.elapsed() < Duration::from_secs(10) {
+                    met[0] = arrived.load(Ordering::SeqCst) == pool.count();
+                    std::thread::yield_now();
+                }
             });
-            assert!((0..pool.count()).all(|i| seen[i] == i));
+            assert!(met.iter().all(|met| *met));
         }
     }
 }
