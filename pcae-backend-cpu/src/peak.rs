@@ -13,8 +13,6 @@ use crate::threads::Pieces;
 /// Independent sums: a multiply-add takes 4 to 5 cycles and two start per cycle, so 10 keep both units busy; 12 and the two
 /// factors fit in 16 registers.
 const CHAINS: usize = 12;
-/// Threads that are measured at most.
-const MAX_SINKS: usize = 1024;
 /// Multiply-adds of each chain in one measurement: about a millisecond.
 const ROUNDS: usize = 1 << 18;
 /// The same of the units that multiply bf16, which take 16 to 64 cycles for a round.
@@ -49,11 +47,10 @@ impl Cpu {
     /// [`Cpu::peak_flops`] of about a millisecond, now: the clock of a shared machine moves by a tenth and more within
     /// seconds, so that a share of the peak means something only for a peak that is measured beside it.
     pub fn spin_rate(&self) -> f64 {
-        let mut sinks = [(); MAX_SINKS].map(|()| (0.0_f32, 0_usize));
-        let sinks = &mut sinks[..self.threads.count().min(MAX_SINKS)];
-        let count = sinks.len();
+        let count = self.threads.count();
+        let mut sinks = vec![(0.0_f32, 0_usize); count];
         let began = Instant::now();
-        let pieces = Pieces::new(&mut *sinks, 1);
+        let pieces = Pieces::new(&mut sinks, 1);
         self.threads.for_each(count, usize::MAX, pieces, |_, sink| {
             let (value, flops) = &mut sink[0];
             if let Precision::Bf16(unit) = self.precision
