@@ -536,6 +536,16 @@ impl TrainBackend for Sizing {
         self.note(Op::Vector { elements: span.len })
     }
 
+    fn copy_vector(
+        &mut self,
+        _to: &mut SizedVector,
+        _at: usize,
+        _from: &SizedVector,
+        span: Span,
+    ) -> Result<(), Error> {
+        self.note(Op::Transfer { elements: span.len })
+    }
+
     fn norm(&mut self, _out: &mut SizedVector, _at: usize, x: &SizedVector) -> Result<(), Error> {
         self.note(Op::Vector { elements: x.len })
     }
