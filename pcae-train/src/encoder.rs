@@ -1,42 +1,18 @@
 //! A trained encoder, for use: whatever wrote it, one function reads it.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use pcae_kernel::config::{Budget, Criterion, DropLayers, Place, Reduction, VitConfig};
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
-use serde::Serialize;
 
 use crate::checkpoint::exchange::{self, Hints, Preprocessing};
 use crate::checkpoint::export;
 use crate::checkpoint::file::Reader;
+use crate::checkpoint::{Which, locate};
 use crate::data::augment::Transform;
 use crate::error::Error;
 use crate::settings::{DropLayersSpec, Settings};
-
-/// Which parameters of a pre-training checkpoint to take.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Weights {
-    /// Those that were trained.
-    #[default]
-    Student,
-    /// Their moving average.
-    Teacher,
-    /// Those that the run began with: what training has to beat.
-    Untrained,
-}
-
-impl fmt::Display for Weights {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Student => "student",
-            Self::Teacher => "teacher",
-            Self::Untrained => "untrained",
-        })
-    }
-}
 
 /// An encoder and what its pictures go through.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,28 +41,28 @@ const CROP_SCALE: [f64; 2] = [0.2, 1.0];
 /// # Errors
 /// As these, [`Error::Checkpoint`] for weights that the file has not, or [`Error::Setting`] if nothing says how its pictures
 /// were normalised.
-pub fn load(path: &Path, weights: Weights, hints: &Hints) -> Result<Encoder, Error> {
-    let path = exchange::locate(path)?;
+pub fn load(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> {
+    let path = locate(path)?;
     let wrong = |reason: String| Error::Checkpoint {
         path: path.clone(),
         reason,
     };
     let run = run_settings(&Reader::open(&path)?);
-    match (weights, &run) {
-        (Weights::Untrained, None) => Err(wrong(
-            "expected a checkpoint of `pcae pretrain`, which tells its initial values, found another's; use --weights student"
+    match (which, &run) {
+        (Which::Untrained, None) => Err(wrong(
+            "expected a checkpoint of `pcae pretrain`, which tells its initial values, found another's; use --which student"
                 .to_owned(),
         )),
-        (Weights::Teacher, None) => Err(wrong(
-            "expected a checkpoint of `pcae pretrain`, which has a student and a teacher, found another's; use --weights \
+        (Which::Teacher, None) => Err(wrong(
+            "expected a checkpoint of `pcae pretrain`, which has a student and a teacher, found another's; use --which \
              student, or --prefix where its names begin with one"
                 .to_owned(),
         )),
-        (Weights::Untrained, Some(_)) if *hints != Hints::default() => Err(wrong(
-            "expected nothing said about it for --weights untrained: its own run says all".to_owned(),
+        (Which::Untrained, Some(_)) if *hints != Hints::default() => Err(wrong(
+            "expected nothing said about it for --which untrained: its own run says all".to_owned(),
         )),
-        (_, Some(_)) if *hints == Hints::default() => of_run(&path, weights),
-        _ => of_others(&path, weights, hints, run),
+        (_, Some(_)) if *hints == Hints::default() => of_run(&path, which),
+        _ => of_others(&path, which, hints, run),
     }
 }
 
@@ -100,12 +76,14 @@ fn run_settings(reader: &Reader) -> Option<Settings> {
     settings.crop_scale.is_some().then_some(settings)
 }
 
-fn of_run(path: &Path, weights: Weights) -> Result<Encoder, Error> {
-    let whose = match weights {
-        Weights::Teacher => export::Weights::Teacher,
-        Weights::Student | Weights::Untrained => export::Weights::Student,
-    };
-    let read = export::read(path, whose)?;
+fn of_run(path: &Path, which: Which) -> Result<Encoder, Error> {
+    let read = export::read(
+        path,
+        match which {
+            Which::Untrained => Which::Student,
+            Which::Student | Which::Teacher => which,
+        },
+    )?;
     let wrong = |reason: String| Error::Checkpoint {
         path: read.path.clone(),
         reason,
@@ -121,7 +99,7 @@ fn of_run(path: &Path, weights: Weights) -> Result<Encoder, Error> {
         std: settings.std.clone().ok_or_else(|| missing("std"))?,
     };
     let transform = transform(Some(settings), &vit, preprocessing).map_err(wrong)?;
-    let (values, origin) = if weights == Weights::Untrained {
+    let (values, origin) = if which == Which::Untrained {
         let layout = Layout::encoder(&vit);
         let mut values = vec![0.0; layout.len()];
         init(&layout, settings.seed, &mut values).map_err(|error| wrong(error.to_string()))?;
@@ -146,12 +124,12 @@ fn of_run(path: &Path, weights: Weights) -> Result<Encoder, Error> {
 
 fn of_others(
     path: &Path,
-    weights: Weights,
+    which: Which,
     hints: &Hints,
     run: Option<Settings>,
 ) -> Result<Encoder, Error> {
     let mut hints = hints.clone();
-    if weights == Weights::Teacher && hints.prefix.is_none() {
+    if which == Which::Teacher && hints.prefix.is_none() {
         hints.prefix = Some("teacher.".to_owned());
     }
     let read = exchange::read(path, &hints)?;
@@ -281,11 +259,11 @@ mod tests {
     }
 
     impl Checkpoint {
-        fn load(&self, weights: Weights) -> Result<Encoder, String> {
-            self.load_with(weights, &Hints::default())
+        fn load(&self, which: Which) -> Result<Encoder, String> {
+            self.load_with(which, &Hints::default())
         }
 
-        fn load_with(&self, weights: Weights, hints: &Hints) -> Result<Encoder, String> {
+        fn load_with(&self, which: Which, hints: &Hints) -> Result<Encoder, String> {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("checkpoints").join("last.safetensors");
             std::fs::create_dir(folder.path().join("checkpoints")).unwrap();
@@ -299,8 +277,8 @@ mod tests {
                 })
                 .collect();
             file::write(&path, &self.metadata, &tensors).unwrap();
-            let by_folder = load(folder.path(), weights, hints).map_err(|error| error.to_string());
-            let by_file = load(&path, weights, hints).map_err(|error| error.to_string());
+            let by_folder = load(folder.path(), which, hints).map_err(|error| error.to_string());
+            let by_file = load(&path, which, hints).map_err(|error| error.to_string());
             assert_eq!(by_folder, by_file);
             by_file
         }
@@ -317,7 +295,7 @@ mod tests {
             values.truncate(layout.len());
             values
         };
-        let student = checkpoint.load(Weights::Student).unwrap();
+        let student = checkpoint.load(Which::Student).unwrap();
         assert_eq!(student.vit, task.vit);
         assert_eq!(student.values, initial(6));
         assert!(
@@ -337,11 +315,11 @@ mod tests {
             (transform.mean[2], transform.std[0], transform.scale.0),
             (0.3, 0.4, 0.3)
         );
-        let teacher = checkpoint.load(Weights::Teacher).unwrap();
+        let teacher = checkpoint.load(Which::Teacher).unwrap();
         let twice: Vec<f32> = initial(6).iter().map(|value| 2.0 * value).collect();
         assert_eq!(teacher.values, twice);
         assert_eq!(
-            checkpoint.load(Weights::Untrained).unwrap().values,
+            checkpoint.load(Which::Untrained).unwrap().values,
             initial(5)
         );
     }
@@ -351,13 +329,13 @@ mod tests {
         for (spoil, named) in [
             ((|s| s.mean = None) as fn(&mut Settings), "\"mean\""),
             (|s| s.std = Some(vec![0.0; 3]), "std"),
-            (|s| s.crop_scale = None, "--weights student"),
+            (|s| s.crop_scale = None, "--which student"),
         ] {
             let mut checkpoint = checkpoint();
             spoil(&mut checkpoint.settings);
             let config = checkpoint.settings.recipe_json();
             checkpoint.metadata.insert("config".to_owned(), config);
-            let error = checkpoint.load(Weights::Untrained).unwrap_err();
+            let error = checkpoint.load(Which::Untrained).unwrap_err();
             assert!(error.contains(named), "{named} in {error}");
         }
     }
@@ -380,14 +358,14 @@ mod tests {
             std: Some(vec![0.4, 0.5, 0.6]),
             ..Hints::default()
         };
-        let read = checkpoint.load_with(Weights::Student, &hints).unwrap();
-        let ours = self::checkpoint().load(Weights::Student).unwrap();
+        let read = checkpoint.load_with(Which::Student, &hints).unwrap();
+        let ours = self::checkpoint().load(Which::Student).unwrap();
         assert_eq!((&read.values, read.vit), (&ours.values, ours.vit));
         assert_eq!(read.transform.mean, [0.1, 0.2, 0.3]);
         assert_eq!((read.transform.scale, read.data), ((0.2, 1.0), None));
-        for (weights, hints, named) in [
+        for (which, hints, named) in [
             (
-                Weights::Student,
+                Which::Student,
                 Hints {
                     mean: None,
                     std: None,
@@ -396,28 +374,28 @@ mod tests {
                 "--mean",
             ),
             (
-                Weights::Student,
+                Which::Student,
                 Hints {
                     num_heads: None,
                     ..hints.clone()
                 },
                 "--num-heads",
             ),
-            (Weights::Teacher, hints.clone(), "--prefix"),
-            (Weights::Untrained, hints.clone(), "--weights student"),
+            (Which::Teacher, hints.clone(), "--prefix"),
+            (Which::Untrained, hints.clone(), "--which student"),
         ] {
-            let error = checkpoint.load_with(weights, &hints).unwrap_err();
+            let error = checkpoint.load_with(which, &hints).unwrap_err();
             assert!(error.contains(named), "{named} in {error}");
         }
         // A run's own checkpoint at another size, of which it says the rest.
-        let at = |weights| {
+        let at = |which| {
             let hints = Hints {
                 img_size: Some([56, 40]),
                 ..Hints::default()
             };
-            self::checkpoint().load_with(weights, &hints)
+            self::checkpoint().load_with(which, &hints)
         };
-        let (student, teacher) = (at(Weights::Student).unwrap(), at(Weights::Teacher).unwrap());
+        let (student, teacher) = (at(Which::Student).unwrap(), at(Which::Teacher).unwrap());
         assert_eq!(
             (student.vit.num_patches(), student.transform.height),
             (140, 56)
@@ -425,7 +403,7 @@ mod tests {
         assert_eq!(student.transform.scale, (0.3, 1.0));
         let last = student.values.len() - 1;
         assert_eq!(teacher.values[last - 9], 2.0 * student.values[last - 9]);
-        assert!(at(Weights::Untrained).is_err());
+        assert!(at(Which::Untrained).is_err());
     }
 
     #[test]

@@ -251,7 +251,7 @@ fn evaluated_at_any_drop_ratio() {
     let last = format!("{out}/checkpoints/last.safetensors");
     let trained = json(&["evaluate", &last, "--json"]);
     assert_eq!(trained["results"][0]["top1"], summary["top1"]);
-    let average = json(&["evaluate", &last, "--json", "--weights-from", "teacher"]);
+    let average = json(&["evaluate", &last, "--json", "--which", "teacher"]);
     assert_eq!(average["results"][0]["top1"], summary["ema_top1"]);
 
     let report = json(&[
@@ -367,7 +367,7 @@ fn weights_of_other_runs() {
         "{text}"
     );
     assert_eq!(values(&student, name), values(&reader, name));
-    let (teacher, _) = start("b", &pretrained, &["--weights-from", "teacher"]);
+    let (teacher, _) = start("b", &pretrained, &["--which", "teacher"]);
     assert_eq!(
         values(&teacher, name),
         values(&reader, &format!("teacher.{name}"))
@@ -488,14 +488,7 @@ fn what_cannot_be_trained_on_or_evaluated() {
     );
     finetune(
         1,
-        &[
-            "--weights",
-            &run_dir,
-            "--data",
-            &data,
-            "--weights-from",
-            "teacher",
-        ],
+        &["--weights", &run_dir, "--data", &data, "--which", "teacher"],
         &["moving average", "none"],
     );
     let wrong: [(&[&str], &[&str]); 16] = [
@@ -521,10 +514,7 @@ fn what_cannot_be_trained_on_or_evaluated() {
             &["--set", "mask_ratio=0.5"],
             &["mask_ratio", "unknown field"],
         ),
-        (
-            &["--weights-from", "both"],
-            &["--weights-from", "student", "both"],
-        ),
+        (&["--which", "both"], &["--which", "student", "both"]),
         (&["--model", "vit-x"], &["--model", "vit-micro", "vit-x"]),
         (&["--batch-size", "0"], &["--batch-size", "1 to"]),
     ];

@@ -13,12 +13,10 @@ use pcae_kernel::config::VitConfig;
 use pcae_kernel::layout::Layout;
 
 use super::file::{self, Reader, TensorData};
-use super::{EXP_AVG, EXP_AVG_SQ, FORMAT, TEACHER, VERSION, tensors};
+use super::{EXP_AVG, EXP_AVG_SQ, FORMAT, TASK_ENCODE, TEACHER, VERSION, Which, locate, tensors};
 use crate::error::Error;
 use crate::settings::Settings;
 
-/// The metadata `task` of an encoder alone.
-const TASK: &str = "encode";
 /// Names listed in a report before "and N more".
 const LISTED: usize = 4;
 
@@ -45,25 +43,6 @@ impl fmt::Display for Storage {
     }
 }
 
-/// Which encoder of a checkpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Weights {
-    /// The one that was trained.
-    #[default]
-    Student,
-    /// Its moving average.
-    Teacher,
-}
-
-impl fmt::Display for Weights {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Student => "student",
-            Self::Teacher => "teacher",
-        })
-    }
-}
-
 /// An encoder from a checkpoint.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Encoder {
@@ -76,7 +55,7 @@ pub struct Encoder {
     /// The settings of its run, every size of the encoder filled in.
     pub settings: Settings,
     /// Whose they are.
-    pub weights: Weights,
+    pub which: Which,
     /// Optimizer steps done, where the file tells.
     pub step: Option<String>,
     /// Names of tensors that belong to no checkpoint of this program, and were left alone.
@@ -94,7 +73,7 @@ impl Encoder {
         let mut text = format!(
             "{}: {total} of {total} tensors loaded, the {}{step}",
             self.path.display(),
-            self.weights
+            self.which
         );
         if !self.unexpected.is_empty() {
             let shown: Vec<String> = self.unexpected.iter().take(LISTED).cloned().collect();
@@ -118,7 +97,7 @@ impl Encoder {
 ///
 /// # Errors
 /// [`Error::File`] if the file is damaged, [`Error::Checkpoint`] if it does not fit.
-pub fn read(path: &Path, weights: Weights) -> Result<Encoder, Error> {
+pub fn read(path: &Path, which: Which) -> Result<Encoder, Error> {
     let path = locate(path)?;
     let reader = Reader::open(&path)?;
     let wrong = |reason: String| Error::Checkpoint {
@@ -164,14 +143,14 @@ pub fn read(path: &Path, weights: Weights) -> Result<Encoder, Error> {
     settings.mlp_ratio = Some(mlp_ratio);
 
     // An exported teacher is the only encoder of its file, under plain names.
-    let alone = entry("task") == TASK;
-    if alone && entry("weights") != weights.to_string() {
+    let alone = entry("task") == TASK_ENCODE;
+    if alone && entry("weights") != which.to_string() {
         let found = entry("weights").escape_default();
         return Err(wrong(format!(
-            "expected the {weights}, found the {found} alone; give --weights {found}, or the run's checkpoint"
+            "expected the {which}, found the {found} alone; give --which {found}, or the run's checkpoint"
         )));
     }
-    let prefix = if weights == Weights::Teacher && !alone {
+    let prefix = if which == Which::Teacher && !alone {
         TEACHER
     } else {
         ""
@@ -188,8 +167,8 @@ pub fn read(path: &Path, weights: Weights) -> Result<Encoder, Error> {
         .collect();
     if let Some(first) = missing.first() {
         let (total, found) = (expected.len(), expected.len() - missing.len());
-        let advice = if found == 0 && weights == Weights::Teacher {
-            "a run of --method mae has no teacher: use --weights student"
+        let advice = if found == 0 && which == Which::Teacher {
+            "a run of --method mae has no teacher: use --which student"
         } else {
             "give a whole checkpoint of `pcae pretrain`"
         };
@@ -231,26 +210,10 @@ pub fn read(path: &Path, weights: Weights) -> Result<Encoder, Error> {
         vit,
         values,
         settings,
-        weights,
+        which,
         step: metadata.get("step").map(|step| (*step).to_owned()),
         unexpected,
         path: path.clone(),
-    })
-}
-
-fn locate(path: &Path) -> Result<PathBuf, Error> {
-    if !path.is_dir() {
-        return Ok(path.to_owned());
-    }
-    let last = path.join("checkpoints").join("last.safetensors");
-    if last.is_file() {
-        return Ok(last);
-    }
-    Err(Error::Checkpoint {
-        path: path.to_owned(),
-        reason: "expected checkpoints/last.safetensors in this folder, found none; give a run that has saved a checkpoint, or \
-                 a checkpoint"
-            .to_owned(),
     })
 }
 
@@ -287,15 +250,29 @@ pub fn write(path: &Path, encoder: &Encoder, storage: Storage) -> Result<Written
     // A path of the machine that trained it tells nothing to others.
     settings.data = None;
     let mut metadata = BTreeMap::from([
-        ("format".to_owned(), FORMAT.to_owned()),
-        ("version".to_owned(), VERSION.to_owned()),
-        ("task".to_owned(), TASK.to_owned()),
-        ("weights".to_owned(), encoder.weights.to_string()),
+        ("task".to_owned(), TASK_ENCODE.to_owned()),
+        ("weights".to_owned(), encoder.which.to_string()),
         ("config".to_owned(), settings.recipe_json()),
     ]);
     metadata.extend(encoder.step.clone().map(|step| ("step".to_owned(), step)));
+    let model = (&Layout::encoder(&encoder.vit), &encoder.values[..]);
+    write_model(path, &encoder.path, model, metadata, storage)
+}
 
-    let values = &encoder.values;
+/// Writes the parameters of a model as [`write()`] does, with `metadata` besides format and version. `source` is the file that
+/// they are of.
+///
+/// # Errors
+/// As [`write()`].
+pub(crate) fn write_model(
+    path: &Path,
+    source: &Path,
+    (layout, values): (&Layout, &[f32]),
+    mut metadata: BTreeMap<String, String>,
+    storage: Storage,
+) -> Result<Written, Error> {
+    metadata.insert("format".to_owned(), FORMAT.to_owned());
+    metadata.insert("version".to_owned(), VERSION.to_owned());
     let (mut halves, mut brains) = (Vec::new(), Vec::new());
     match storage {
         Storage::F32 => {}
@@ -308,7 +285,7 @@ pub fn write(path: &Path, encoder: &Encoder, storage: Storage) -> Result<Written
         Storage::Bf16 => brains[index].to_f32(),
     };
     let (mut views, mut error, mut norm) = (Vec::new(), 0.0, 0.0);
-    for tensor in tensors(&Layout::encoder(&encoder.vit)) {
+    for tensor in tensors(layout) {
         let range = tensor.span.start..tensor.span.end();
         for index in range.clone() {
             let (value, rounded) = (values[index], rounded(index));
@@ -319,11 +296,11 @@ pub fn write(path: &Path, encoder: &Encoder, storage: Storage) -> Result<Written
                     "f32"
                 };
                 let reason = format!(
-                    "tensor {}: {value} is beyond the largest number of {storage}; use --precision {wider}",
+                    "tensor {}: {value} is beyond the largest number of {storage}; use --dtype {wider}",
                     tensor.name
                 );
                 return Err(Error::Checkpoint {
-                    path: encoder.path.clone(),
+                    path: source.to_owned(),
                     reason,
                 });
             }
@@ -445,7 +422,7 @@ mod tests {
     fn the_encoder_comes_back_rounded_to_nearest_even() {
         let (_folder, source, out) = place();
         checkpoint(&source, |_, _| ());
-        for (weights, sign) in [(Weights::Student, 1.0), (Weights::Teacher, -1.0)] {
+        for (weights, sign) in [(Which::Student, 1.0), (Which::Teacher, -1.0)] {
             for storage in [Storage::F32, Storage::F16, Storage::Bf16] {
                 let encoder = read(&source, weights).unwrap();
                 assert_eq!(encoder.values, values(sign));
@@ -491,7 +468,7 @@ mod tests {
     fn the_file_holds_the_encoder_and_nothing_of_the_machine() {
         let (_folder, source, out) = place();
         checkpoint(&source, |_, _| ());
-        let encoder = read(&source, Weights::Teacher).unwrap();
+        let encoder = read(&source, Which::Teacher).unwrap();
         assert!(encoder.unexpected.is_empty(), "{:?}", encoder.unexpected);
         write(&out, &encoder, Storage::Bf16).unwrap();
         let reader = Reader::open(&out).unwrap();
@@ -515,7 +492,7 @@ mod tests {
         ] {
             assert!(config.contains(size), "{size} in {config}");
         }
-        let error = read(&out, Weights::Student).unwrap_err().to_string();
+        let error = read(&out, Which::Student).unwrap_err().to_string();
         assert!(
             error.contains("expected the student, found the teacher alone"),
             "{error}"
@@ -535,7 +512,7 @@ mod tests {
             (f32::MIN, Storage::F32, true),
         ] {
             checkpoint(&source, |_, student| student[at] = value);
-            let encoder = read(&source, Weights::Student).unwrap();
+            let encoder = read(&source, Which::Student).unwrap();
             fs::write(&out, "old").unwrap();
             match write(&out, &encoder, storage) {
                 Ok(_) => assert!(fits, "{value} {storage}"),
@@ -547,11 +524,7 @@ mod tests {
                     } else {
                         "f32"
                     };
-                    for part in [
-                        "norm.bias",
-                        &value.to_string(),
-                        &format!("--precision {wider}"),
-                    ] {
+                    for part in ["norm.bias", &value.to_string(), &format!("--dtype {wider}")] {
                         assert!(error.contains(part), "{part} in {error}");
                     }
                     assert_eq!(fs::read_to_string(&out).unwrap(), "old");
@@ -582,29 +555,29 @@ mod tests {
         };
         with("format", "other".to_owned());
         says(
-            Weights::Student,
+            Which::Student,
             &["expected metadata format pcae 1", "other 1"],
         );
         with("config", "{\"x\":\n1}".to_owned());
         says(
-            Weights::Student,
+            Which::Student,
             &["expected the settings of a pre-training run"],
         );
         with("config", recipe(|settings| settings.num_heads = Some(5)));
         says(
-            Weights::Student,
+            Which::Student,
             &["its metadata \"config\"", "num_heads", "found 24"],
         );
         with("config", recipe(|settings| settings.depth = Some(4)));
         let all = tensors(&layout()).len();
         let part = format!("{all} of {} tensors", all + 12);
         says(
-            Weights::Teacher,
+            Which::Teacher,
             &[&part, "the first missing is teacher.blocks.3.norm1.weight"],
         );
         with("config", recipe(|settings| settings.embed_dim = Some(48)));
         says(
-            Weights::Student,
+            Which::Student,
             &[
                 "cls_token",
                 "expected shape [1, 1, 48] by the file's own metadata, found [1, 1, 24]",
@@ -614,10 +587,10 @@ mod tests {
             student[layout().encoder.norm.bias.start] = f32::NAN;
         });
         says(
-            Weights::Student,
+            Which::Student,
             &["norm.bias", "expected finite numbers, found NaN"],
         );
-        let error = read(folder.path(), Weights::Student).unwrap_err();
+        let error = read(folder.path(), Which::Student).unwrap_err();
         assert!(
             error.to_string().contains("checkpoints/last.safetensors"),
             "{error}"

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use super::exchange::refuse_same;
 use super::write_out;
-use crate::checkpoint::export::{Storage, Weights, read, write};
+use crate::checkpoint::Which;
+use crate::checkpoint::export::{Storage, read, write};
 use crate::error::Error;
 
 #[derive(Debug, clap::Args)]
@@ -16,34 +18,22 @@ pub(super) struct ExportArgs {
     out: PathBuf,
     /// Number format of the stored parameters
     #[arg(long, value_enum, default_value = "f32")]
-    precision: Storage,
-    /// Whose parameters
+    dtype: Storage,
+    /// Which of its weights
     #[arg(long, value_enum, default_value = "student")]
-    weights: Weights,
+    which: Which,
 }
 
 impl ExportArgs {
     pub(super) fn run(&self) -> Result<ExitCode, Error> {
-        let encoder = read(&self.source, self.weights)?;
-        let same = match (encoder.path.canonicalize(), self.out.canonicalize()) {
-            (Ok(source), Ok(out)) => source == out,
-            _ => false,
-        };
-        if same {
-            return Err(Error::Setting {
-                name: "--out".to_owned(),
-                reason: format!(
-                    "expected another file than the one that is read, found '{}'",
-                    self.out.display()
-                ),
-            });
-        }
+        let encoder = read(&self.source, self.which)?;
+        refuse_same(&encoder.path, &self.out)?;
         write_out(&format!("{}\n", encoder.report()))?;
-        let written = write(&self.out, &encoder, self.precision)?;
+        let written = write(&self.out, &encoder, self.dtype)?;
         write_out(&format!(
             "wrote {}: {}, {written}\n",
             self.out.display(),
-            self.precision
+            self.dtype
         ))?;
         Ok(ExitCode::SUCCESS)
     }

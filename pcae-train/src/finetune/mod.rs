@@ -14,13 +14,14 @@ use pcae_kernel::model::{ClassifierTrainer, CriterionScorer, Scalars, TrainState
 use pcae_kernel::rng::{Purpose, Stream};
 
 use crate::backends::Job;
-use crate::checkpoint::weights::{Source, Weights};
-use crate::checkpoint::{self, Identity};
+use crate::checkpoint::weights::Weights;
+use crate::checkpoint::{self, Identity, TASK_CLASSIFY, Which};
 use crate::data::loader::Batch;
 use crate::data::mix::Shape;
 use crate::data::{Dataset, Splits};
 use crate::error::Error;
 use crate::metrics::{Record, series};
+use crate::network::{Network, arrows};
 use crate::report::curves::{Curves, write_png};
 use crate::run_dir::{RunDir, RunState};
 use crate::training::draws::{self, Key};
@@ -169,7 +170,7 @@ impl Job for Run {
             config: settings.recipe_json(),
             data: splits.train.fingerprint()?,
             more: [
-                ("task", "classify".to_owned()),
+                ("task", TASK_CLASSIFY.to_owned()),
                 ("classes", serde_json::json!(recipe.classes).to_string()),
             ]
             .map(|(key, value)| (key.to_owned(), value))
@@ -245,16 +246,16 @@ fn initial(
     };
     // A head is for its own classes alone.
     let same_classes = weights.classes()?.as_deref() == Some(&recipe.classes[..]);
-    let loaded = weights.load(layout, settings.weights_from, same_classes, &mut values)?;
+    let loaded = weights.load(layout, settings.which, same_classes, &mut values)?;
     let fresh = if loaded.fresh.is_empty() {
         String::new()
     } else {
         format!("; new: {}", loaded.fresh.join(", "))
     };
     let (path, found, total) = (weights.path().display(), loaded.found, loaded.total);
-    let average = match settings.weights_from {
-        Source::Student => "",
-        Source::Teacher => " (moving average)",
+    let average = match settings.which {
+        Which::Teacher => " (moving average)",
+        Which::Student | Which::Untrained => "",
     };
     let origin = format!("{path}{average}: {found} of {total} tensors loaded{fresh}");
     Ok((values, origin))
@@ -277,11 +278,11 @@ fn introduction(
             splits.held_out.len()
         ),
         format!(
-            "model     {} {:.2} M parameters, {} classes, {}; {:.1} M multiply-adds to classify an image",
+            "model     {} {:.2} M parameters, {} classes, {} patches; {:.1} M multiply-adds to classify an image",
             settings.model.as_deref().unwrap_or_default(),
             layout.len() as f64 / 1e6,
             task.num_classes,
-            token_counts(task),
+            arrows(&Network::Classifier(*task).tokens()),
             flops::classifier(task) as f64 / 1e6
         ),
     ];
@@ -296,17 +297,6 @@ fn introduction(
         settings.machine.out.display()
     ));
     lines
-}
-
-/// `49 -> 40 -> 32 -> 26 patches`, as the stages leave them.
-pub(crate) fn token_counts(task: &pcae_kernel::config::ClassifierConfig) -> String {
-    let tokens = task.vit.num_patches();
-    let mut counts = vec![tokens.to_string()];
-    task.reduction
-        .for_each_stage(tokens, task.vit.depth, |_, keep| {
-            counts.push(keep.to_string())
-        });
-    format!("{} patches", counts.join(" -> "))
 }
 
 /// The step after which the greatest part was classified right, and that part; of equals the first.

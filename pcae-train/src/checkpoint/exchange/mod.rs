@@ -23,9 +23,11 @@ use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
 
 pub use mae::Decoder;
+pub(crate) use write::config;
 pub use write::write;
 
 use super::file::Reader;
+use super::locate;
 use crate::error::Error;
 use beside::Known;
 use names::{Names, Qkv, Scheme, obstacle};
@@ -154,29 +156,6 @@ fn listed(names: &[String]) -> String {
         more => format!(" and {more} more"),
     };
     shown.join(", ") + &more
-}
-
-/// Finds the safetensors file: `path` itself, the newest checkpoint of a run directory, or `model.safetensors` in a folder
-/// as the hub has it.
-///
-/// # Errors
-/// [`Error::Checkpoint`] if the folder holds neither.
-pub fn locate(path: &Path) -> Result<PathBuf, Error> {
-    if !path.is_dir() {
-        return Ok(path.to_owned());
-    }
-    let candidates = ["checkpoints/last.safetensors", "model.safetensors"];
-    let found = candidates
-        .map(|name| path.join(name))
-        .into_iter()
-        .find(|path| path.is_file());
-    found.ok_or_else(|| Error::Checkpoint {
-        path: path.to_owned(),
-        reason: format!(
-            "expected {} in this folder, found neither; name the safetensors file itself",
-            candidates.join(" or ")
-        ),
-    })
 }
 
 /// What encoder a file holds, in one line; `None` if there is none that [`read`] knows.
