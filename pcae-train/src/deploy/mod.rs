@@ -443,7 +443,8 @@ mod tests {
             assert_eq!(budgets[0].tokens().len(), 1);
             let all = budgets[0].vit().num_patches();
             for pair in budgets.windows(2) {
-                assert!(pair[1].multiply_adds() < pair[0].multiply_adds());
+                // A stage after the last block changes what is pooled, but no product.
+                assert!(pair[1].multiply_adds() <= pair[0].multiply_adds());
                 assert!(pair[1].drop_ratio() > pair[0].drop_ratio());
             }
             let last = budgets.last().unwrap().tokens();
