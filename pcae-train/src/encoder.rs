@@ -7,7 +7,6 @@ use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
 
 use crate::checkpoint::exchange::{self, Hints, Preprocessing};
-use crate::checkpoint::export;
 use crate::checkpoint::file::Reader;
 use crate::checkpoint::{Which, locate};
 use crate::data::augment::Transform;
@@ -32,14 +31,14 @@ pub struct Encoder {
 /// Least and greatest area of the random crops of others' encoders: those of this project's recipe.
 const CROP_SCALE: [f64; 2] = [0.2, 1.0];
 
-/// Reads the encoder at `path`: of a run directory its newest checkpoint, a checkpoint of `pcae pretrain`, what `pcae export`
-/// or `pcae convert` wrote, or a file with the names of timm, MAE, DINOv2 or Hugging Face, of which `hints` tell what it does
-/// not.
+/// Reads the encoder at `path`: of a run directory its best or else its newest checkpoint, a checkpoint, what `pcae export`,
+/// `pcae deploy` or `pcae convert` wrote, or a file with the names of timm, MAE, DINOv2 or Hugging Face, of which `hints` tell
+/// what it does not.
 ///
-/// It is strict, see [`export::read`] and [`exchange::read`].
+/// It is strict, see [`exchange::read`].
 ///
 /// # Errors
-/// As these, [`Error::Checkpoint`] for weights that the file has not, or [`Error::Setting`] if nothing says how its pictures
+/// As this, [`Error::Checkpoint`] for weights that the file has not, or [`Error::Setting`] if nothing says how its pictures
 /// were normalised.
 pub fn load(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> {
     let path = locate(path)?;
@@ -47,92 +46,29 @@ pub fn load(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> 
         path: path.clone(),
         reason,
     };
-    let run = run_settings(&Reader::open(&path)?);
-    match (which, &run) {
-        (Which::Untrained, None) => Err(wrong(
-            "expected a checkpoint of `pcae pretrain`, which tells its initial values, found another's; use --which student"
-                .to_owned(),
-        )),
-        (Which::Teacher, None) => Err(wrong(
-            "expected a checkpoint of `pcae pretrain`, which has a student and a teacher, found another's; use --which \
-             student, or --prefix where its names begin with one"
-                .to_owned(),
-        )),
-        (Which::Untrained, Some(_)) if *hints != Hints::default() => Err(wrong(
-            "expected nothing said about it for --which untrained: its own run says all".to_owned(),
-        )),
-        (_, Some(_)) if *hints == Hints::default() => of_run(&path, which),
-        _ => of_others(&path, which, hints, run),
-    }
-}
-
-/// The settings of the pre-training run that a file is of.
-fn run_settings(reader: &Reader) -> Option<Settings> {
-    let metadata = reader.metadata();
-    let ours = metadata.get("format") == Some(&"pcae");
-    let settings = metadata.get("config").filter(|_| ours)?;
-    let settings: Settings = serde_json::from_str(settings).ok()?;
-    // Also `convert` writes settings, but no run had them.
-    settings.crop_scale.is_some().then_some(settings)
-}
-
-fn of_run(path: &Path, which: Which) -> Result<Encoder, Error> {
-    let read = export::read(
-        path,
-        match which {
-            Which::Untrained => Which::Student,
-            Which::Student | Which::Teacher => which,
-        },
-    )?;
-    let wrong = |reason: String| Error::Checkpoint {
-        path: read.path.clone(),
-        reason,
+    let reader = Reader::open(&path)?;
+    let run = run_settings(&reader);
+    // The initial values have the sizes and the pictures of the trained ones, whichever of them there are.
+    let there = match which {
+        Which::Untrained if reader.metadata().get("weights") == Some(&"teacher") => Which::Teacher,
+        Which::Untrained => Which::Student,
+        Which::Student | Which::Teacher => which,
     };
-    let (vit, settings) = (read.vit, &read.settings);
-    let missing = |name| {
-        wrong(format!(
-            "expected the resolved setting {name:?} in metadata \"config\", found none; give a checkpoint of `pcae pretrain`"
-        ))
-    };
-    let preprocessing = Preprocessing {
-        mean: settings.mean.clone().ok_or_else(|| missing("mean"))?,
-        std: settings.std.clone().ok_or_else(|| missing("std"))?,
-    };
-    let transform = transform(Some(settings), &vit, preprocessing).map_err(wrong)?;
-    let (values, origin) = if which == Which::Untrained {
-        let layout = Layout::encoder(&vit);
-        let mut values = vec![0.0; layout.len()];
+    let (read, title) = exchange::read_which(&path, there, hints)?;
+    let (mut values, mut origin) = (read.values, format!("{title}: {}", read.report));
+    if which == Which::Untrained {
+        let Some(settings) = run.as_ref().filter(|_| *hints == Hints::default()) else {
+            return Err(wrong(
+                "expected a checkpoint of `pcae pretrain`, which tells its initial values, and nothing said about it besides, found \
+                 another's or more; use --which student"
+                    .to_owned(),
+            ));
+        };
+        let layout = Layout::encoder(&read.vit);
         init(&layout, settings.seed, &mut values).map_err(|error| wrong(error.to_string()))?;
-        let origin = format!(
-            "the untrained one of {}, seed {}",
-            read.path.display(),
-            settings.seed
-        );
-        (values, origin)
-    } else {
-        let origin = read.report();
-        (read.values, origin)
-    };
-    Ok(Encoder {
-        vit,
-        values,
-        transform,
-        data: read.settings.data,
-        origin,
-    })
-}
-
-fn of_others(
-    path: &Path,
-    which: Which,
-    hints: &Hints,
-    run: Option<Settings>,
-) -> Result<Encoder, Error> {
-    let mut hints = hints.clone();
-    if which == Which::Teacher && hints.prefix.is_none() {
-        hints.prefix = Some("teacher.".to_owned());
+        let seed = settings.seed;
+        origin = format!("the untrained one of {}, seed {seed}", path.display());
     }
-    let read = exchange::read(path, &hints)?;
     let Some(preprocessing) = read.preprocessing else {
         return Err(Error::Setting {
             name: "--mean".to_owned(),
@@ -143,18 +79,24 @@ fn of_others(
             ),
         });
     };
-    let transform = transform(run.as_ref(), &read.vit, preprocessing);
-    let transform = transform.map_err(|reason| Error::Checkpoint {
-        path: path.to_owned(),
-        reason,
-    })?;
+    let transform = transform(run.as_ref(), &read.vit, preprocessing).map_err(wrong)?;
     Ok(Encoder {
         vit: read.vit,
-        values: read.values,
+        values,
         transform,
         data: run.and_then(|settings| settings.data),
-        origin: format!("{}: {}", path.display(), read.report),
+        origin,
     })
+}
+
+/// The settings of the pre-training run that a file is of.
+fn run_settings(reader: &Reader) -> Option<Settings> {
+    let metadata = reader.metadata();
+    let ours = metadata.get("format") == Some(&"pcae");
+    let settings = metadata.get("config").filter(|_| ours)?;
+    let settings: Settings = serde_json::from_str(settings).ok()?;
+    // Also `convert` writes settings, but no run had them.
+    settings.crop_scale.is_some().then_some(settings)
 }
 
 /// What pictures go through: as in the run, or else as in this project's recipe.
@@ -192,7 +134,7 @@ pub fn reduction(
 ) -> Result<Reduction, Error> {
     let depth = vit.depth;
     let drop_layers = match drop_layers {
-        None => DropLayers::new(&[0, depth * 7 / 12, depth * 10 / 12], depth)?,
+        None => DropLayers::classification(depth)?,
         Some(asked) => asked.layers(depth)?,
     };
     let reduction = Reduction {
@@ -299,9 +241,9 @@ mod tests {
         assert_eq!(student.vit, task.vit);
         assert_eq!(student.values, initial(6));
         assert!(
-            student
-                .origin
-                .contains("42 of 42 tensors loaded, the student"),
+            student.origin.contains(
+                "last.safetensors: pcae names: 76 of 76 tensors loaded, 0 missing, 0 unexpected"
+            ),
             "{}",
             student.origin
         );

@@ -79,6 +79,8 @@ pub struct Plan {
 /// What a classifier is evaluated on.
 #[derive(Clone, Debug, Default)]
 pub struct Accuracy {
+    /// The weights that are timed.
+    pub which: Which,
     /// A folder of labelled pictures; that of its run if `None`.
     pub data: Option<PathBuf>,
 }
@@ -403,7 +405,7 @@ fn scores(plan: &Plan, available: usize) -> Result<Vec<Score>, Error> {
         };
         let evaluation = evaluate::Plan {
             checkpoint: trained.path.clone(),
-            which: Which::Student,
+            which: accuracy.which,
             data: accuracy.data.clone(),
             drop_ratios: plan.drop_ratios.clone(),
             drop_layers: None,

@@ -92,6 +92,50 @@ pub fn locate(path: &Path) -> Result<PathBuf, Error> {
     })
 }
 
+/// What stands before the names of the weights that are asked for in the file at `path`. One that was exported or deployed holds
+/// those of its metadata `weights` alone, under plain names.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if it has not those.
+fn prefix(path: &Path, reader: &Reader, which: Which) -> Result<&'static str, Error> {
+    let wrong = |reason: &str| {
+        Err(Error::Checkpoint {
+            path: path.to_owned(),
+            reason: reason.to_owned(),
+        })
+    };
+    let is_teacher_alone = reader.metadata().get("weights") == Some(&"teacher");
+    match which {
+        Which::Student if is_teacher_alone => wrong(
+            "expected the student, found the teacher alone; give --which teacher, or the run's checkpoint",
+        ),
+        Which::Teacher if !is_teacher_alone => {
+            if reader.names().iter().any(|name| name.starts_with(TEACHER)) {
+                return Ok(TEACHER);
+            }
+            wrong(
+                "expected a moving average (teacher.…), found none, as in a run of --method mae or one of others; use --which \
+                 student, or --prefix where its names begin with one",
+            )
+        }
+        Which::Untrained => wrong(
+            "expected the student or the teacher of a checkpoint, found --which untrained, which only frozen encoders of \
+             `pcae pretrain` have; use --which student",
+        ),
+        Which::Student | Which::Teacher => Ok(""),
+    }
+}
+
+/// The file and which of its weights, in words.
+fn title(path: &Path, reader: &Reader, which: Which) -> String {
+    let step = reader
+        .metadata()
+        .get("step")
+        .map(|step| step.escape_default());
+    let step = step.map_or_else(String::new, |step| format!(", the {which} of step {step}"));
+    format!("{}{step}", path.display())
+}
+
 /// Where a run is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Position {

@@ -8,7 +8,7 @@ use pcae_kernel::layout::{Layout, Tail};
 
 use super::deployment::{self, Deployment};
 use super::file::{FileError, Reader};
-use super::{FORMAT, TEACHER, Which, locate, tensors};
+use super::{FORMAT, Which, locate, prefix, tensors, title};
 use crate::error::Error;
 
 /// An open file of weights.
@@ -89,6 +89,11 @@ impl Weights {
         })
     }
 
+    /// The file and which of its weights, in words.
+    pub(crate) fn title(&self, which: Which) -> String {
+        title(&self.path, &self.reader, which)
+    }
+
     /// An entry of the metadata.
     pub(crate) fn metadata(&self, key: &str) -> Option<&str> {
         self.metadata.get(key).map(String::as_str)
@@ -119,21 +124,8 @@ impl Weights {
         with_head: bool,
         values: &mut [f32],
     ) -> Result<Loaded, Error> {
-        let prefix = match which {
-            Which::Student => "",
-            Which::Teacher => TEACHER,
-            Which::Untrained => {
-                return Err(self.wrong(
-                    "expected the student or the teacher, found --which untrained; give --weights none to start from new ones",
-                ));
-            }
-        };
+        let prefix = prefix(&self.path, &self.reader, which)?;
         let names = self.reader.names();
-        if !names.iter().any(|name| name.starts_with(prefix)) {
-            return Err(
-                self.wrong("expected a moving average (teacher.…), found none; take the student")
-            );
-        }
         let optional = layout.encoder.norm.weight.start;
         let head = match layout.tail {
             Tail::Head(head, _) => head.weight.start,

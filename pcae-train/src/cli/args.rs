@@ -92,7 +92,7 @@ The same command goes on after an interruption. What cannot be read is listed in
   pcae deploy runs/photos --drop-ratio 0.3 --batch-size 8       an encoder
 evaluate, bench, onnx, knn, probe and embed use the file's own budget unless told otherwise.")]
     Deploy(DeployArgs),
-    /// Write the encoder of a checkpoint alone, for deployment, in f32, f16 or bf16.
+    /// Write the encoder or the classifier of a checkpoint alone, without the optimizer, in f32, f16 or bf16.
     #[command(after_help = "Examples:
   pcae export runs/pretrain --out encoder.safetensors
   pcae export runs/pretrain --which teacher --dtype bf16 --out teacher-bf16.safetensors")]
@@ -267,6 +267,9 @@ pub(super) struct BenchArgs {
     /// A run directory (its best checkpoint) or a safetensors file, whose forward is timed in place of --model's
     #[arg(conflicts_with_all = ["model", "method", "mask_ratio", "variant", "teacher_precision", "set"])]
     pub(super) checkpoint: Option<PathBuf>,
+    /// Which of the checkpoint's weights
+    #[arg(long, value_enum, default_value = "student", requires = "checkpoint")]
+    which: Which,
     /// What to time [default: infer,step, or infer for a checkpoint]
     #[arg(long, value_enum, value_delimiter = ',')]
     what: Vec<What>,
@@ -373,7 +376,7 @@ impl BenchArgs {
                     ),
                 });
             }
-            Trained::load(path, Which::Student, &Hints::default())
+            Trained::load(path, self.which, &Hints::default())
         });
         let trained = trained.transpose()?;
         let what = match (&self.what[..], &trained) {
@@ -383,6 +386,7 @@ impl BenchArgs {
         };
         // A folder of pictures is for nothing else.
         let accuracy = (self.accuracy || self.data.is_some()).then(|| Accuracy {
+            which: self.which,
             data: self.data.clone(),
         });
         Ok(Plan {

@@ -6,12 +6,14 @@ use std::process::ExitCode;
 use super::exchange::refuse_same;
 use super::write_out;
 use crate::checkpoint::Which;
-use crate::checkpoint::export::{Storage, read, write};
+use crate::checkpoint::exchange::Hints;
+use crate::checkpoint::export::Storage;
 use crate::error::Error;
+use crate::trained::Trained;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ExportArgs {
-    /// A run directory, a checkpoint, or an exported encoder
+    /// A run directory, a checkpoint, or what was exported before
     source: PathBuf,
     /// The file to write
     #[arg(long, value_name = "FILE")]
@@ -19,17 +21,18 @@ pub(super) struct ExportArgs {
     /// Number format of the stored parameters
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Storage,
-    /// Which of its weights
+    /// Which of its weights: student or teacher
     #[arg(long, value_enum, default_value = "student")]
     which: Which,
 }
 
 impl ExportArgs {
     pub(super) fn run(&self) -> Result<ExitCode, Error> {
-        let encoder = read(&self.source, self.which)?;
-        refuse_same(&encoder.path, &self.out)?;
-        write_out(&format!("{}\n", encoder.report()))?;
-        let written = write(&self.out, &encoder, self.dtype)?;
+        let trained = Trained::load(&self.source, self.which, &Hints::default())?;
+        refuse_same(&trained.path, &self.out)?;
+        write_out(&format!("{}\n", trained.origin))?;
+        let deployment = trained.deployment.as_ref();
+        let written = trained.write(&self.out, self.dtype, deployment)?;
         write_out(&format!(
             "wrote {}: {}, {written}\n",
             self.out.display(),

@@ -14,9 +14,9 @@ use serde::Serialize;
 use crate::backends::{self, Job};
 use crate::bench::MachineReport;
 use crate::checkpoint::Which;
-use crate::checkpoint::deployment::{self, Deployment, MeasuredOn};
+use crate::checkpoint::deployment::{Deployment, MeasuredOn};
 use crate::checkpoint::exchange::Hints;
-use crate::checkpoint::export::{self, Storage, Written};
+use crate::checkpoint::export::Storage;
 use crate::error::Error;
 use crate::network::{Network, Runner};
 use crate::settings::{DropLayersSpec, Machine};
@@ -230,7 +230,7 @@ pub fn run(
             version: machine.version,
         },
     };
-    let written = write(plan, &trained, &deployment)?;
+    let written = trained.write(&plan.out, plan.storage, Some(&deployment))?;
     Ok(Report {
         source: trained.path,
         out: plan.out.clone(),
@@ -257,17 +257,6 @@ fn budgets(network: Network) -> Result<Vec<Network>, Error> {
         }
     }
     Ok(budgets)
-}
-
-/// Writes the network, and in its metadata what was chosen.
-fn write(plan: &Plan, trained: &Trained, deployment: &Deployment) -> Result<Written, Error> {
-    let mut metadata: std::collections::BTreeMap<String, String> =
-        trained.metadata.iter().cloned().collect();
-    let json = serde_json::to_string(deployment).unwrap_or_default();
-    metadata.insert(deployment::KEY.to_owned(), json);
-    let layout = trained.network.layout();
-    let model = (&layout, &trained.values[..]);
-    export::write_model(&plan.out, &trained.path, model, metadata, plan.storage)
 }
 
 struct Choose<'a, P> {

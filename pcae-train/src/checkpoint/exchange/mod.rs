@@ -27,7 +27,7 @@ pub(crate) use write::config;
 pub use write::write;
 
 use super::file::Reader;
-use super::locate;
+use super::{Which, locate, prefix, title};
 use crate::error::Error;
 use beside::Known;
 use names::{Names, Qkv, Scheme, obstacle};
@@ -321,6 +321,22 @@ impl Shapes {
     }
 }
 
+/// [`read`]s one of the encoders of a checkpoint of this program; of a file of others it is the one that `hints` tell, and
+/// [`Which::Student`] stands for it. Returns also the file and which of its weights, in words.
+///
+/// # Errors
+/// As [`read`], or [`Error::Checkpoint`] if it has not those weights.
+pub fn read_which(path: &Path, which: Which, hints: &Hints) -> Result<(Encoder, String), Error> {
+    let path = locate(path)?;
+    let reader = Reader::open(&path)?;
+    let mut hints = hints.clone();
+    if hints.prefix.is_none() {
+        let prefix = prefix(&path, &reader, which)?;
+        hints.prefix = (!prefix.is_empty()).then(|| prefix.to_owned());
+    }
+    Ok((read(&path, &hints)?, title(&path, &reader, which)))
+}
+
 /// Reads the encoder at `path`, which [`locate`] may look for.
 ///
 /// # Errors
@@ -358,6 +374,7 @@ pub fn read(path: &Path, hints: &Hints) -> Result<Encoder, Error> {
             ),
         ));
     };
+    known.check(&path, &shapes)?;
     let (with_cls, from) = match shapes.grid([known.img_size, hints.img_size]) {
         Some((with_cls, grid)) => (with_cls, Some(grid)),
         None if shapes.positions == 0 => (true, None),
@@ -687,8 +704,7 @@ fn head(
         Pooling::MeanThenNorm
     } else {
         notes.push(
-            "its head sees the class token; classifiers of this program see the mean of the patches, so it is kept but not used"
-                .to_owned(),
+            "its head sees the class token, as with --set pool=token of `pcae finetune`".to_owned(),
         );
         Pooling::ClassToken
     };
