@@ -1,7 +1,11 @@
 //! What `pcae deploy` writes into a file's metadata, under `deployment`, as JSON.
 
+use std::fmt;
+
 use pcae_kernel::config::{Budget, ConfigError, DropLayers, Reduction};
 use serde::{Deserialize, Serialize};
+
+use crate::network::arrows;
 
 /// Its key in the metadata.
 pub(crate) const KEY: &str = "deployment";
@@ -41,6 +45,28 @@ pub struct MeasuredOn {
     pub load_average: Option<f64>,
     /// Version of this program.
     pub version: String,
+}
+
+impl fmt::Display for Deployment {
+    /// In a line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let on = &self.measured_on;
+        write!(
+            f,
+            "drop ratio {} after blocks {:?}, {} patches, {:.1} M multiply-adds; {:.3} ms on {} ({}, batch {}, median of {} runs, \
+             spread {:.1} %)",
+            self.drop_ratio,
+            self.drop_layers,
+            arrows(&self.tokens),
+            self.multiply_adds as f64 / 1e6,
+            self.latency_ms,
+            on.cpu,
+            on.backend,
+            on.batch_size,
+            on.runs,
+            100.0 * on.spread
+        )
+    }
 }
 
 impl Deployment {

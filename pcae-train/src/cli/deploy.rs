@@ -162,14 +162,9 @@ fn round(tried: &[Tried]) -> String {
 }
 
 fn closing(report: &Report) -> String {
-    let (deployment, out, program) = (&report.deployment, report.out.display(), program());
+    let (out, program) = (report.out.display(), program());
     format!(
-        "\nchosen     drop ratio {}, {} patches, {:.1} M multiply-adds, {:.3} ms\nwrote {out}: {}\nnext:\n  {program} inspect \
-         {out}\n  {program} onnx {out} --out model.onnx\n",
-        deployment.drop_ratio,
-        arrows(&deployment.tokens),
-        deployment.multiply_adds as f64 / 1e6,
-        deployment.latency_ms,
-        report.written
+        "\nchosen     {}\nwrote {out}: {}\nnext:\n  {program} inspect {out}\n  {program} onnx {out} --out model.onnx\n",
+        report.deployment, report.written
     )
 }
