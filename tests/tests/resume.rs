@@ -82,14 +82,10 @@ fn killed_at_ten_random_moments() {
     ));
 
     let mut moments = Stream::new(std::process::id().into(), 0, 0, Purpose::Split);
-    let mut kills = 0;
-    let began = Instant::now();
+    let (mut kills, mut patience) = (0, 1);
     while kills < 10 {
-        assert!(
-            began.elapsed() < Duration::from_secs(120),
-            "{kills} kills so far"
-        );
-        // The first start may be killed before there is a run to resume.
+        // A busy machine may take longer to begin a run than a moment lasts: kills count from the run directory on, and
+        // moments grow until there is one.
         let exists = Path::new(&killed).join("config.toml").exists();
         let mut child = if exists {
             start(&[
@@ -102,7 +98,8 @@ fn killed_at_ten_random_moments() {
         } else {
             start(&arguments(&data, &killed, &settings))
         };
-        std::thread::sleep(Duration::from_millis(20 + u64::from(moments.below(150))));
+        let moment = Duration::from_millis(20 + u64::from(moments.below(150)));
+        std::thread::sleep(moment * if exists { 1 } else { patience });
         let ended = child.try_wait().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
@@ -111,7 +108,8 @@ fn killed_at_ten_random_moments() {
                 assert!(status.success(), "a resumed run failed: {status}");
                 // It was quicker than its killer: the remaining kills come to a finished run.
             }
-            None => kills += 1,
+            None if exists => kills += 1,
+            None => patience += 1,
         }
     }
     let output = pcae(BINARY, &["pretrain", "--resume", &killed, "--threads", "2"]);
