@@ -113,8 +113,8 @@ impl Case {
         let needed = batch * keep;
         let len = needed.saturating_add_signed(self.slack);
 
-        let mut scores = backend.buf(self.scores.len()).expect(ROOM);
-        backend.write(&mut scores, &self.scores).expect(ROOM);
+        let mut scores = backend.scores(self.scores.len()).expect(ROOM);
+        backend.write_scores(&mut scores, &self.scores).expect(ROOM);
         let mut picked = backend.ids(len).expect(ROOM);
         backend
             .write_ids(&mut picked, &vec![UNTOUCHED; len])

@@ -535,6 +535,7 @@ impl Backend for Cpu {
     type Error = Error;
     type Buf = Vec<f32>;
     type Ids = Vec<u32>;
+    type Scores = Vec<f32>;
     type Params = Params;
 
     fn buf(&mut self, len: usize) -> Result<Vec<f32>, Error> {
@@ -542,6 +543,10 @@ impl Backend for Cpu {
     }
 
     fn ids(&mut self, len: usize) -> Result<Vec<u32>, Error> {
+        zeroed(len)
+    }
+
+    fn scores(&mut self, len: usize) -> Result<Vec<f32>, Error> {
         zeroed(len)
     }
 
@@ -563,6 +568,14 @@ impl Backend for Cpu {
     fn read_ids(&mut self, to: &mut [u32], from: &Vec<u32>) -> Result<(), Error> {
         to.copy_from_slice(front("read_ids", "from", from, to.len())?);
         Ok(())
+    }
+
+    fn write_scores(&mut self, to: &mut Vec<f32>, from: &[f32]) -> Result<(), Error> {
+        self.write(to, from)
+    }
+
+    fn read_scores(&mut self, to: &mut [f32], from: &Vec<f32>) -> Result<(), Error> {
+        self.read(to, from)
     }
 
     fn gather_patches(

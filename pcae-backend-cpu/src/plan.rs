@@ -39,7 +39,9 @@ impl Memory {
             Precision::Bf16(_) => bytes::<f32>(sizes.frozen) / 2 * 3,
         };
         Self {
-            activations: bytes::<f32>(sizes.bufs).saturating_add(bytes::<u32>(sizes.ids)),
+            activations: bytes::<f32>(sizes.bufs)
+                .saturating_add(bytes::<f32>(sizes.scores))
+                .saturating_add(bytes::<u32>(sizes.ids)),
             state: bytes::<f32>(sizes.vectors.saturating_add(sizes.params)).saturating_add(frozen),
             scratch: scratch(sizing.ops(), isa, threads, precisions),
         }

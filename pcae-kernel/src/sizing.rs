@@ -22,7 +22,8 @@ use crate::op::Op;
 /// let vit = VitConfig::preset("vit-micro").ok_or("no such preset")?;
 /// let mut sizing = Sizing::default();
 /// Vit::new(&mut sizing, &vit, 1, vit.num_patches(), true, Reduction::NONE)?;
-/// assert_eq!(sizing.sizes.bufs, Vit::<Sizing>::plan(&vit, 1, vit.num_patches(), true).floats);
+/// let plan = Vit::<Sizing>::plan(&vit, 1, vit.num_patches(), true);
+/// assert_eq!(sizing.sizes.bufs + sizing.sizes.scores, plan.floats);
 /// # Ok::<(), Box<dyn core::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, Default)]
@@ -37,6 +38,8 @@ pub struct Sizing {
 pub struct Sizes {
     /// In activations.
     pub bufs: usize,
+    /// In scores.
+    pub scores: usize,
     /// In indices.
     pub ids: usize,
     /// In gradients, moments, statistics and losses.
@@ -80,6 +83,7 @@ impl Backend for Sizing {
     type Error = Error;
     type Buf = Sized;
     type Ids = Sized;
+    type Scores = Sized;
     type Params = Sized;
 
     fn buf(&mut self, len: usize) -> Result<Sized, Error> {
@@ -88,6 +92,10 @@ impl Backend for Sizing {
 
     fn ids(&mut self, len: usize) -> Result<Sized, Error> {
         add(&mut self.sizes.ids, len)
+    }
+
+    fn scores(&mut self, len: usize) -> Result<Sized, Error> {
+        add(&mut self.sizes.scores, len)
     }
 
     fn write(&mut self, _to: &mut Sized, from: &[f32]) -> Result<(), Error> {
@@ -107,6 +115,16 @@ impl Backend for Sizing {
     }
 
     fn read_ids(&mut self, to: &mut [u32], _from: &Sized) -> Result<(), Error> {
+        self.note(Op::Transfer { elements: to.len() })
+    }
+
+    fn write_scores(&mut self, _to: &mut Sized, from: &[f32]) -> Result<(), Error> {
+        self.note(Op::Transfer {
+            elements: from.len(),
+        })
+    }
+
+    fn read_scores(&mut self, to: &mut [f32], _from: &Sized) -> Result<(), Error> {
         self.note(Op::Transfer { elements: to.len() })
     }
 

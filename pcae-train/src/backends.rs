@@ -127,6 +127,7 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
         BackendKind::Reference => {
             let Sizes {
                 bufs,
+                scores,
                 ids,
                 vectors,
                 params,
@@ -142,7 +143,7 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
                 _ => 0,
             });
             Ok(Memory {
-                activations: (bufs * size).saturating_add(ids * size_of::<u32>()),
+                activations: ((bufs + scores) * size).saturating_add(ids * size_of::<u32>()),
                 state: (vectors + params + frozen) * size,
                 scratch: qr.max().unwrap_or(0) * size,
             })

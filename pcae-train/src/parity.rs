@@ -347,7 +347,7 @@ impl<B: Backend> Scorer<B> for Recorder {
         backend: &mut B,
         stage: usize,
         dims: TokenDims,
-        scores: &mut B::Buf,
+        scores: &mut B::Scores,
         x: &B::Buf,
     ) -> Result<(), B::Error> {
         MeanSimilarity.score(backend, stage, dims, scores, x)?;
@@ -356,7 +356,7 @@ impl<B: Backend> Scorer<B> for Recorder {
         };
         let (tokens, keep) = (dims.tokens, expected.len() / self.batch.max(1));
         let mut own = vec![0.0; self.batch * tokens];
-        backend.read(&mut own, scores)?;
+        backend.read_scores(&mut own, scores)?;
         let (mut lowest, mut forced) = (Vec::new(), Vec::new());
         for (sequence, own) in own.chunks_exact(tokens).enumerate() {
             let positions = &self.positions[sequence * tokens..][..tokens];
@@ -372,7 +372,7 @@ impl<B: Backend> Scorer<B> for Recorder {
         }
         self.positions.clone_from(expected);
         self.stages.push((own, lowest));
-        backend.write(scores, &forced)
+        backend.write_scores(scores, &forced)
     }
 
     fn selected(&mut self, backend: &mut B, selection: Selection<'_, B>) -> Result<(), B::Error> {
@@ -381,7 +381,7 @@ impl<B: Backend> Scorer<B> for Recorder {
         }
         let mut scores = vec![0.0; self.batch * selection.tokens];
         let mut ids = vec![0; self.batch * selection.keep];
-        backend.read(&mut scores, selection.scores)?;
+        backend.read_scores(&mut scores, selection.scores)?;
         backend.read_ids(&mut ids, selection.ids)?;
         self.stages.push((scores, ids));
         Ok(())

@@ -4,7 +4,9 @@
 //!
 //! - Buffers come from the caller, sized by the dimensions; longer ones are used at their front. After the model is
 //!   built nothing allocates.
-//! - Lengths and spans are checked before the first write, and errors are values.
+//! - Lengths and spans are checked before the first write, and errors are values. What only a device can see, an index
+//!   out of range or a NaN among scores, may be reported by the next read instead, whatever it reads; outputs of the
+//!   call are then undefined, but nothing else was touched.
 //! - Matrices are row-major. Shapes use B for batch, N for tokens, D for width.
 //! - The backend owns the number format of [`Backend::Buf`] and [`Backend::Params`] (f32, f64, bf16 …). Norms,
 //!   softmax, standardisation and losses are computed in f32 at least; a [`TrainBackend::Vector`] holds f32 at least.
@@ -34,8 +36,8 @@ pub enum Epilogue {
     BiasResidual,
 }
 
-/// What inference needs. Methods write only where the caller says, and never allocate (but for [`Backend::buf`] and
-/// [`Backend::ids`], which a model calls only while it is built).
+/// What inference needs. Methods write only where the caller says, and never allocate (but for [`Backend::buf`],
+/// [`Backend::ids`] and [`Backend::scores`], which a model calls only while it is built).
 pub trait Backend {
     /// What can go wrong.
     type Error: core::error::Error + From<Error>;
@@ -43,6 +45,8 @@ pub trait Backend {
     type Buf;
     /// Token positions and sequence indices, as `u32`.
     type Ids;
+    /// Scores of tokens, f32 at least: in a narrower format tokens would tie.
+    type Scores;
     /// All parameters of a model, in the backend's own format and order; operations name theirs by [`Span`].
     type Params;
 
@@ -57,6 +61,12 @@ pub trait Backend {
     /// # Errors
     /// If there is no memory left for it.
     fn ids(&mut self, len: usize) -> Result<Self::Ids, Self::Error>;
+
+    /// Room for `len` scores, zeroed.
+    ///
+    /// # Errors
+    /// If there is no memory left for it.
+    fn scores(&mut self, len: usize) -> Result<Self::Scores, Self::Error>;
 
     /// Copies host values to the front of `to`.
     ///
@@ -81,6 +91,18 @@ pub trait Backend {
     /// # Errors
     /// If `from` is shorter than `to`.
     fn read_ids(&mut self, to: &mut [u32], from: &Self::Ids) -> Result<(), Self::Error>;
+
+    /// Copies host values to the front of `to`.
+    ///
+    /// # Errors
+    /// If `to` is shorter than `from`.
+    fn write_scores(&mut self, to: &mut Self::Scores, from: &[f32]) -> Result<(), Self::Error>;
+
+    /// Copies the front of `from` to the host, until `to` is full.
+    ///
+    /// # Errors
+    /// If `from` is shorter than `to`.
+    fn read_scores(&mut self, to: &mut [f32], from: &Self::Scores) -> Result<(), Self::Error>;
 
     /// Cuts the patches `ids` (all of them for `None`) out of the pictures.
     ///
@@ -177,7 +199,7 @@ pub trait Backend {
     fn mean_similarity(
         &mut self,
         dims: TokenDims,
-        scores: &mut Self::Buf,
+        scores: &mut Self::Scores,
         x: &Self::Buf,
     ) -> Result<(), Self::Error>;
 
@@ -195,7 +217,7 @@ pub trait Backend {
         tokens: usize,
         keep: usize,
         picked: &mut Self::Ids,
-        scores: &Self::Buf,
+        scores: &Self::Scores,
     ) -> Result<(), Self::Error>;
 
     /// Keeps the prefix and the picked patch tokens: `out[b, prefix + j] = x[b, prefix + picked[b, j]]`.

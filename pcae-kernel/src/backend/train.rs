@@ -423,7 +423,7 @@ pub trait TrainBackend: Backend {
     fn pivoted_qr_scores(
         &mut self,
         dims: TokenDims,
-        scores: &mut Self::Buf,
+        scores: &mut Self::Scores,
         x: &Self::Buf,
     ) -> Result<(), Self::Error>;
 

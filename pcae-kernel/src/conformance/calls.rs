@@ -479,10 +479,10 @@ impl<B: TrainBackend> Stage<'_, B> {
                     token.fill(0.0);
                 }
                 let x = self.input_of("x", &values)?;
-                let mut scores = self.output("scores", dims.batch * dims.tokens)?;
+                let mut scores = self.scores_output("scores", dims.batch * dims.tokens)?;
                 let result = self.backend.mean_similarity(dims, &mut scores, &x);
                 self.done(result);
-                self.read(&scores)
+                self.read_scores(&scores)
             }
             Op::Select {
                 batch,
@@ -505,7 +505,8 @@ impl<B: TrainBackend> Stage<'_, B> {
                         }
                     }
                 }
-                let scores = self.input_of("scores", &values)?;
+                let values = self.shorten("scores", &values);
+                let scores = self.scores_of(values)?;
                 let mut picked = self.ids_output("picked", batch * keep)?;
                 let result = self
                     .backend
@@ -600,10 +601,10 @@ impl<B: TrainBackend> Stage<'_, B> {
                     }
                 }
                 let x = self.input_of("x", &values)?;
-                let mut scores = self.output("scores", dims.batch * dims.tokens)?;
+                let mut scores = self.scores_output("scores", dims.batch * dims.tokens)?;
                 let result = self.backend.pivoted_qr_scores(dims, &mut scores, &x);
                 self.done(result);
-                self.read(&scores)
+                self.read_scores(&scores)
             }
             _ => Ok(()),
         }

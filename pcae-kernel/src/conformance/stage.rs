@@ -20,6 +20,8 @@ pub(super) struct Stage<'a, B: TrainBackend> {
     pub(super) before: Vec<Vec<f32>>,
     pub(super) after: Vec<Vec<f32>>,
     pub(super) error: Option<String>,
+    /// Whether the error came with a read after the call.
+    pub(super) late: bool,
     pub(super) made: u64,
 }
 
@@ -63,6 +65,14 @@ impl<B: TrainBackend> Stage<'_, B> {
         let mut buf = self.backend.buf(values.len()).map_err(buffer_error)?;
         self.backend.write(&mut buf, values).map_err(buffer_error)?;
         Ok(buf)
+    }
+
+    pub(super) fn scores_of(&mut self, values: &[f32]) -> Result<B::Scores, FailureKind> {
+        let mut scores = self.backend.scores(values.len()).map_err(buffer_error)?;
+        self.backend
+            .write_scores(&mut scores, values)
+            .map_err(buffer_error)?;
+        Ok(scores)
     }
 
     pub(super) fn vector_of(&mut self, values: &[f32]) -> Result<B::Vector, FailureKind> {
@@ -126,6 +136,15 @@ impl<B: TrainBackend> Stage<'_, B> {
     pub(super) fn output(&mut self, name: &'static str, len: usize) -> Result<B::Buf, FailureKind> {
         let values = self.before(name, len);
         self.buf_of(&values)
+    }
+
+    pub(super) fn scores_output(
+        &mut self,
+        name: &'static str,
+        len: usize,
+    ) -> Result<B::Scores, FailureKind> {
+        let values = self.before(name, len);
+        self.scores_of(&values)
     }
 
     pub(super) fn vector_output(
@@ -245,28 +264,46 @@ impl<B: TrainBackend> Stage<'_, B> {
         self.error = result.err().map(|error| error.to_string());
     }
 
+    /// Reads once more if the first read reports what a device saw in the call.
+    fn reading(
+        &mut self,
+        mut read: impl FnMut(&mut B) -> Result<(), B::Error>,
+    ) -> Result<(), FailureKind> {
+        match read(self.backend) {
+            Err(error) if self.error.is_none() => {
+                self.error = Some(error.to_string());
+                self.late = true;
+                read(self.backend).map_err(buffer_error)
+            }
+            done => done.map_err(buffer_error),
+        }
+    }
+
     /// Reads the next output back. Outputs are read in the order in which they were made.
     pub(super) fn read(&mut self, buf: &B::Buf) -> Result<(), FailureKind> {
         let mut values = self.blank();
-        self.backend.read(&mut values, buf).map_err(buffer_error)?;
+        self.reading(|backend| backend.read(&mut values, buf))?;
+        self.after.push(values);
+        Ok(())
+    }
+
+    pub(super) fn read_scores(&mut self, scores: &B::Scores) -> Result<(), FailureKind> {
+        let mut values = self.blank();
+        self.reading(|backend| backend.read_scores(&mut values, scores))?;
         self.after.push(values);
         Ok(())
     }
 
     pub(super) fn read_vector(&mut self, vector: &B::Vector) -> Result<(), FailureKind> {
         let mut values = self.blank();
-        self.backend
-            .read_vector(&mut values, vector, 0)
-            .map_err(buffer_error)?;
+        self.reading(|backend| backend.read_vector(&mut values, vector, 0))?;
         self.after.push(values);
         Ok(())
     }
 
     pub(super) fn read_ids(&mut self, ids: &B::Ids) -> Result<(), FailureKind> {
         let mut values: Vec<u32> = self.blank().iter().map(|_| 0).collect();
-        self.backend
-            .read_ids(&mut values, ids)
-            .map_err(buffer_error)?;
+        self.reading(|backend| backend.read_ids(&mut values, ids))?;
         self.after
             .push(values.into_iter().map(|id| id as f32).collect());
         Ok(())
@@ -291,9 +328,7 @@ impl<B: TrainBackend> Stage<'_, B> {
         layout.for_each(|tensor| spans.push(tensor.span));
         for span in spans {
             let mut tensor = vec![0.0; span.len];
-            self.backend
-                .read_params(&mut tensor, params, span)
-                .map_err(buffer_error)?;
+            self.reading(|backend| backend.read_params(&mut tensor, params, span))?;
             values.extend(tensor);
         }
         Ok(values)
@@ -315,11 +350,13 @@ pub(super) fn call<B: TrainBackend>(
         before: Vec::new(),
         after: Vec::new(),
         error: None,
+        late: false,
         made: 0,
     };
     stage.call(*op)?;
     Ok(Outcome {
         error: stage.error,
+        late: stage.late,
         outputs: stage.before.into_iter().zip(stage.after).collect(),
         arguments: stage.arguments,
     })

@@ -481,7 +481,7 @@ impl<B: TrainBackend> Pretrainer<B> {
 /// Any [`Criterion`], the ablations included.
 pub struct CriterionScorer<B: TrainBackend> {
     criterion: Criterion,
-    noise: Vec<B::Buf>,
+    noise: Vec<B::Scores>,
 }
 
 impl<B: TrainBackend> CriterionScorer<B> {
@@ -500,7 +500,7 @@ impl<B: TrainBackend> CriterionScorer<B> {
         if reduction.criterion == Criterion::Random {
             for _ in 0..reduction.stages(depth) {
                 // Each trades places with a buffer for the longest sequence, so each must be as large.
-                noise.push(backend.buf(product(&[batch, tokens]))?);
+                noise.push(backend.scores(product(&[batch, tokens]))?);
             }
         }
         Ok(Self {
@@ -522,10 +522,10 @@ impl<B: TrainBackend> CriterionScorer<B> {
         stage: usize,
         noise: &[f32],
     ) -> Result<(), B::Error> {
-        backend.write(self.noise_of(stage)?, noise)
+        backend.write_scores(self.noise_of(stage)?, noise)
     }
 
-    fn noise_of(&mut self, stage: usize) -> Result<&mut B::Buf, Error> {
+    fn noise_of(&mut self, stage: usize) -> Result<&mut B::Scores, Error> {
         let limit = self.noise.len();
         let missing = Error::IndexOutOfRange {
             op: "CriterionScorer",
@@ -543,7 +543,7 @@ impl<B: TrainBackend> Scorer<B> for CriterionScorer<B> {
         backend: &mut B,
         stage: usize,
         dims: TokenDims,
-        scores: &mut B::Buf,
+        scores: &mut B::Scores,
         x: &B::Buf,
     ) -> Result<(), B::Error> {
         match self.criterion {

@@ -26,7 +26,7 @@ pub struct Selection<'a, B: Backend> {
     /// Tokens after it.
     pub keep: usize,
     /// Redundancy of each token, `[B, tokens]`.
-    pub scores: &'a B::Buf,
+    pub scores: &'a B::Scores,
     /// Patch positions of the tokens that stay, `[B, keep]`.
     pub ids: &'a B::Ids,
 }
@@ -42,7 +42,7 @@ pub trait Scorer<B: Backend> {
         backend: &mut B,
         stage: usize,
         dims: TokenDims,
-        scores: &mut B::Buf,
+        scores: &mut B::Scores,
         x: &B::Buf,
     ) -> Result<(), B::Error>;
 
@@ -66,7 +66,7 @@ impl<B: Backend> Scorer<B> for MeanSimilarity {
         backend: &mut B,
         _stage: usize,
         dims: TokenDims,
-        scores: &mut B::Buf,
+        scores: &mut B::Scores,
         x: &B::Buf,
     ) -> Result<(), B::Error> {
         backend.mean_similarity(dims, scores, x)
@@ -75,7 +75,7 @@ impl<B: Backend> Scorer<B> for MeanSimilarity {
 
 /// Buffers of one stage of reduction.
 pub(super) struct Selector<B: Backend> {
-    scores: B::Buf,
+    scores: B::Scores,
     /// Patch positions of the tokens now, once a stage has run or the caller gave some.
     ids: B::Ids,
     next_ids: B::Ids,
@@ -85,7 +85,7 @@ impl<B: Backend> Selector<B> {
     /// For at most `count` patch tokens in all.
     pub(super) fn new(backend: &mut B, count: usize) -> Result<Self, B::Error> {
         Ok(Self {
-            scores: backend.buf(count)?,
+            scores: backend.scores(count)?,
             ids: backend.ids(count)?,
             next_ids: backend.ids(count)?,
         })

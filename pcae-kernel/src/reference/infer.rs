@@ -12,6 +12,7 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
     type Error = Error;
     type Buf = S::Buf;
     type Ids = S::Ids;
+    type Scores = S::Buf;
     type Params = S::Params;
 
     fn buf(&mut self, len: usize) -> Result<S::Buf, Error> {
@@ -20,6 +21,10 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
 
     fn ids(&mut self, len: usize) -> Result<S::Ids, Error> {
         self.storage.ids(len)
+    }
+
+    fn scores(&mut self, len: usize) -> Result<S::Buf, Error> {
+        self.storage.buf(len)
     }
 
     fn write(&mut self, to: &mut S::Buf, from: &[f32]) -> Result<(), Error> {
@@ -52,6 +57,14 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
         expect_len("read_ids", "from", from.len(), to.len())?;
         to.copy_from_slice(&from[..to.len()]);
         Ok(())
+    }
+
+    fn write_scores(&mut self, to: &mut S::Buf, from: &[f32]) -> Result<(), Error> {
+        self.write(to, from)
+    }
+
+    fn read_scores(&mut self, to: &mut [f32], from: &S::Buf) -> Result<(), Error> {
+        self.read(to, from)
     }
 
     fn gather_patches(

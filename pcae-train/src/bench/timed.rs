@@ -81,6 +81,7 @@ impl<B: Backend> Backend for Timed<B> {
     type Error = B::Error;
     type Buf = B::Buf;
     type Ids = B::Ids;
+    type Scores = B::Scores;
     type Params = B::Params;
 
     fn buf(&mut self, len: usize) -> Result<Self::Buf, Self::Error> {
@@ -89,6 +90,10 @@ impl<B: Backend> Backend for Timed<B> {
 
     fn ids(&mut self, len: usize) -> Result<Self::Ids, Self::Error> {
         self.inner.ids(len)
+    }
+
+    fn scores(&mut self, len: usize) -> Result<Self::Scores, Self::Error> {
+        self.inner.scores(len)
     }
 
     fn write(&mut self, to: &mut Self::Buf, from: &[f32]) -> Result<(), Self::Error> {
@@ -118,6 +123,21 @@ impl<B: Backend> Backend for Timed<B> {
     fn read_ids(&mut self, to: &mut [u32], from: &Self::Ids) -> Result<(), Self::Error> {
         self.timed(Op::Transfer { elements: to.len() }, |inner| {
             inner.read_ids(to, from)
+        })
+    }
+
+    fn write_scores(&mut self, to: &mut Self::Scores, from: &[f32]) -> Result<(), Self::Error> {
+        self.timed(
+            Op::Transfer {
+                elements: from.len(),
+            },
+            |inner| inner.write_scores(to, from),
+        )
+    }
+
+    fn read_scores(&mut self, to: &mut [f32], from: &Self::Scores) -> Result<(), Self::Error> {
+        self.timed(Op::Transfer { elements: to.len() }, |inner| {
+            inner.read_scores(to, from)
         })
     }
 
@@ -186,7 +206,7 @@ impl<B: Backend> Backend for Timed<B> {
     fn mean_similarity(
         &mut self,
         dims: TokenDims,
-        scores: &mut Self::Buf,
+        scores: &mut Self::Scores,
         x: &Self::Buf,
     ) -> Result<(), Self::Error> {
         self.timed(Op::MeanSimilarity(dims), |inner| {
@@ -200,7 +220,7 @@ impl<B: Backend> Backend for Timed<B> {
         tokens: usize,
         keep: usize,
         picked: &mut Self::Ids,
-        scores: &Self::Buf,
+        scores: &Self::Scores,
     ) -> Result<(), Self::Error> {
         self.timed(Op::Select { batch, tokens }, |inner| {
             inner.select(batch, tokens, keep, picked, scores)
@@ -535,7 +555,7 @@ impl<B: TrainBackend> TrainBackend for Timed<B> {
     fn pivoted_qr_scores(
         &mut self,
         dims: TokenDims,
-        scores: &mut Self::Buf,
+        scores: &mut Self::Scores,
         x: &Self::Buf,
     ) -> Result<(), Self::Error> {
         self.timed(Op::PivotedQr(dims), |inner| {

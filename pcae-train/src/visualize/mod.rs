@@ -248,7 +248,7 @@ impl<B: Backend, S: Scorer<B>> Scorer<B> for Recorder<S> {
         backend: &mut B,
         stage: usize,
         dims: TokenDims,
-        scores: &mut B::Buf,
+        scores: &mut B::Scores,
         x: &B::Buf,
     ) -> Result<(), B::Error> {
         self.scorer.score(backend, stage, dims, scores, x)
@@ -259,7 +259,7 @@ impl<B: Backend, S: Scorer<B>> Scorer<B> for Recorder<S> {
             scores: vec![0.0; selection.tokens],
             ids: vec![0; selection.keep],
         };
-        backend.read(&mut stage.scores, selection.scores)?;
+        backend.read_scores(&mut stage.scores, selection.scores)?;
         backend.read_ids(&mut stage.ids, selection.ids)?;
         self.stages.push(stage);
         Ok(())
