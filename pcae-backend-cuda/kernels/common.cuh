@@ -176,6 +176,72 @@ __device__ __forceinline__ float block_max(float x) {
     return warp_max(partial[lane_id() < blockDim.x / 32 ? lane_id() : 0]);
 }
 
+// --------------------------------------------------------------------------------------------------------- Element by element
+
+/// `N` elements as f32: those of 16 bytes of activations, or one.
+template <unsigned N>
+struct Floats {
+    static constexpr unsigned SIZE = N;
+    float v[N];
+};
+
+/// `N` elements; more than one from an address that is a multiple of 16.
+template <unsigned N, typename T>
+__device__ __forceinline__ Floats<N> load_floats(const T* at) {
+    Floats<N> x;
+    if constexpr (N == 1) {
+        x.v[0] = to_float(*at);
+    } else {
+#pragma unroll
+        for (unsigned i = 0; i < N; i += Vec<T>::SIZE) {
+            Vec<T> part = load_vec(at + i);
+#pragma unroll
+            for (unsigned j = 0; j < Vec<T>::SIZE; ++j) x.v[i + j] = part.v[j];
+        }
+    }
+    return x;
+}
+
+/// `N` parameters from any address.
+template <unsigned N>
+__device__ __forceinline__ Floats<N> load_params(const float* at) {
+    if (N > 1 && aligned_16(at)) return load_floats<N>(at);
+    Floats<N> x;
+#pragma unroll
+    for (unsigned i = 0; i < N; ++i) x.v[i] = at[i];
+    return x;
+}
+
+/// Stores `N` elements, rounded; more than one to an address that is a multiple of 16.
+template <unsigned N>
+__device__ __forceinline__ void store_floats(act_t* at, const Floats<N>& x) {
+    if constexpr (N == 1) {
+        *at = to_act(x.v[0]);
+    } else {
+        Vec<act_t> all;
+#pragma unroll
+        for (unsigned i = 0; i < N; ++i) all.v[i] = x.v[i];
+        store_vec(at, all);
+    }
+}
+
+/// `store(i, load(i))` for every `i < count`, by all threads of a grid of any size; a thread has four loads under way.
+template <typename Load, typename Store>
+__device__ __forceinline__ void for_each_word(size_t count, Load load, Store store) {
+    const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x;
+    for (size_t first = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x; first < count; first += 4 * step) {
+        decltype(load(first)) words[4];
+#pragma unroll
+        for (unsigned i = 0; i < 4; ++i) {
+            if (first + i * step < count) words[i] = load(first + i * step);
+        }
+#pragma unroll
+        for (unsigned i = 0; i < 4; ++i) {
+            if (first + i * step < count) store(first + i * step, words[i]);
+        }
+    }
+}
+
 // -------------------------------------------------------------------------------------------------------------------- Formulas
 
 /// The exact GELU, x times the normal distribution function.
