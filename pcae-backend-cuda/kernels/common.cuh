@@ -252,5 +252,7 @@ __device__ __forceinline__ float gelu_derivative(float x) {
     return 0.5f * (1.0f + erff(x * 0.70710678118654752f)) + x * 0.39894228040143268f * expf(-0.5f * x * x);
 }
 
-/// Keeps the first error code that any kernel reports, for the host to find at its next read.
-__device__ __forceinline__ void report(unsigned* fault, unsigned code) { atomicCAS(fault, 0u, code); }
+/// Keeps the first error code that any kernel reports, and which index or element it is about, for the host to find at its next read.
+__device__ __forceinline__ void report(unsigned* fault, unsigned code, unsigned about) {
+    if (atomicCAS(fault, 0u, code) == 0) fault[1] = about;
+}
