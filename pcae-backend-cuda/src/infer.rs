@@ -1,0 +1,1 @@
+//! What inference needs: `impl Backend for Cuda`.

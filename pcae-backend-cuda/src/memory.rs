@@ -1,0 +1,1 @@
+//! How much memory a task takes, before it takes any.

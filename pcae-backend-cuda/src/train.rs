@@ -1,0 +1,1 @@
+//! What training adds: `impl TrainBackend for Cuda`.
