@@ -14,7 +14,7 @@ struct Patches {
         unsigned patch = ids ? ids[i] : i - picture * taken;
         found = patch < height / patch_size * columns;
         if (!found) {
-            report(fault, code);
+            report(fault, code, patch);
             return 0;
         }
         size_t top = patch / columns * patch_size;

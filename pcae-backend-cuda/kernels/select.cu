@@ -149,16 +149,16 @@ __device__ __forceinline__ unsigned order_key(float score) {
 /// The `keep` tokens of each sequence with the lowest scores, in ascending order, the lower index first where scores are equal: each token counts
 /// those that come before it, and so knows its place. For some thousand comparisons a token; a sort is faster for more.
 ///
-/// Grid: a thread for each token, sequences. scores [B, tokens], picked [B, keep], keep <= tokens. A NaN is reported.
+/// Grid: sequences, blocks that have a thread for each token. scores [B, tokens], picked [B, keep], keep <= tokens. A NaN is reported.
 extern "C" __global__ void __launch_bounds__(RANK_BLOCK)
     select_by_rank(unsigned* picked, const float* scores, unsigned tokens, unsigned keep, unsigned* fault, unsigned code) {
     __shared__ uint4 tile[RANK_BLOCK / 4];
     unsigned* const keys = reinterpret_cast<unsigned*>(tile);
-    scores += static_cast<size_t>(blockIdx.y) * tokens;
-    picked += static_cast<size_t>(blockIdx.y) * keep;
-    const unsigned token = blockIdx.x * RANK_BLOCK + threadIdx.x;
+    scores += static_cast<size_t>(blockIdx.x) * tokens;
+    picked += static_cast<size_t>(blockIdx.x) * keep;
+    const unsigned token = blockIdx.y * RANK_BLOCK + threadIdx.x;
     const float score = token < tokens ? scores[token] : 0.0f;
-    if (score != score) report(fault, code, blockIdx.y * tokens + token);
+    if (score != score) report(fault, code, blockIdx.x * tokens + token);
     const unsigned key = order_key(score);
     unsigned rank = 0;
     for (unsigned first = 0; first < tokens; first += RANK_BLOCK) {

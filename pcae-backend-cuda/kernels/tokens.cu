@@ -242,11 +242,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 4)
 
 /// Sums `count` rows of x, the `i`-th being row `row(i)`, column by column, and gives `store` each column (the first of `N`) with its sums.
 ///
-/// The blocks blockIdx.x share the columns, 32 N at a time. A warp adds every eighth row, then the first adds what the eight have.
+/// The blocks blockIdx.y share the columns, 32 N at a time. A warp adds every eighth row, then the first adds what the eight have.
 template <unsigned N, typename Row, typename Store>
 __device__ __forceinline__ void sum_rows(const act_t* x, unsigned dim, unsigned count, Row row, Store store) {
     __shared__ float partial[WARPS][N][32];
-    for (unsigned left = blockIdx.x * 32 * N; left < dim; left += gridDim.x * 32 * N) {
+    for (unsigned left = blockIdx.y * 32 * N; left < dim; left += gridDim.y * 32 * N) {
         const unsigned column = left + lane_id() * N;
         Floats<N> total = zeros<N>();
         if (column < dim) {
@@ -269,8 +269,8 @@ __device__ __forceinline__ void sum_rows(const act_t* x, unsigned dim, unsigned 
 
 template <unsigned N>
 __device__ __forceinline__ void pool(act_t* out, const act_t* x, unsigned prefix, unsigned tokens, unsigned dim) {
-    const size_t first = static_cast<size_t>(blockIdx.y) * (prefix + tokens) + prefix;
-    act_t* const pooled = out + static_cast<size_t>(blockIdx.y) * dim;
+    const size_t first = static_cast<size_t>(blockIdx.x) * (prefix + tokens) + prefix;
+    act_t* const pooled = out + static_cast<size_t>(blockIdx.x) * dim;
     auto store = [&](unsigned column, Floats<N> total) {
 #pragma unroll
         for (unsigned i = 0; i < N; ++i) total.v[i] /= static_cast<float>(tokens);
@@ -281,7 +281,7 @@ __device__ __forceinline__ void pool(act_t* out, const act_t* x, unsigned prefix
 
 /// Mean of each sequence's patch tokens: out[b] = sum over j of x[b, prefix + j] / tokens.
 ///
-/// Grid: any number of blocks for the columns, `batch`. out [batch, dim], x [batch, prefix + tokens, dim]. Reads x once.
+/// Grid: sequences, any number of blocks for the columns. out [batch, dim], x [batch, prefix + tokens, dim]. Reads x once.
 extern "C" __global__ void __launch_bounds__(BLOCK, 4) mean_pool(act_t* out, const act_t* x, unsigned prefix, unsigned tokens, unsigned dim) {
     if (in_vectors(out, x, dim)) {
         pool<Vec<act_t>::SIZE>(out, x, prefix, tokens, dim);
@@ -293,12 +293,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 4) mean_pool(act_t* out, con
 template <unsigned N>
 __device__ __forceinline__ void partial_sums(float* parts, const act_t* x, unsigned rows, unsigned rows_per_part, unsigned count, unsigned first,
                                              unsigned tokens, unsigned dim) {
-    const unsigned begin = blockIdx.y * rows_per_part;
+    const unsigned begin = blockIdx.x * rows_per_part;
     auto row = [&](unsigned i) {
         unsigned sequence = (begin + i) / count;
         return static_cast<size_t>(sequence) * tokens + first + (begin + i - sequence * count);
     };
-    float* const part = parts + static_cast<size_t>(blockIdx.y) * dim;
+    float* const part = parts + static_cast<size_t>(blockIdx.x) * dim;
     auto store = [&](unsigned column, const Floats<N>& total) {
 #pragma unroll
         for (unsigned i = 0; i < N; ++i) part[column + i] = total.v[i];
@@ -307,9 +307,9 @@ __device__ __forceinline__ void partial_sums(float* parts, const act_t* x, unsig
 }
 
 /// First half of a sum over all sequences of their tokens `first..first + count`: parts[p] = sum of `rows_per_part` of these `rows` = batch * count
-/// tokens, in their order.
+/// tokens, in their order. `add_column_sums` in rows.cu is the second.
 ///
-/// Grid: any number of blocks for the columns, as many parts as are needed. x [batch, tokens, dim], parts [parts, dim]. Reads the tokens once.
+/// Grid: parts, any number of blocks for the columns. x [batch, tokens, dim], parts [parts, dim]. Reads the tokens once.
 extern "C" __global__ void __launch_bounds__(BLOCK, 4)
     sum_tokens(float* parts, const act_t* x, unsigned rows, unsigned rows_per_part, unsigned count, unsigned first, unsigned tokens, unsigned dim) {
     if (in_vectors(x, x, dim)) {
@@ -317,14 +317,4 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 4)
     } else {
         partial_sums<1>(parts, x, rows, rows_per_part, count, first, tokens, dim);
     }
-}
-
-/// Second half: out[i] += sum over p of parts[p, i], in order. A thread for each of `dim`.
-extern "C" __global__ void __launch_bounds__(BLOCK, 4) add_parts(float* out, const float* parts, unsigned count, unsigned dim) {
-    const unsigned column = blockIdx.x * BLOCK + threadIdx.x;
-    if (column >= dim) return;
-    float total = 0.0f;
-#pragma unroll 4
-    for (unsigned part = 0; part < count; ++part) total += parts[static_cast<size_t>(part) * dim + column];
-    out[column] += total;
 }
