@@ -143,6 +143,8 @@ thread_local void* current_context = nullptr;
 char the_context;
 
 std::map<uintptr_t, Allocation> device;
+/// Freed blocks, whose addresses are never given out again.
+std::map<uintptr_t, size_t> freed;
 std::map<uintptr_t, size_t> pinned;
 size_t allocated = 0;
 
@@ -240,6 +242,23 @@ void check_around(const char* what, std::string& error) {
             }
         });
     }
+}
+
+/// What a kernel may have meant by an address outside of all blocks.
+std::string describe(const void* at) {
+    uintptr_t address = reinterpret_cast<uintptr_t>(at);
+    char text[128] = "";
+    auto behind = device.upper_bound(address), before = behind, gone = freed.upper_bound(address);
+    if (gone != freed.begin() && address < std::prev(gone)->first + std::prev(gone)->second) {
+        --gone;
+        snprintf(text, sizeof text, ": byte %zu of a block of %zu bytes that was freed", address - gone->first, gone->second);
+    } else if (before != device.begin() && address - std::prev(before)->first < std::prev(before)->second.bytes + PAGE) {
+        --before;
+        snprintf(text, sizeof text, ": byte %zu of a block of %zu bytes", address - before->first, before->second.bytes);
+    } else if (behind != device.end() && behind->first - address < 2 * PAGE) {
+        snprintf(text, sizeof text, ": %zu bytes before a block of %zu bytes", behind->first - address, behind->second.bytes);
+    }
+    return text;
 }
 
 // ---- Streams
@@ -505,6 +524,7 @@ EXPORT Result cuMemFree_v2(DevicePtr at) {
     allocated -= found->second.bytes;
     // The addresses stay taken, so that whoever still uses them is caught.
     void* pages = mmap(found->second.pages, found->second.page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    freed[found->first] = found->second.bytes;
     device.erase(found);
     return pages == MAP_FAILED ? OUT_OF_MEMORY : SUCCESS;
 }
@@ -966,7 +986,7 @@ EXPORT Result cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, uns
         std::vector<void*> places;
         for (auto& value : *values) places.push_back(value.data());
         const Module* module = function->module;
-        emulated::execute({kernel, grid, block, shared, places.data(), module->static_shared, module->static_bytes, module->runtime}, error);
+        emulated::execute({kernel, grid, block, shared, places.data(), module->static_shared, module->static_bytes, module->runtime, describe}, error);
     };
     return enqueue("cuLaunchKernel", stream, {std::string("kernel ") + kernel->name, run, nullptr});
 }

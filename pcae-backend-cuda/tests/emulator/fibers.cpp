@@ -27,6 +27,8 @@ namespace {
 
 constexpr size_t STACK = 256 * 1024;
 constexpr size_t PAGE = 4096;
+/// Below each stack, so much that cannot be touched: more than a kernel's largest frame.
+constexpr size_t GAP = 64 * 1024;
 constexpr unsigned char POISON = 0xff;   // a NaN in every format
 constexpr unsigned char CANARY = 0xfd;
 
@@ -131,7 +133,7 @@ void body() {
 }
 
 void prepare(Fiber& fiber, unsigned which) {
-    unsigned char* stack = stacks + which * (STACK + PAGE) + PAGE;
+    unsigned char* stack = stacks + which * (STACK + GAP) + GAP;
 #ifdef EMULATED_OWN_SWITCH
     void** top = reinterpret_cast<void**>(stack + STACK);
     *--top = nullptr;   // keeps the alignment that a called function expects
@@ -325,18 +327,18 @@ void on_signal(int signal, siginfo_t* info, void* context) {
         failure.clear();
         name_thread(failure);
         const unsigned char* at = static_cast<const unsigned char*>(info->si_addr);
-        const unsigned char* stack = stacks + current * (STACK + PAGE);
+        const unsigned char* stack = stacks + current * (STACK + GAP);
         if (signal == SIGFPE)
             failure += "division by zero";
         else if (signal == SIGILL)
             failure += "illegal instruction";
-        else if (at >= stack && at < stack + PAGE)
+        else if (at >= stack && at < stack + GAP)
             failure += "the stack is full";
         else if (at >= shared_end && at < shared_end + PAGE)
             print(failure, "access beyond dynamic shared memory (%zu bytes), at byte %zd", launch->dynamic_bytes, at - runtime.dynamic_shared);
         else
             // An address that is no address (a poisoned index) is reported as 0.
-            print(failure, "access to %p, which is no memory of the device", info->si_addr);
+            print(failure, "access to %p, which is no memory of the device%s", info->si_addr, launch->describe(info->si_addr).c_str());
         siglongjmp(escape, 1);
     }
     const struct sigaction& before = signal == SIGSEGV ? before_segv : signal == SIGBUS ? before_bus : signal == SIGILL ? before_ill : before_fpe;
@@ -361,14 +363,14 @@ void set_up() {
         runtime.is_shared = is_shared;
         runtime.fail = fail;
         fibers.resize(1024);
-        stacks = static_cast<unsigned char*>(mmap(nullptr, 1024 * (STACK + PAGE), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        stacks = static_cast<unsigned char*>(mmap(nullptr, 1024 * (STACK + GAP), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         shared_capacity = 256 * 1024;
         unsigned char* shared = static_cast<unsigned char*>(mmap(nullptr, shared_capacity + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
         if (stacks == MAP_FAILED || shared == MAP_FAILED) {
             fprintf(stderr, "emulator: no memory for the stacks of 1024 threads\n");
             abort();
         }
-        for (unsigned i = 0; i < 1024; i++) mprotect(stacks + i * (STACK + PAGE), PAGE, PROT_NONE);
+        for (unsigned i = 0; i < 1024; i++) mprotect(stacks + i * (STACK + GAP), GAP, PROT_NONE);
         shared_end = shared + shared_capacity;
         mprotect(shared_end, PAGE, PROT_NONE);
         struct sigaction action = {};

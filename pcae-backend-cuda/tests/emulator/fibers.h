@@ -16,6 +16,8 @@ struct Launch {
     unsigned char* static_shared;
     size_t static_bytes;
     Runtime** runtime;
+    /// What lies near an address, for messages.
+    std::string (*describe)(const void* at);
 };
 
 /// Runs all blocks, one after the other. `error` says what went wrong, and in which thread; empty if nothing did.

@@ -3,15 +3,42 @@
 // Every CUDA thread is a fiber of the driver (fibers.cpp). What makes threads wait for each other goes there.
 #pragma once
 
-#include <math.h>
-#include <stdio.h>
-#include <string.h>
-
 #include "interface.h"
 
-// NVRTC does not know them without a header.
-#undef INFINITY
-#undef NAN
+// No header of the C library: it declares other things of these names. And who needs one forgets NVRTC, which has none.
+#define EMULATED_MATH(name)                                   \
+    extern "C" float name##f(float) noexcept;                 \
+    extern "C" double name(double) noexcept;                  \
+    static inline float name(float x) { return name##f(x); }
+EMULATED_MATH(exp)
+EMULATED_MATH(exp2)
+EMULATED_MATH(log)
+EMULATED_MATH(log2)
+EMULATED_MATH(log1p)
+EMULATED_MATH(expm1)
+EMULATED_MATH(sqrt)
+EMULATED_MATH(erf)
+EMULATED_MATH(tanh)
+EMULATED_MATH(sin)
+EMULATED_MATH(cos)
+EMULATED_MATH(fabs)
+EMULATED_MATH(floor)
+EMULATED_MATH(ceil)
+EMULATED_MATH(round)
+EMULATED_MATH(rint)
+#undef EMULATED_MATH
+extern "C" float powf(float, float) noexcept;
+extern "C" float fmaf(float, float, float) noexcept;
+extern "C" float fmaxf(float, float) noexcept;
+extern "C" float fminf(float, float) noexcept;
+extern "C" float fmodf(float, float) noexcept;
+extern "C" float copysignf(float, float) noexcept;
+extern "C" float ldexpf(float, int) noexcept;
+extern "C" double pow(double, double) noexcept;
+extern "C" double fma(double, double, double) noexcept;
+extern "C" double fmax(double, double) noexcept;
+extern "C" double fmin(double, double) noexcept;
+extern "C" int printf(const char*, ...);
 
 #define __global__ __attribute__((visibility("default")))
 #define __device__
@@ -86,7 +113,10 @@ struct dim3 {
 namespace emulated {
 
 inline void nothing(void**, unsigned) {}
-inline void syncwarp(const char* place, unsigned mask = 0xffffffffu) { runtime->warp("__syncwarp", place, mask, nothing, nullptr); }
+struct Syncwarp {
+    const char* place;
+    void operator()(unsigned mask = 0xffffffffu) const { runtime->warp("__syncwarp", place, mask, nothing, nullptr); }
+};
 
 template <typename T>
 struct Shuffle {
@@ -186,7 +216,7 @@ T reduce(const char* place, unsigned mask, T value, Reduction reduction) {
 
 }  // namespace emulated
 
-#define __syncwarp(...) emulated::syncwarp(EMULATED_PLACE, ##__VA_ARGS__)
+#define __syncwarp(...) emulated::Syncwarp{EMULATED_PLACE}(__VA_ARGS__)
 #define __shfl_sync(...) emulated::shfl(EMULATED_PLACE, __VA_ARGS__)
 #define __shfl_up_sync(...) emulated::shfl_up(EMULATED_PLACE, __VA_ARGS__)
 #define __shfl_down_sync(...) emulated::shfl_down(EMULATED_PLACE, __VA_ARGS__)
@@ -257,7 +287,7 @@ template <typename To, typename From>
 static inline To emulated_bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "same size");
     To to;
-    memcpy(&to, &from, sizeof to);
+    __builtin_memcpy(&to, &from, sizeof to);
     return to;
 }
 static inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
@@ -303,9 +333,6 @@ static inline unsigned min(unsigned a, int b) { return min(a, static_cast<unsign
 static inline unsigned max(unsigned a, int b) { return max(a, static_cast<unsigned>(b)); }
 static inline unsigned min(int a, unsigned b) { return min(static_cast<unsigned>(a), b); }
 static inline unsigned max(int a, unsigned b) { return max(static_cast<unsigned>(a), b); }
-#undef isnan
-#undef isinf
-#undef isfinite
 static inline bool isnan(float x) { return __builtin_isnan(x); }
 static inline bool isinf(float x) { return __builtin_isinf(x); }
 static inline bool isfinite(float x) { return __builtin_isfinite(x); }
