@@ -248,7 +248,8 @@ void check_around(const char* what, std::string& error) {
 std::string describe(const void* at) {
     uintptr_t address = reinterpret_cast<uintptr_t>(at);
     char text[128] = "";
-    auto behind = device.upper_bound(address), before = behind, gone = freed.upper_bound(address);
+    auto behind = device.upper_bound(address), before = behind;
+    auto gone = freed.upper_bound(address);
     if (gone != freed.begin() && address < std::prev(gone)->first + std::prev(gone)->second) {
         --gone;
         snprintf(text, sizeof text, ": byte %zu of a block of %zu bytes that was freed", address - gone->first, gone->second);
