@@ -4,6 +4,7 @@ use core::fmt;
 
 use crate::driver::{self, Context};
 use crate::error::Error;
+use crate::optimizer::Pieces;
 use crate::queue::{Queue, Runs};
 
 /// The format of activations, and of what products read.
@@ -33,6 +34,8 @@ impl Precision {
 pub struct Cuda {
     pub(crate) queue: Queue,
     pub(crate) precision: Precision,
+    /// What the optimizer treats alike.
+    pub(crate) pieces: Option<Pieces>,
     warning: Option<String>,
 }
 
@@ -47,6 +50,7 @@ impl Cuda {
         Ok(Self {
             queue,
             precision,
+            pieces: None,
             warning,
         })
     }

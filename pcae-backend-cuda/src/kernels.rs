@@ -119,4 +119,65 @@ macro_rules! kernels {
 }
 
 // NAME = File "entry point" (args, threads, registers, shared);
-kernels! {}
+kernels! {
+    GELU_IN_PLACE = Rows "gelu_in_place" (args 2, threads 256, registers 64, shared 0);
+    ADD_COLUMN_SUMS = Rows "add_column_sums" (args 5, threads 256, registers 64, shared 2048);
+    GATHER_PATCHES = Patches "gather_patches" (args 11, threads 256, registers 64, shared 0);
+    PIXEL_TARGETS = Patches "pixel_targets" (args 11, threads 256, registers 80, shared 0);
+    EMBED_TOKENS = Tokens "embed_tokens" (args 11, threads 256, registers 64, shared 0);
+    DECODER_TOKENS = Tokens "decoder_tokens" (args 14, threads 256, registers 64, shared 0);
+    SHIFT_TOKENS = Tokens "shift_tokens" (args 8, threads 256, registers 64, shared 0);
+    GATHER_TOKENS = Tokens "gather_tokens" (args 10, threads 256, registers 64, shared 0);
+    GATHER_TOKENS_BACKWARD = Tokens "gather_tokens_backward" (args 10, threads 256, registers 64, shared 0);
+    GATHER_IDS = Tokens "gather_ids" (args 8, threads 256, registers 32, shared 0);
+    MEAN_POOL = Tokens "mean_pool" (args 5, threads 256, registers 64, shared 9216);
+    MEAN_POOL_BACKWARD = Tokens "mean_pool_backward" (args 6, threads 256, registers 64, shared 0);
+    SUM_TOKENS = Tokens "sum_tokens" (args 8, threads 256, registers 64, shared 9216);
+    MEAN_SIMILARITY = Select "mean_similarity" (args 5, threads 512, registers 128, shared 0);
+    SELECT_BY_RANK = Select "select_by_rank" (args 6, threads 256, registers 40, shared 1024);
+    SELECT_BY_SORT = Select "select_by_sort" (args 7, threads 1024, registers 64, shared 0);
+    PIVOTED_QR_SCORES = Select "pivoted_qr_scores" (args 8, threads 512, registers 64, shared 256);
+    LAYER_NORM_256 = Rows "layer_norm_256" (args 7, threads 256, registers 48, shared 0);
+    LAYER_NORM_512 = Rows "layer_norm_512" (args 7, threads 256, registers 64, shared 0);
+    LAYER_NORM_768 = Rows "layer_norm_768" (args 7, threads 256, registers 64, shared 0);
+    LAYER_NORM_1024 = Rows "layer_norm_1024" (args 7, threads 256, registers 80, shared 0);
+    LAYER_NORM_1536 = Rows "layer_norm_1536" (args 7, threads 256, registers 64, shared 128);
+    LAYER_NORM_2048 = Rows "layer_norm_2048" (args 7, threads 256, registers 80, shared 128);
+    LAYER_NORM_4096 = Rows "layer_norm_4096" (args 7, threads 256, registers 80, shared 128);
+    LAYER_NORM_ODD_1024 = Rows "layer_norm_odd_1024" (args 7, threads 256, registers 96, shared 0);
+    LAYER_NORM_ODD_16384 = Rows "layer_norm_odd_16384" (args 7, threads 1024, registers 64, shared 128);
+    LAYER_NORM_BACKWARD_256 = Rows "layer_norm_backward_256" (args 10, threads 128, registers 80, shared 0);
+    LAYER_NORM_BACKWARD_512 = Rows "layer_norm_backward_512" (args 10, threads 128, registers 104, shared 0);
+    LAYER_NORM_BACKWARD_768 = Rows "layer_norm_backward_768" (args 10, threads 128, registers 136, shared 0);
+    LAYER_NORM_BACKWARD_1024 = Rows "layer_norm_backward_1024" (args 10, threads 128, registers 184, shared 0);
+    LAYER_NORM_BACKWARD_1536 = Rows "layer_norm_backward_1536" (args 10, threads 128, registers 136, shared 256);
+    LAYER_NORM_BACKWARD_2048 = Rows "layer_norm_backward_2048" (args 10, threads 128, registers 184, shared 256);
+    LAYER_NORM_BACKWARD_4096 = Rows "layer_norm_backward_4096" (args 10, threads 128, registers 184, shared 256);
+    LAYER_NORM_BACKWARD_ODD_256 = Rows "layer_norm_backward_odd_256" (args 10, threads 128, registers 80, shared 0);
+    LAYER_NORM_BACKWARD_ODD_4096 = Rows "layer_norm_backward_odd_4096" (args 10, threads 512, registers 80, shared 256);
+    COLUMN_SUMS = Rows "column_sums" (args 5, threads 256, registers 48, shared 4096);
+    COLUMN_SUMS_ODD = Rows "column_sums_odd" (args 5, threads 256, registers 48, shared 4096);
+    COSINE_LOSS = Rows "cosine_loss" (args 7, threads 256, registers 96, shared 0);
+    COSINE_LOSS_ODD = Rows "cosine_loss_odd" (args 7, threads 256, registers 104, shared 0);
+    GELU_OF = Rows "gelu_of" (args 3, threads 256, registers 64, shared 0);
+    GELU_BACKWARD = Rows "gelu_backward" (args 3, threads 256, registers 80, shared 0);
+    SCALE_ROWS = Rows "scale_rows" (args 5, threads 256, registers 64, shared 0);
+    ADD_SCALED_ROWS = Rows "add_scaled_rows" (args 5, threads 256, registers 80, shared 0);
+    FINISH_SUM = Loss "finish_sum" (args 7, threads 1024, registers 32, shared 256);
+    MSE_LOSS = Loss "mse_loss" (args 6, threads 256, registers 40, shared 128);
+    CROSS_ENTROPY = Loss "cross_entropy" (args 6, threads 256, registers 40, shared 256);
+    COLUMN_MOMENTS = Loss "column_moments" (args 5, threads 256, registers 48, shared 16384);
+    COLUMN_SPREADS = Loss "column_spreads" (args 5, threads 256, registers 40, shared 4096);
+    SUM_SQUARES = Optimizer "sum_squares" (args 3, threads 256, registers 48, shared 128);
+    ADAMW_EMA = Optimizer "adamw_ema" (args 16, threads 256, registers 48, shared 0);
+    ATTENTION_32 = Attention "attention_32" (args 9, threads 128, registers 128, shared 0);
+    ATTENTION_BACKWARD_32 = Attention "attention_backward_32" (args 11, threads 128, registers 168, shared 0);
+    ATTENTION_64 = Attention "attention_64" (args 9, threads 128, registers 168, shared 0);
+    ATTENTION_BACKWARD_64 = Attention "attention_backward_64" (args 11, threads 128, registers 208, shared 0);
+    ATTENTION_80 = Attention "attention_80" (args 9, threads 128, registers 168, shared 0);
+    ATTENTION_BACKWARD_80 = Attention "attention_backward_80" (args 11, threads 128, registers 255, shared 0);
+    ATTENTION_96 = Attention "attention_96" (args 9, threads 128, registers 168, shared 0);
+    ATTENTION_BACKWARD_96 = Attention "attention_backward_96" (args 11, threads 128, registers 255, shared 0);
+    ATTENTION_128 = Attention "attention_128" (args 9, threads 128, registers 168, shared 0);
+    ATTENTION_BACKWARD_128 = Attention "attention_backward_128" (args 11, threads 128, registers 255, shared 0);
+}

@@ -11,7 +11,10 @@ mod gemm;
 mod infer;
 pub mod kernels;
 mod memory;
+mod optimizer;
 mod queue;
+mod rows;
+mod tokens;
 mod train;
 
 pub use buffers::{Buf, Ids, Params, Scores, Vector};
