@@ -10,7 +10,6 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use cudarc::nvrtc::result::NvrtcError;
 use cudarc::nvrtc::{result, sys};
@@ -26,6 +25,8 @@ pub struct Compiler {
     version: (c_int, c_int),
     /// Compute capabilities that it compiles for, as 90 for 9.0.
     capabilities: Vec<u32>,
+    /// Where images are kept, if they are.
+    folder: Option<Folder>,
 }
 
 /// What an image is for.
@@ -91,15 +92,21 @@ impl Compiler {
                 .into_iter()
                 .filter_map(|capability| u32::try_from(capability).ok())
                 .collect(),
+            folder: None,
         })
     }
 
-    /// Its version, as (13, 0).
-    pub const fn version(&self) -> (i32, i32) {
-        self.version
+    /// The same compiler with its images kept in `folder`, which is made where it is not there.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn cached(mut self, folder: &Path) -> io::Result<Self> {
+        fs::create_dir_all(folder)?;
+        self.folder = Some(Folder(folder.to_owned()));
+        Ok(self)
     }
 
-    /// A cubin of `file` for one compute capability (90 for 9.0), not from the cache.
+    /// A cubin of `file` for one compute capability (90 for 9.0).
     ///
     /// # Errors
     /// [`Error::Compile`] with the compiler's messages.
@@ -109,7 +116,8 @@ impl Compiler {
         precision: Precision,
         capability: u32,
     ) -> Result<Vec<u8>, Error> {
-        self.compile(file, precision, Target::Cubin(capability))
+        let (image, _) = self.image(file, precision, Target::Cubin(capability))?;
+        Ok(image)
     }
 
     /// A device that is newer than the compiler gets PTX.
@@ -179,62 +187,65 @@ impl Compiler {
         }
     }
 
-    /// Images of all files for a device, in their order, from the cache where they are there. The second is why the cache
-    /// could not be used, if it could not.
-    pub(crate) fn all(
+    /// From the cache if it is there. The second is why it cannot be kept, if it cannot.
+    fn image(
         &self,
+        file: File,
+        precision: Precision,
+        target: Target,
+    ) -> Result<(Vec<u8>, Option<io::Error>), Error> {
+        let Some(folder) = &self.folder else {
+            return Ok((self.compile(file, precision, target)?, None));
+        };
+        let key = self.key(file, precision, target);
+        if let Some(image) = folder.read(&key) {
+            return Ok((image, None));
+        }
+        let image = self.compile(file, precision, target)?;
+        let kept = folder.write(&key, &image);
+        Ok((image, kept.err()))
+    }
+
+    /// Images of all files for a device, in their order, with the user's cache. The second is why that could not be used, if it
+    /// could not.
+    pub(crate) fn all(
+        self,
         context: &Context,
         precision: Precision,
     ) -> Result<(Vec<Vec<u8>>, Option<String>), Error> {
         let target = self.target(context.capability);
-        let folder = Folder::find();
-        let images: Vec<_> = File::ALL
-            .iter()
-            .map(|file| {
-                let key = self.key(*file, precision, target);
-                let image = folder.as_ref().ok().and_then(|folder| folder.read(&key));
-                (*file, key, image)
-            })
-            .collect();
-        let warning = Mutex::new(folder.as_ref().err().cloned());
-        let make = |(file, key, image): (File, Key, Option<Vec<u8>>)| {
-            if let Some(image) = image {
-                return Ok(image);
+        let (compiler, mut warning) = match Folder::find() {
+            Ok(folder) => {
+                let folder = Some(folder);
+                (Self { folder, ..self }, None)
             }
-            let image = self.compile(file, precision, target)?;
-            if let Ok(folder) = &folder
-                && let Err(error) = folder.write(&key, &image)
-            {
-                let mut warning = warning.lock().unwrap_or_else(PoisonError::into_inner);
+            Err(warning) => (self, Some(warning)),
+        };
+        // NVRTC may be called from several threads.
+        let made: Vec<_> = std::thread::scope(|scope| {
+            let running = File::ALL.map(|file| {
+                let compiler = &compiler;
+                scope.spawn(move || compiler.image(file, precision, target))
+            });
+            running.into_iter().map(|thread| thread.join()).collect()
+        });
+        let mut images = Vec::with_capacity(made.len());
+        for made in made {
+            let (image, kept) = made.unwrap_or_else(|_| {
+                Err(Error::Nvrtc {
+                    call: "nvrtcCompileProgram",
+                    error: "panicked".to_owned(),
+                })
+            })?;
+            images.push(image);
+            if let (Some(error), Some(folder)) = (kept, &compiler.folder) {
                 warning.get_or_insert(format!(
-                    "kernels are compiled anew each time: cannot write to {}: {error}",
+                    "kernels are compiled anew each time: cannot write to {}: {error}; PCAE_CACHE names another folder",
                     folder.0.display()
                 ));
             }
-            Ok(image)
-        };
-        // NVRTC may be called from several threads.
-        let images = std::thread::scope(|scope| {
-            let running: Vec<_> = images
-                .into_iter()
-                .map(|image| scope.spawn(|| make(image)))
-                .collect();
-            running
-                .into_iter()
-                .map(|thread| {
-                    thread.join().unwrap_or_else(|_| {
-                        Err(Error::Nvrtc {
-                            call: "nvrtcCompileProgram",
-                            error: "panicked".to_owned(),
-                        })
-                    })
-                })
-                .collect::<Result<Vec<_>, Error>>()
-        })?;
-        Ok((
-            images,
-            warning.into_inner().unwrap_or_else(PoisonError::into_inner),
-        ))
+        }
+        Ok((images, warning))
     }
 
     fn key(&self, file: File, precision: Precision, target: Target) -> Key {
@@ -338,6 +349,7 @@ mod tests {
         let compiler = Compiler {
             version: (13, 0),
             capabilities: vec![80, 90],
+            folder: None,
         };
         let key = compiler.key(File::Rows, Precision::F32, Target::Cubin(90));
         let image: Vec<u8> = (0..1000).map(|i| (i * 7 % 251) as u8).collect();
@@ -378,6 +390,7 @@ mod tests {
         let compiler = |minor| Compiler {
             version: (13, minor),
             capabilities: Vec::new(),
+            folder: None,
         };
         let mut names: Vec<String> = Vec::new();
         for minor in [0, 1] {
@@ -400,6 +413,7 @@ mod tests {
         let compiler = Compiler {
             version: (13, 0),
             capabilities: vec![75, 80, 90, 100],
+            folder: None,
         };
         assert_eq!(compiler.target(90), Target::Cubin(90));
         assert_eq!(compiler.target(89), Target::Ptx(80));
