@@ -55,8 +55,9 @@ struct Cut {
 }
 
 impl Cut {
-    /// For `tokens` tokens, at least one, and heads filled up to `width`.
-    fn new(pass: Pass, precision: Precision, width: usize, tokens: usize) -> Self {
+    /// For `tokens` tokens, at least one, and heads filled up to `width`; `wanted` is how many blocks should share a head's
+    /// rows where all columns fit into each.
+    fn new(pass: Pass, precision: Precision, width: usize, tokens: usize, wanted: usize) -> Self {
         let tiles = tokens.div_ceil(ROWS);
         // Warps have the same number of tiles where that is possible.
         let warps = tiles.div_ceil(tiles.div_ceil(WARPS));
@@ -65,7 +66,7 @@ impl Cut {
             warps,
             chunk,
             splits: match chunk >= tokens {
-                true => 1,
+                true => wanted.clamp(1, tiles.div_ceil(warps)),
                 false => tiles.div_ceil(warps),
             },
             shared: shared(pass, precision, width, tokens, chunk, warps),
@@ -134,6 +135,7 @@ impl Launch {
         op: &'static str,
         pass: Pass,
         precision: Precision,
+        multiprocessors: u32,
         dims: AttentionDims,
     ) -> Result<Self, Error> {
         let (width, forward, backward) = WIDTHS
@@ -148,8 +150,16 @@ impl Launch {
             Pass::Forward => (forward, 1),
             Pass::Backward => (backward, 2),
         };
-        let cut = Cut::new(pass, precision, width, dims.tokens);
-        let blocks = product(&[dims.batch, dims.num_heads, kinds, cut.splits]);
+        let heads = product(&[dims.batch, dims.num_heads, kinds]);
+        // A small batch has fewer heads than the device has multiprocessors, which take some blocks each.
+        let cut = Cut::new(
+            pass,
+            precision,
+            width,
+            dims.tokens,
+            2 * multiprocessors as usize / heads,
+        );
+        let blocks = product(&[heads, cut.splits]);
         Ok(Self {
             kernel,
             shape: Shape {
@@ -185,7 +195,13 @@ impl Cuda {
         if dims.out_len() == 0 {
             return Ok(());
         }
-        let launch = Launch::new(op, Pass::Forward, self.precision, dims)?;
+        let launch = Launch::new(
+            op,
+            Pass::Forward,
+            self.precision,
+            self.queue.context.multiprocessors,
+            dims,
+        )?;
         self.queue.launch(
             launch.kernel,
             launch.shape,
@@ -222,7 +238,13 @@ impl Cuda {
         if dims.out_len() == 0 {
             return Ok(());
         }
-        let launch = Launch::new(OP, Pass::Backward, self.precision, dims)?;
+        let launch = Launch::new(
+            OP,
+            Pass::Backward,
+            self.precision,
+            self.queue.context.multiprocessors,
+            dims,
+        )?;
         self.queue.launch(
             launch.kernel,
             launch.shape,
@@ -254,14 +276,17 @@ mod tests {
             for precision in [Precision::F32, Precision::Bf16] {
                 for (width, ..) in WIDTHS {
                     for tokens in (1..300).chain([577, 1025, 4097, 100_000]) {
-                        let cut = Cut::new(pass, precision, width, tokens);
-                        let name = format!("{pass:?} {precision:?} {width} {tokens}: {cut:?}");
-                        assert!(cut.shared <= SHARED, "{name}");
-                        assert!((1..=WARPS).contains(&cut.warps), "{name}");
-                        assert_eq!(cut.chunk % columns(precision), 0, "{name}");
-                        match cut.chunk < tokens {
-                            true => assert!(cut.splits * cut.warps * ROWS >= tokens, "{name}"),
-                            false => assert_eq!(cut.splits, 1, "{name}"),
+                        for wanted in [0, 3, 1000] {
+                            let cut = Cut::new(pass, precision, width, tokens, wanted);
+                            let name = format!("{pass:?} {precision:?} {width} {tokens}: {cut:?}");
+                            assert!(cut.shared <= SHARED, "{name}");
+                            assert!((1..=WARPS).contains(&cut.warps), "{name}");
+                            assert_eq!(cut.chunk % columns(precision), 0, "{name}");
+                            let rounds = tokens.div_ceil(ROWS * cut.warps);
+                            match cut.chunk < tokens {
+                                true => assert_eq!(cut.splits, rounds, "{name}"),
+                                false => assert!((1..=rounds).contains(&cut.splits), "{name}"),
+                            }
                         }
                     }
                 }
