@@ -159,12 +159,7 @@ impl<B: TrainBackend> Stage<'_, B> {
 
     pub(super) fn output(&mut self, name: &'static str, len: usize) -> Result<B::Buf, FailureKind> {
         let values = self.before(name, len);
-        let buf = self.buf_of(&values)?;
-        // As the backend holds it, which may be in a narrower format.
-        if let Some(before) = self.before.last_mut() {
-            self.backend.read(before, &buf).map_err(buffer_error)?;
-        }
-        Ok(buf)
+        self.buf_of(&values)
     }
 
     pub(super) fn scores_output(
