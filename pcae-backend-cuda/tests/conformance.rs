@@ -10,6 +10,15 @@ fn on_the_emulator() {
     emulated::run_again();
 }
 
+/// Numbers that go in are held exactly by bf16 (the suite sees to it), and sums are f32. So an output is off by its rounding, by
+/// at most 2^-9 of itself, and by that of what lies between two kernels: the product before a residual or the derivative of a GELU
+/// is added or multiplied, probabilities of attention. That makes three roundings, 6e-3, of numbers that may be
+/// larger than the output where they cancel. Measured: 0.7 of this.
+const BF16: Tolerance = Tolerance {
+    atol: 2e-2,
+    rtol: 8e-3,
+};
+
 /// The bits of every output.
 fn outputs(precision: Precision) -> Option<Vec<(String, Vec<u32>)>> {
     if !emulated::has_device() {
@@ -18,7 +27,7 @@ fn outputs(precision: Precision) -> Option<Vec<(String, Vec<u32>)>> {
     let mut cuda = Cuda::new(0, precision).unwrap_or_else(|error| panic!("{error}"));
     let tolerance = match precision {
         Precision::F32 => Tolerance::F32,
-        Precision::Bf16 => Tolerance::BF16,
+        Precision::Bf16 => BF16,
     };
     let (mut all, mut worst) = (vec![], (0.0, String::new()));
     let result = run(&mut cuda, tolerance, |compared| {
