@@ -7,7 +7,7 @@ use pcae_kernel::sizing::Sizing;
 
 use crate::attention::Attention;
 use crate::cpu::LINE;
-use crate::gemm::{Dims, Precision, scratch_len};
+use crate::gemm::{Dims, Precision, packed_len_bf16, scratch_len};
 use crate::isa::Isa;
 use crate::threads::Threads;
 use crate::train::{COLUMNS, INNER, PIECE};
@@ -33,11 +33,15 @@ impl Memory {
         precisions: (Precision, Precision),
     ) -> Self {
         let sizes = &sizing.sizes;
-        // Frozen weights in bf16 lie beside those in f32.
-        let frozen = match precisions.0 {
-            Precision::F32 => bytes::<f32>(sizes.frozen),
-            Precision::Bf16(_) => bytes::<f32>(sizes.frozen) / 2 * 3,
-        };
+        // Frozen weights in bf16, two to an element, lie beside those in f32.
+        let pairs = sizing
+            .frozen_weights()
+            .iter()
+            .map(|&[n, inner]| match precisions.0 {
+                Precision::F32 => 0,
+                Precision::Bf16(unit) => packed_len_bf16(isa, unit, n, inner),
+            });
+        let frozen = bytes::<f32>(sizes.frozen.saturating_add(pairs.sum()));
         Self {
             activations: bytes::<f32>(sizes.bufs)
                 .saturating_add(bytes::<f32>(sizes.scores))

@@ -132,6 +132,11 @@ pub(crate) fn dot_row<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
 
 kernel! {
     /// Layer norm of one row; gives mean and reciprocal standard deviation.
+    ///
+    /// # Accuracy
+    /// With `u = f32::EPSILON / 2`, `k = dim / 8 + 8` (roundings of a sum in vectors), `h` the normalised element and
+    /// `m = k * u * mean(|x|) * rstd` (what rounding of the mean makes of it), the error is at most
+    /// `|weight| * (m + |h| * ((k / 2 + 5) * u + m^2)) + u * |out|`, for `m < 1` and as long as `sum(x^2)` is in f32's range.
     fn layer_norm<'a, S>(s; out: &'a mut [f32], x: &'a [f32], weight: &'a [f32], bias: &'a [f32], eps: f64) -> (f32, f32) {
         let (mean, rstd) = moments(s, x, x.len(), eps);
         let (m, r) = (s.splat(mean), s.splat(rstd));
@@ -177,6 +182,9 @@ kernel! {
     }
 
     /// `(x - mean) / sqrt(var + eps)` of one row, with the unbiased variance.
+    ///
+    /// # Accuracy
+    /// As [`layer_norm`]'s with a weight of 1 and no bias.
     fn standardise<'a, S>(s; out: &'a mut [f32], x: &'a [f32], eps: f64) -> () {
         let (mean, rstd) = moments(s, x, x.len().saturating_sub(1), eps);
         let (m, r) = (s.splat(mean), s.splat(rstd));
@@ -231,6 +239,10 @@ kernel! {
     }
 
     /// Cosine of one row, and its gradient times `factor`; norms are at least `eps`.
+    ///
+    /// # Accuracy
+    /// Sums are in f64: the cosine is exact to `dim * f64::EPSILON`. The gradient is the difference of two products, each
+    /// right to `2 * f32::EPSILON` of itself.
     fn cosine<'a, S>(s; d_pred: &'a mut [f32], pred: &'a [f32], target: &'a [f32], eps: f64, factor: f64) -> f64 {
         let norm_pred = sum_wide(pred, pred, |a, b| a * b).sqrt();
         let norm_target = sum_wide(target, target, |a, b| a * b).sqrt().max(eps);
@@ -257,6 +269,11 @@ kernel! {
     }
 
     /// Cross-entropy of one row, and `d_logits = factor * (softmax(logits) * sum(target) - target)`.
+    ///
+    /// # Accuracy
+    /// With `u = f32::EPSILON / 2` and `k = dim / 4 + 8`, the cross-entropy is right to `sum(target) * (k + 3) * u`, and each
+    /// element of the gradient to `factor * (sum(target) * p * (k + 7 + |x - max|) * u + 2 * u * |difference|)`, `p` its
+    /// probability; nothing below `f32::MIN_POSITIVE` counts.
     fn cross_entropy<'a, S>(s; d_logits: &'a mut [f32], logits: &'a [f32], target: &'a [f32], factor: f32) -> f64 {
         let lowest = s.splat(f32::NEG_INFINITY);
         let mut max = lowest;
@@ -372,6 +389,10 @@ kernel! {
     }
 
     /// AdamW, the teacher's moving average and zeroing of the gradient, in one pass.
+    ///
+    /// # Accuracy
+    /// With `u = f32::EPSILON / 2`: the moments are right to `4 * u` of the sizes of their two terms, the parameter to
+    /// `2 * u * |w|` and `16 * u` of the update that those sizes would make. Gradients beyond 1e-15 to 1e18 lose their square.
     fn adamw<'a, S>(
         s;
         student: &'a mut [f32], teacher: Option<&'a mut [f32]>, grads: &'a mut [f32],
@@ -520,6 +541,39 @@ mod tests {
         }
     }
 
+    const U: f64 = f32::EPSILON as f64 / 2.0;
+
+    /// Rows of any length, offset and scale, seldom of zeros or one value alone.
+    fn rows() -> impl Strategy<Value = Vec<f32>> {
+        let len = prop_oneof![1usize..70, 700usize..1600];
+        let (shift, scale) = (-4i32..=4, -12i32..=12);
+        (len, shift, scale).prop_flat_map(|(len, shift, scale)| {
+            let (shift, scale) = (10.0_f32.powi(shift), 10.0_f32.powi(scale));
+            vec(-1.0f32..1.0, len)
+                .prop_map(move |x| x.into_iter().map(|x| (x + shift) * scale).collect())
+        })
+    }
+
+    /// What `layer_norm` states, for a weight, the exact mean and the exact reciprocal deviation.
+    fn stated_norm_error(x: &[f32], i: usize, weight: f64, mean: f64, rstd: f64) -> f64 {
+        let k = x.len() as f64 / 8.0 + 8.0;
+        let size = x.iter().map(|&x| f64::from(x).abs()).sum::<f64>() / x.len() as f64;
+        let m = k * U * size * rstd;
+        let h = ((f64::from(x[i]) - mean) * rstd).abs();
+        weight.abs() * (m + h * ((k / 2.0 + 5.0) * U + m * m))
+    }
+
+    /// Each error is at most the one stated beside it.
+    fn assert_stated(
+        isa: Isa,
+        shares: impl Iterator<Item = (f64, f64)>,
+    ) -> Result<(), TestCaseError> {
+        for (i, (error, stated)) in shares.enumerate() {
+            prop_assert!(error <= stated, "{isa}, {i}: {error} of {stated}");
+        }
+        Ok(())
+    }
+
     /// Far beyond where a product of the maximum and a constant is exact: its error must not become an exponent.
     #[test]
     fn softmax_of_huge_scores_is_finite() {
@@ -534,29 +588,121 @@ mod tests {
 
     proptest! {
         #[test]
-        fn layer_norm_matches_f64(x in values(), shift in -100.0f32..100.0) {
-            let x: Vec<f32> = x.iter().map(|x| x + shift).collect();
+        fn norms_have_their_stated_error(x in rows()) {
+            let (mean, squares) = moments_exact(&x);
+            let len = x.len() as f64;
             let weight: Vec<f32> = (0..x.len()).map(|i| 1.0 - i as f32 * 0.03).collect();
             let bias: Vec<f32> = (0..x.len()).map(|i| i as f32 * 0.02).collect();
-            let (mean, squares) = moments_exact(&x);
-            let rstd = 1.0 / (squares / x.len() as f64 + 1e-3).sqrt();
-            let want = |i: usize| (f64::from(x[i]) - mean) * rstd * f64::from(weight[i]) + f64::from(bias[i]);
-            for isa in Isa::available() {
-                let mut out = vec![f32::NAN; x.len()];
-                layer_norm(isa, &mut out, &x, &weight, &bias, 1e-3);
-                // The mean is rounded to 2^-25 * 100 of itself and magnified by at most rstd < 32.
-                assert_close(&out, (0..x.len()).map(want), 4e-4);
+            for eps in [1e-6, 1e-3] {
+                for isa in Isa::available() {
+                    let rstd = 1.0 / (squares / len + eps).sqrt();
+                    let mut out = vec![f32::NAN; x.len()];
+                    layer_norm(isa, &mut out, &x, &weight, &bias, eps);
+                    assert_stated(isa, out.iter().enumerate().map(|(i, &out)| {
+                        let w = f64::from(weight[i]);
+                        let want = (f64::from(x[i]) - mean) * rstd * w + f64::from(bias[i]);
+                        let error = (f64::from(out) - want).abs();
+                        (error, stated_norm_error(&x, i, w, mean, rstd) + U * want.abs())
+                    }))?;
+                    if x.len() > 1 {
+                        let rstd = 1.0 / (squares / (len - 1.0) + eps).sqrt();
+                        standardise(isa, &mut out, &x, eps);
+                        assert_stated(isa, out.iter().enumerate().map(|(i, &out)| {
+                            let want = (f64::from(x[i]) - mean) * rstd;
+                            let error = (f64::from(out) - want).abs();
+                            (error, stated_norm_error(&x, i, 1.0, mean, rstd) + U * want.abs())
+                        }))?;
+                    }
+                }
             }
         }
 
         #[test]
-        fn standardise_matches_f64(x in values()) {
-            let (mean, squares) = moments_exact(&x);
-            let rstd = 1.0 / (squares / (x.len() as f64 - 1.0) + 1e-3).sqrt();
-            for isa in Isa::available().filter(|_| x.len() > 1) {
-                let mut out = vec![f32::NAN; x.len()];
-                standardise(isa, &mut out, &x, 1e-3);
-                assert_close(&out, x.iter().map(|&x| (f64::from(x) - mean) * rstd), 2e-5);
+        fn cosine_has_its_stated_error(pred in rows(), scale in -12i32..=12) {
+            let target: Vec<f32> = pred.iter().enumerate()
+                .map(|(i, &x)| (x.signum() * (i % 7) as f32 - 1.0) * 10.0_f32.powi(scale)).collect();
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
+            let norms = [&pred, &target].map(|x| dot(x, x).sqrt());
+            let bounded = norms.map(|norm| norm.max(1e-8));
+            let cosine = dot(&pred, &target) / (bounded[0] * bounded[1]);
+            for isa in Isa::available() {
+                let mut d_pred = vec![f32::NAN; pred.len()];
+                let found = super::cosine(isa, &mut d_pred, &pred, &target, 1e-8, 0.37);
+                prop_assert!((found - cosine).abs() <= pred.len() as f64 * f64::EPSILON, "{isa}: {found} {cosine}");
+                assert_stated(isa, d_pred.iter().enumerate().map(|(i, &found)| {
+                    let toward = 0.37 / (bounded[0] * bounded[1]) * f64::from(target[i]);
+                    let own = if norms[0] > 1e-8 { 0.37 * cosine / (norms[0] * norms[0]) * f64::from(pred[i]) } else { 0.0 };
+                    let error = (f64::from(found) - (toward - own)).abs();
+                    // Products of f64 sums that nearly vanish carry the error of those.
+                    let sums = pred.len() as f64 * f64::EPSILON * 0.37 / norms[0].max(1e-8);
+                    (error, 2.0 * f64::from(f32::EPSILON) * (toward.abs() + own.abs()) + sums + f64::from(f32::MIN_POSITIVE))
+                }))?;
+            }
+        }
+
+        #[test]
+        fn cross_entropy_has_its_stated_error(logits in vec(-1.0f32..1.0, 1..300), scale in -3i32..=4, chosen in 0usize..300) {
+            let logits: Vec<f32> = logits.iter().map(|x| x * 10.0_f32.powi(scale)).collect();
+            let (len, k) = (logits.len(), logits.len() as f64 / 4.0 + 8.0);
+            let target: Vec<f32> = (0..len).map(|i| if i == chosen % len { 0.9 } else { 0.1 / len as f32 }).collect();
+            let max = logits.iter().fold(f64::NEG_INFINITY, |max, &x| max.max(f64::from(x)));
+            let total: f64 = logits.iter().map(|&x| (f64::from(x) - max).exp()).sum();
+            let mass: f64 = target.iter().map(|&t| f64::from(t)).sum();
+            let want: f64 = logits.iter().zip(&target)
+                .map(|(&x, &t)| f64::from(t) * (total.ln() - (f64::from(x) - max))).sum();
+            for isa in Isa::available() {
+                let mut d = vec![f32::NAN; len];
+                let found = cross_entropy(isa, &mut d, &logits, &target, 0.6);
+                let error = (found - want).abs();
+                prop_assert!(error <= mass * (k + 3.0) * U + 1e-12 * want, "{isa}: {found} {want}");
+                assert_stated(isa, d.iter().enumerate().map(|(i, &d)| {
+                    let y = max - f64::from(logits[i]);
+                    let (p, factor) = ((-y).exp() / total, f64::from(0.6_f32));
+                    let difference = p * mass - f64::from(target[i]);
+                    let error = (f64::from(d) - factor * difference).abs();
+                    let stated = factor * (mass * p * (k + 7.0 + y) * U + 2.0 * U * difference.abs());
+                    (error, stated + f64::from(f32::MIN_POSITIVE))
+                }))?;
+            }
+        }
+
+        #[test]
+        fn adamw_has_its_stated_error(
+            elements in vec((-2.0f32..2.0, -1.0f32..1.0, -15i32..=15, -1.0f32..1.0, 0.0f32..1.0), 1..70),
+            step in 1i32..2000, momentum in 0.9f64..1.0,
+        ) {
+            let (beta1, beta2, lr) = (0.9, 0.95, 1e-3);
+            let c = AdamWConstants {
+                beta1, beta2, eps: 1e-8, clip: 0.75, decay: lr * 0.05, step: lr / (1.0 - f64::powi(beta1, step)),
+                unbias2: 1.0 / (1.0 - f64::powi(beta2, step)), one_minus_momentum: 1.0 - momentum,
+            };
+            for isa in Isa::available() {
+                let size = |e: i32| 10.0_f32.powi(e);
+                let mut w: Vec<f32> = elements.iter().map(|e| e.0).collect();
+                let mut t: Vec<f32> = elements.iter().map(|e| e.0 * 0.9).collect();
+                let mut g: Vec<f32> = elements.iter().map(|e| e.1 * size(e.2)).collect();
+                let mut m: Vec<f32> = elements.iter().map(|e| e.3 * size(e.2)).collect();
+                let mut v: Vec<f32> = elements.iter().map(|e| e.4 * size(e.2) * size(e.2)).collect();
+                let before = [&w, &t, &g, &m, &v].map(|x| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>());
+                adamw(isa, &mut w, Some(&mut t), &mut g, &mut m, &mut v, c);
+                prop_assert!(g.iter().all(|&g| g == 0.0));
+                for i in 0..w.len() {
+                    let [w0, t0, g0, m0, v0] = [0, 1, 2, 3, 4].map(|k: usize| before[k][i]);
+                    let g0 = g0 * c.clip;
+                    let mean = [beta1 * m0, (1.0 - beta1) * g0];
+                    let square = [beta2 * v0, (1.0 - beta2) * g0 * g0];
+                    let root = ((square[0] + square[1]) * c.unbias2).sqrt() + c.eps;
+                    let want = w0 * (1.0 - c.decay) - c.step * (mean[0] + mean[1]) / root;
+                    let sizes = mean[0].abs() + mean[1].abs();
+                    let w_error = 2.0 * U * w0.abs().max(want.abs()) + 16.0 * U * c.step * sizes / root;
+                    let follow = t0 + c.one_minus_momentum * (want - t0);
+                    assert_stated(isa, [
+                        ((f64::from(m[i]) - mean[0] - mean[1]).abs(), 4.0 * U * sizes),
+                        ((f64::from(v[i]) - square[0] - square[1]).abs(), 4.0 * U * (square[0] + square[1]) + f64::from(f32::MIN_POSITIVE)),
+                        ((f64::from(w[i]) - want).abs(), w_error),
+                        ((f64::from(t[i]) - follow).abs(), c.one_minus_momentum * (w_error + 3.0 * U * (want - t0).abs()) + 2.0 * U * follow.abs()),
+                    ].into_iter())?;
+                }
             }
         }
 

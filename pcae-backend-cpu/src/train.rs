@@ -698,6 +698,19 @@ impl TrainBackend for Cpu {
         Ok(())
     }
 
+    fn copy_vector(
+        &mut self,
+        to: &mut Vec<f32>,
+        at: usize,
+        from: &Vec<f32>,
+        span: Span,
+    ) -> Result<(), Error> {
+        expect_len("copy_vector", "from", from.len(), span.end())?;
+        expect_len("copy_vector", "to", to.len(), at.saturating_add(span.len))?;
+        to[at..at + span.len].copy_from_slice(&from[span.start..span.end()]);
+        Ok(())
+    }
+
     fn norm(&mut self, out: &mut Vec<f32>, at: usize, x: &Vec<f32>) -> Result<(), Error> {
         expect_len("norm", "out", out.len(), at.saturating_add(1))?;
         let sums = self.scratch.doubles(x.len().div_ceil(PIECE))?;

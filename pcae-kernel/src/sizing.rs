@@ -7,7 +7,7 @@ use crate::backend::{
     LinearDims, Norm, PatchDims, RowDims, Segment, Span, TokenDims, TrainBackend,
 };
 use crate::error::Error;
-use crate::layout::Layout;
+use crate::layout::{Kind, Layout};
 use crate::op::Op;
 
 /// Counts the elements that a model takes from a backend, and notes the operations that it runs.
@@ -31,6 +31,7 @@ pub struct Sizing {
     /// Elements so far.
     pub sizes: Sizes,
     ops: Vec<Op>,
+    frozen_weights: Vec<[usize; 2]>,
 }
 
 /// Elements that were asked for.
@@ -54,6 +55,11 @@ impl Sizing {
     /// The different operations that ran.
     pub fn ops(&self) -> &[Op] {
         &self.ops
+    }
+
+    /// `[out_features, in_features]` of each weight for forwards alone, which a backend may keep in an order of its own.
+    pub fn frozen_weights(&self) -> &[[usize; 2]] {
+        &self.frozen_weights
     }
 
     fn note(&mut self, op: Op) -> Result<(), Error> {
@@ -243,6 +249,13 @@ impl TrainBackend for Sizing {
     }
 
     fn frozen_params(&mut self, layout: &Layout, _values: &[f32]) -> Result<Sized, Error> {
+        layout.for_each(|tensor| {
+            if tensor.kind == Kind::Weight {
+                let rows = tensor.shape().first().copied().unwrap_or(0);
+                self.frozen_weights
+                    .push([rows, tensor.span.len / rows.max(1)]);
+            }
+        });
         add(&mut self.sizes.frozen, layout.len())
     }
 
@@ -521,6 +534,16 @@ impl TrainBackend for Sizing {
 
     fn zero(&mut self, _x: &mut SizedVector, span: Span) -> Result<(), Error> {
         self.note(Op::Vector { elements: span.len })
+    }
+
+    fn copy_vector(
+        &mut self,
+        _to: &mut SizedVector,
+        _at: usize,
+        _from: &SizedVector,
+        span: Span,
+    ) -> Result<(), Error> {
+        self.note(Op::Transfer { elements: span.len })
     }
 
     fn norm(&mut self, _out: &mut SizedVector, _at: usize, x: &SizedVector) -> Result<(), Error> {

@@ -96,6 +96,11 @@ pub trait TrainBackend: Backend {
         at: usize,
     ) -> Result<(), Self::Error>;
 
+    /// Whether operations are only queued. Reading then waits for all of them, and is better done seldom.
+    fn is_queued(&self) -> bool {
+        false
+    }
+
     /// Parameters laid out by `layout`, with the given values.
     ///
     /// # Errors
@@ -533,6 +538,18 @@ pub trait TrainBackend: Backend {
     /// # Errors
     /// If the span leaves the vector.
     fn zero(&mut self, x: &mut Self::Vector, span: Span) -> Result<(), Self::Error>;
+
+    /// `to[at + i] = from[span.start + i]` for `i < span.len`, without the host.
+    ///
+    /// # Errors
+    /// If the span leaves `from`, or what it holds does not fit.
+    fn copy_vector(
+        &mut self,
+        to: &mut Self::Vector,
+        at: usize,
+        from: &Self::Vector,
+        span: Span,
+    ) -> Result<(), Self::Error>;
 
     /// `out[at] = sqrt(sum of x[i]^2)`.
     ///

@@ -56,7 +56,9 @@ impl<B: TrainBackend> Stage<'_, B> {
             | Op::StripPrefix { .. }
             | Op::StripPrefixBackward { .. }
             | Op::PivotedQr { .. } => self.tokens(op),
-            Op::Zero { .. } | Op::Norm { .. } | Op::AdamW { .. } => self.flat(op),
+            Op::Zero { .. } | Op::CopyVector { .. } | Op::Norm { .. } | Op::AdamW { .. } => {
+                self.flat(op)
+            }
         }
     }
 
@@ -618,6 +620,14 @@ impl<B: TrainBackend> Stage<'_, B> {
                 let result = self.backend.zero(&mut x, span);
                 self.done(result);
                 self.read_vector(&x)
+            }
+            Op::CopyVector { len, at } => {
+                let span = Span { start: 5, len };
+                let from = self.vector_input("from", span.end())?;
+                let mut to = self.vector_output("to", at + len)?;
+                let result = self.backend.copy_vector(&mut to, at, &from, span);
+                self.done(result);
+                self.read_vector(&to)
             }
             Op::Norm { len } => {
                 let values = self.noise(len);

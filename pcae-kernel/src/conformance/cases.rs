@@ -168,6 +168,10 @@ pub(super) enum Op {
     Zero {
         len: usize,
     },
+    CopyVector {
+        len: usize,
+        at: usize,
+    },
     Norm {
         len: usize,
     },
@@ -519,6 +523,10 @@ fn without_params(ops: &mut Vec<Op>) {
             Op::CrossEntropy { dims },
             Op::Norm { len: dims.len() },
             Op::Zero { len: dims.len() },
+            Op::CopyVector {
+                len: dims.len(),
+                at: 2,
+            },
         ]);
         for rows_per_scale in [0, 1, 2, 3] {
             ops.push(Op::ScaleRows {

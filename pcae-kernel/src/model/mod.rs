@@ -19,6 +19,6 @@ mod trunk;
 pub use {
     classify::ClassifierTrainer,
     pretrain::{CriterionScorer, Pretrainer},
-    state::{Scalars, TrainState},
+    state::{RECORDS, Scalars, TrainState},
     trunk::Trunk,
 };

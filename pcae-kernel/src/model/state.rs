@@ -22,8 +22,13 @@ pub struct TrainState<B: TrainBackend> {
     pub exp_avg_sq: B::Vector,
     /// See [`Scalars`].
     pub scalars: B::Vector,
+    /// Scalars of steps that nobody has read yet.
+    recorded: B::Vector,
     segments: Vec<Segment>,
 }
+
+/// Steps whose scalars can wait on the device, see [`TrainState::record`].
+pub const RECORDS: usize = 16;
 
 /// The numbers that a step leaves on the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -40,6 +45,15 @@ impl Scalars {
     pub(super) const LOSS: usize = 0;
     pub(super) const SPREAD: usize = 1;
     const GRAD_NORM: usize = 2;
+    const COUNT: usize = 3;
+
+    const fn new([loss, spread, grad_norm]: [f32; Self::COUNT]) -> Self {
+        Self {
+            loss,
+            spread,
+            grad_norm,
+        }
+    }
 }
 
 impl<B: TrainBackend> TrainState<B> {
@@ -100,7 +114,8 @@ impl<B: TrainBackend> TrainState<B> {
             grads: backend.vector(layout.len())?,
             exp_avg: backend.vector(layout.len())?,
             exp_avg_sq: backend.vector(layout.len())?,
-            scalars: backend.vector(3)?,
+            scalars: backend.vector(Scalars::COUNT)?,
+            recorded: backend.vector(Scalars::COUNT * RECORDS)?,
             segments,
             layout,
         })
@@ -154,14 +169,32 @@ impl<B: TrainBackend> TrainState<B> {
     /// # Errors
     /// What the backend reports.
     pub fn scalars(&self, backend: &mut B) -> Result<Scalars, B::Error> {
-        let mut values = [0.0; 3];
+        let mut values = [0.0; Scalars::COUNT];
         backend.read_vector(&mut values, &self.scalars, 0)?;
-        let [loss, spread, grad_norm] = values;
-        Ok(Scalars {
-            loss,
-            spread,
-            grad_norm,
-        })
+        Ok(Scalars::new(values))
+    }
+
+    /// Keeps the scalars on the device as number `record`, to be read with those of other steps.
+    ///
+    /// # Errors
+    /// If `record` is not below [`RECORDS`].
+    pub fn record(&mut self, backend: &mut B, record: usize) -> Result<(), B::Error> {
+        let span = Span {
+            start: 0,
+            len: Scalars::COUNT,
+        };
+        let at = record.saturating_mul(Scalars::COUNT);
+        backend.copy_vector(&mut self.recorded, at, &self.scalars, span)
+    }
+
+    /// Reads all records, of which those kept by [`TrainState::record`] mean something; on a device, this waits for it.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn records(&self, backend: &mut B) -> Result<[Scalars; RECORDS], B::Error> {
+        let mut values = [[0.0; Scalars::COUNT]; RECORDS];
+        backend.read_vector(values.as_flattened_mut(), &self.recorded, 0)?;
+        Ok(values.map(Scalars::new))
     }
 
     /// Sets the scalars to zero before the first micro-batch of a step.
@@ -169,7 +202,13 @@ impl<B: TrainBackend> TrainState<B> {
     /// # Errors
     /// What the backend reports.
     pub fn begin_step(&mut self, backend: &mut B) -> Result<(), B::Error> {
-        backend.zero(&mut self.scalars, Span { start: 0, len: 3 })
+        backend.zero(
+            &mut self.scalars,
+            Span {
+                start: 0,
+                len: Scalars::COUNT,
+            },
+        )
     }
 }
 

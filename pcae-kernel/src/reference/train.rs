@@ -742,6 +742,19 @@ impl<T: Float> TrainBackend for Reference<T, Heap<T>> {
         Ok(())
     }
 
+    fn copy_vector(
+        &mut self,
+        to: &mut Vec<T>,
+        at: usize,
+        from: &Vec<T>,
+        span: Span,
+    ) -> Result<(), Error> {
+        expect_len("copy_vector", "from", from.len(), span.end())?;
+        expect_len("copy_vector", "to", to.len(), at.saturating_add(span.len))?;
+        to[at..at + span.len].copy_from_slice(&from[span.start..span.end()]);
+        Ok(())
+    }
+
     fn norm(&mut self, out: &mut Vec<T>, at: usize, x: &Vec<T>) -> Result<(), Error> {
         expect_len("norm", "out", out.len(), at.saturating_add(1))?;
         out[at] = dot(x, x).sqrt();

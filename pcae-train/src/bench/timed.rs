@@ -273,6 +273,10 @@ impl<B: TrainBackend> TrainBackend for Timed<B> {
         self.inner.vector(len)
     }
 
+    fn is_queued(&self) -> bool {
+        self.inner.is_queued()
+    }
+
     fn write_vector(
         &mut self,
         to: &mut Self::Vector,
@@ -644,6 +648,18 @@ impl<B: TrainBackend> TrainBackend for Timed<B> {
     fn zero(&mut self, x: &mut Self::Vector, span: Span) -> Result<(), Self::Error> {
         self.timed(Op::Vector { elements: span.len }, |inner| {
             inner.zero(x, span)
+        })
+    }
+
+    fn copy_vector(
+        &mut self,
+        to: &mut Self::Vector,
+        at: usize,
+        from: &Self::Vector,
+        span: Span,
+    ) -> Result<(), Self::Error> {
+        self.timed(Op::Transfer { elements: span.len }, |inner| {
+            inner.copy_vector(to, at, from, span)
         })
     }
 

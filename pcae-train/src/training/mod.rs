@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use pcae_kernel::backend::{AdamW, Span, TrainBackend};
 use pcae_kernel::layout::Layout;
-use pcae_kernel::model::{Scalars, TrainState};
+use pcae_kernel::model::{RECORDS, Scalars, TrainState};
 use pcae_kernel::schedule::learning_rate;
 
 use crate::checkpoint::{self, Identity, Position};
@@ -261,20 +261,83 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
     };
     // After the evaluation, which would spoil the estimate of the time left.
     let mut progress = Progress::new(step, plan.steps);
-    while step < plan.steps && !interrupt::requested() {
-        let began = Instant::now();
+    let every = plan.eval_every.saturating_mul(plan.steps_per_epoch);
+    // Steps that are done, or on their way in a device that is not waited for.
+    let mut unread: Vec<(AdamW, u64)> = Vec::with_capacity(RECORDS);
+    let most_unread = if backend.is_queued() { RECORDS } else { 1 };
+    let mut began = Instant::now();
+    loop {
+        let stops = step == plan.steps || interrupt::requested();
+        let evaluates = step == plan.steps || (every > 0 && step.is_multiple_of(every));
+        let saves = evaluates || step.is_multiple_of(plan.save_every);
+        if !unread.is_empty() && (stops || saves || unread.len() == most_unread) {
+            let records = match state.records(backend) {
+                Ok(records) => records,
+                Err(error) => {
+                    let (error, at) = (failed(error), unread[0].0.step);
+                    return Err(diverged_or(error, backend, &state, name, at)?);
+                }
+            };
+            let step_images = plan.batch_size as u64 * plan.accum;
+            let taken = began.elapsed().as_secs_f64();
+            let each = taken / unread.len() as f64;
+            images += step_images * unread.len() as u64;
+            seconds += taken;
+            for (seen, (adamw, batches)) in records.iter().zip(unread.drain(..)) {
+                if !(seen.loss.is_finite() && seen.grad_norm.is_finite()) {
+                    return Err(Error::Diverged {
+                        step: adamw.step,
+                        loss: seen.loss,
+                    });
+                }
+                clock += each;
+                let mut scalars = BTreeMap::from([
+                    (names::LOSS.to_owned(), f64::from(seen.loss)),
+                    (names::GRAD_NORM.to_owned(), f64::from(seen.grad_norm)),
+                    (names::LR.to_owned(), adamw.lr),
+                    (names::IMAGES_PER_S.to_owned(), step_images as f64 / each),
+                ]);
+                if let Some(warning) = task.observe(seen, &adamw, &mut scalars) {
+                    progress.println(&warning);
+                }
+                let evaluated = if adamw.step == step && evaluates {
+                    Some(task.evaluate(backend, &state, &run, step, &mut scalars)?)
+                } else {
+                    None
+                };
+                let epoch = batches as f64 / loader.batches_per_epoch() as f64;
+                metrics.log(&Record {
+                    step: adamw.step,
+                    epoch,
+                    time_s: clock,
+                    scalars,
+                })?;
+                progress.set(adamw.step, images as f64 / seconds, seen.loss);
+                if let Some(line) = &evaluated {
+                    progress.println(&format!("step {step}, epoch {epoch:.1}: {line}"));
+                }
+            }
+            if saves {
+                metrics.sync()?;
+                save(backend, &state, Position { step, batches })?;
+                task.draw(&run, &read_metrics(&run.metrics())?)?;
+            }
+        }
+        if stops {
+            break;
+        }
+
+        if unread.is_empty() {
+            began = Instant::now();
+        }
         state.begin_step(backend).map_err(failed)?;
         for _ in 0..plan.accum {
             let mut batch = loader.next()?;
             let scale = 1.0 / plan.accum as f64;
             let done = task.accumulate(backend, &mut state, &mut batch, scale);
-            if done.is_err() && !is_finite(backend, &state).map_err(failed)? {
-                return Err(Error::Diverged {
-                    step: step + 1,
-                    loss: f32::NAN,
-                });
+            if let Err(error) = done {
+                return Err(diverged_or(error, backend, &state, name, step + 1)?);
             }
-            done?;
             loader.recycle(batch);
             batches += 1;
         }
@@ -286,59 +349,11 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
             step: step + 1,
             momentum: task.momentum(step),
         };
-        let seen = state.scalars(backend).map_err(failed)?;
-        let diverged = |holds: bool| {
-            let (step, loss) = (step + 1, seen.loss);
-            if holds {
-                Err(Error::Diverged { step, loss })
-            } else {
-                Ok(())
-            }
-        };
-        diverged(!seen.loss.is_finite())?;
         let max_norm = (plan.clip_grad > 0.0).then_some(plan.clip_grad);
         state.update(backend, &adamw, max_norm).map_err(failed)?;
-        let grad_norm = state.scalars(backend).map_err(failed)?.grad_norm;
-        diverged(!grad_norm.is_finite())?;
+        state.record(backend, unread.len()).map_err(failed)?;
+        unread.push((adamw, batches));
         step += 1;
-
-        let taken = began.elapsed().as_secs_f64();
-        let step_images = plan.batch_size as u64 * plan.accum;
-        images += step_images;
-        seconds += taken;
-        clock += taken;
-        let mut scalars = BTreeMap::from([
-            (names::LOSS.to_owned(), f64::from(seen.loss)),
-            (names::GRAD_NORM.to_owned(), f64::from(grad_norm)),
-            (names::LR.to_owned(), adamw.lr),
-            (names::IMAGES_PER_S.to_owned(), step_images as f64 / taken),
-        ]);
-        if let Some(warning) = task.observe(&seen, &adamw, &mut scalars) {
-            progress.println(&warning);
-        }
-        let done = step == plan.steps;
-        let every = plan.eval_every.saturating_mul(plan.steps_per_epoch);
-        let evaluated = if done || (every > 0 && step.is_multiple_of(every)) {
-            Some(task.evaluate(backend, &state, &run, step, &mut scalars)?)
-        } else {
-            None
-        };
-        let epoch = batches as f64 / loader.batches_per_epoch() as f64;
-        metrics.log(&Record {
-            step,
-            epoch,
-            time_s: clock,
-            scalars,
-        })?;
-        progress.set(step, images as f64 / seconds, seen.loss);
-        if let Some(line) = &evaluated {
-            progress.println(&format!("step {step}, epoch {epoch:.1}: {line}"));
-        }
-        if evaluated.is_some() || step.is_multiple_of(plan.save_every) {
-            metrics.sync()?;
-            save(backend, &state, Position { step, batches })?;
-            task.draw(&run, &read_metrics(&run.metrics())?)?;
-        }
     }
     let interrupted = step < plan.steps;
     if interrupted {
@@ -354,6 +369,23 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
         images_per_s: (images > 0).then(|| images as f64 / seconds),
         interrupted,
         records,
+    })
+}
+
+/// What stopped step number `step`: the run has diverged, or `error` is all there is to say.
+fn diverged_or<B: TrainBackend>(
+    error: Error,
+    backend: &mut B,
+    state: &TrainState<B>,
+    name: &str,
+    step: u64,
+) -> Result<Error, Error> {
+    let finite = is_finite(backend, state).map_err(|error| Error::backend(name, error))?;
+    Ok(if finite {
+        error
+    } else {
+        let loss = f32::NAN;
+        Error::Diverged { step, loss }
     })
 }
 
