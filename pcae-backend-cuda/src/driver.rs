@@ -8,7 +8,7 @@
 //! - `cuMemAlloc_v2`, `cuMemFree_v2`, `cuMemGetInfo_v2`, `cuMemHostAlloc`, `cuMemFreeHost`
 //! - `cuStreamCreate`, `cuStreamDestroy_v2`, `cuStreamSynchronize`, `cuEventCreate`, `cuEventRecord`, `cuEventSynchronize`,
 //!   `cuEventDestroy_v2`
-//! - `cuMemcpyHtoDAsync_v2`, `cuMemcpyDtoHAsync_v2`, `cuMemsetD8Async`
+//! - `cuMemcpyHtoDAsync_v2`, `cuMemcpyDtoHAsync_v2`, `cuMemcpyDtoDAsync_v2`, `cuMemsetD8Async`
 //! - `cuModuleLoadData`, `cuModuleUnload`, `cuModuleGetFunction`, `cuFuncSetAttribute`, `cuLaunchKernel`
 //! - `cuStreamBeginCapture_v2`, `cuStreamEndCapture`, `cuGraphInstantiateWithFlags`, `cuGraphLaunch`,
 //!   `cuGraphExecDestroy`, `cuGraphDestroy`
@@ -58,14 +58,26 @@ fn check(call: &'static str, result: Result<(), DriverError>) -> Result<(), Erro
 }
 
 fn failed(call: &'static str, error: DriverError) -> Error {
-    let text =
-        |text: Result<&CStr, DriverError>| text.map(|text| text.to_string_lossy().into_owned());
     Error::Driver {
         call,
-        error: match (text(error.error_name()), text(error.error_string())) {
-            (Ok(name), Ok(meaning)) => format!("{name}, {meaning}"),
-            _ => format!("error {}", error.0 as u32),
-        },
+        error: meaning(error),
+    }
+}
+
+/// Names a failed call and what it was about.
+fn explained(call: &'static str, about: &str, error: DriverError) -> Error {
+    Error::Driver {
+        call,
+        error: format!("{} ({about})", meaning(error)),
+    }
+}
+
+fn meaning(error: DriverError) -> String {
+    let text =
+        |text: Result<&CStr, DriverError>| text.map(|text| text.to_string_lossy().into_owned());
+    match (text(error.error_name()), text(error.error_string())) {
+        (Ok(name), Ok(meaning)) => format!("{name}, {meaning}"),
+        _ => format!("error {}", error.0 as u32),
     }
 }
 
@@ -398,10 +410,6 @@ impl Pinned {
         })
     }
 
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// `len` numbers from byte `at` on.
     ///
     /// # Safety
@@ -499,8 +507,13 @@ impl Module {
     pub(crate) fn new(context: &Arc<Context>, image: &[u8]) -> Result<Self, Error> {
         context.bind()?;
         // SAFETY: an image by the compiler (or the cache, by its sum), which says its length itself.
-        let raw = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) }
-            .map_err(|error| failed("cuModuleLoadData", error))?;
+        let raw = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) }.map_err(
+            // An old driver may refuse what a new compiler makes.
+            |error| {
+                let driver = format!("the driver is for CUDA {}", context.driver / 1000);
+                explained("cuModuleLoadData", &driver, error)
+            },
+        )?;
         Ok(Self {
             context: Arc::clone(context),
             raw,
@@ -513,13 +526,7 @@ impl Module {
         // SAFETY: loaded by `new`.
         unsafe { result::module::get_function(self.raw, c_name) }
             .map(Function)
-            .map_err(|error| match failed("cuModuleGetFunction", error) {
-                Error::Driver { call, error } => Error::Driver {
-                    call,
-                    error: format!("kernel {name}: {error}"),
-                },
-                other => other,
-            })
+            .map_err(|error| explained("cuModuleGetFunction", name, error))
     }
 }
 
@@ -641,6 +648,17 @@ impl Stream {
         // SAFETY: by the caller.
         check("cuMemcpyDtoHAsync_v2", unsafe {
             result::memcpy_dtoh_async(to, from.0, self.raw)
+        })
+    }
+
+    /// Copies within the device, later.
+    ///
+    /// # Safety
+    /// Both are memory when the work is done, and do not overlap.
+    pub(crate) unsafe fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: usize) -> Result<(), Error> {
+        // SAFETY: by the caller.
+        check("cuMemcpyDtoDAsync_v2", unsafe {
+            result::memcpy_dtod_async(to.0, from.0, bytes, self.raw)
         })
     }
 

@@ -508,4 +508,130 @@ mod tests {
             assert_eq!(alignment(DevicePtr(at)), expected);
         }
     }
+
+    /// Numbers of few bits, so that sums are exact in any order and only the last rounding differs.
+    fn values(len: usize, seed: usize) -> Vec<f32> {
+        let value = |i: usize| ((i * 37 + seed * 11) % 23) as f32 / 4.0 - 2.5;
+        (0..len).map(value).collect()
+    }
+
+    fn at(x: &[f32], rows: usize, columns: usize, transposed: bool, i: usize, j: usize) -> f32 {
+        if transposed {
+            x[j * rows + i]
+        } else {
+            x[i * columns + j]
+        }
+    }
+
+    /// All forms that layers need, at sizes that no tile divides and places that nothing aligns.
+    #[test]
+    fn products_are_those_of_the_formula() {
+        let sizes = [(1, 1, 1), (2, 3, 5), (17, 9, 31), (64, 48, 40), (3, 129, 7)];
+        for precision in [Precision::F32, Precision::Bf16] {
+            let Some(mut queue) = crate::testing::queue(precision) else {
+                return;
+            };
+            for ((m, n, k), offset) in sizes.into_iter().flat_map(|size| [(size, 0), (size, 3)]) {
+                for form in 0..32 {
+                    let flag = |bit: u32| form >> bit & 1 == 1;
+                    let [a_transposed, b_transposed, bias, add, out_f32] =
+                        [flag(0), flag(1), flag(2), flag(3), flag(4)];
+                    if bias && out_f32 && precision == Precision::Bf16 {
+                        continue;
+                    }
+                    let [a, b, c, d] = [(m * k, 1), (k * n, 2), (n, 3), (m * n, 4)]
+                        .map(|(len, seed)| values(len, seed));
+                    let place = offset * precision.size();
+                    let mut upload = |x: &[f32]| {
+                        let memory = queue.allocate(place + x.len() * 4).unwrap();
+                        queue.write_act(memory.at().plus(place), x).unwrap();
+                        memory
+                    };
+                    let [a_at, b_at, c_at] = [&a, &b, &c].map(|x| upload(x));
+                    let out_place = if out_f32 { offset * 4 } else { place };
+                    let out_at = queue.allocate(out_place + d.len() * 4).unwrap();
+                    // In place with transposed operands, out of another buffer without.
+                    let d_at = queue.allocate(out_place + d.len() * 4).unwrap();
+                    let [d_to, out] = [&d_at, &out_at].map(|memory| memory.at().plus(out_place));
+                    let add_at = if a_transposed { out } else { d_to };
+                    if out_f32 {
+                        queue.write_f32(add_at, &d).unwrap();
+                    } else {
+                        queue.write_act(add_at, &d).unwrap();
+                    }
+                    let matmul = Matmul {
+                        m,
+                        n,
+                        k,
+                        a: a_at.at().plus(place),
+                        a_transposed,
+                        b: b_at.at().plus(place),
+                        b_transposed,
+                        bias: bias.then(|| c_at.at().plus(place)),
+                        add: add.then_some(add_at),
+                        out,
+                        out_f32,
+                    };
+                    queue.matmul(matmul).unwrap();
+                    let mut found = vec![0.0; m * n];
+                    if out_f32 {
+                        queue.read_f32(&mut found, out).unwrap();
+                    } else {
+                        queue.read_act(&mut found, out).unwrap();
+                    }
+                    for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                        let mut expected = 0.0;
+                        for p in 0..k {
+                            expected +=
+                                at(&a, m, k, a_transposed, i, p) * at(&b, k, n, b_transposed, p, j);
+                        }
+                        if bias {
+                            expected += c[j];
+                        }
+                        if add {
+                            expected += d[i * n + j];
+                        }
+                        if precision == Precision::Bf16 && !out_f32 {
+                            let bits = crate::ring::to_bf16(expected);
+                            expected = f32::from_bits(u32::from(bits) << 16);
+                        }
+                        assert_eq!(
+                            found[i * n + j],
+                            expected,
+                            "{precision:?} {matmul} at {i}, {j}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_sum_over_nothing_is_nothing() {
+        let Some(mut queue) = crate::testing::queue(Precision::F32) else {
+            return;
+        };
+        let memory = queue.allocate(24).unwrap();
+        queue.write_f32(memory.at(), &[7.0; 6]).unwrap();
+        let mut matmul = Matmul {
+            m: 2,
+            n: 3,
+            k: 0,
+            a: memory.at(),
+            a_transposed: true,
+            b: memory.at(),
+            b_transposed: false,
+            bias: None,
+            add: Some(memory.at()),
+            out: memory.at(),
+            out_f32: true,
+        };
+        let mut back = [0.0; 6];
+        for expected in [7.0, 0.0] {
+            queue.matmul(matmul).unwrap();
+            queue.read_f32(&mut back, memory.at()).unwrap();
+            assert_eq!(back, [expected; 6]);
+            matmul.add = None;
+        }
+    }
 }

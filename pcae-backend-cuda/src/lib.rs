@@ -13,7 +13,10 @@ pub mod kernels;
 mod memory;
 mod optimizer;
 mod queue;
+mod ring;
 mod rows;
+#[cfg(test)]
+mod testing;
 mod tokens;
 mod train;
 

@@ -30,6 +30,7 @@ use crate::driver::{
 use crate::error::Error;
 use crate::gemm::{Gemm, Matmul};
 use crate::kernels::{File, KERNELS, Kernel};
+use crate::ring::{PIECE, Ring, to_bf16};
 
 /// Graphs that are kept: of steps, of the last and shorter batch, of evaluations, at several sizes.
 const GRAPHS: usize = 32;
@@ -45,15 +46,6 @@ const SEEN: usize = 64;
 
 /// Changing values that fit between two runs.
 const CHANGING: usize = 16 * 1024;
-
-/// Bytes of pinned memory for writes, a ring.
-const RING: usize = 16 << 20;
-
-/// Copies from the ring that may be under way.
-const COPIES: usize = 64;
-
-/// Bytes of one copy, and of each half of the pinned memory for reads.
-const PIECE: usize = 4 << 20;
 
 /// Bytes of dynamic shared memory that a kernel may have without being asked for.
 const SHARED: u32 = 48 * 1024;
@@ -113,6 +105,7 @@ mod word {
     pub(super) const LAUNCH: u64 = 0;
     pub(super) const MATMUL: u64 = 1;
     pub(super) const ZERO: u64 = 2;
+    pub(super) const COPY: u64 = 3;
 }
 
 /// A tape that became a graph.
@@ -358,6 +351,16 @@ impl Queue {
         }
         self.tape
             .extend_from_slice(&[word::ZERO, at.0, bytes as u64]);
+        self.appended()
+    }
+
+    /// Queues a copy within the device.
+    pub(crate) fn copy(&mut self, to: DevicePtr, from: DevicePtr, bytes: usize) -> Result<(), Error> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.tape
+            .extend_from_slice(&[word::COPY, to.0, from.0, bytes as u64]);
         self.appended()
     }
 
@@ -681,6 +684,15 @@ fn issue(
                 gemm.run(stream, &Matmul::from_words(words))?;
                 after
             }
+            word::COPY => {
+                let [to, from, bytes, after @ ..] = after else {
+                    break;
+                };
+                let bytes = *bytes as usize;
+                // SAFETY: the operation that queued it has checked where both lie.
+                unsafe { stream.copy(DevicePtr(*to), DevicePtr(*from), bytes)? };
+                after
+            }
             _ => {
                 let [at, bytes, after @ ..] = after else {
                     break;
@@ -711,99 +723,5 @@ fn sum(tape: &[u64]) -> u64 {
     })
 }
 
-/// To nearest even; a NaN stays one.
-fn to_bf16(x: f32) -> u16 {
-    let bits = x.to_bits();
-    if x.is_nan() {
-        // Quiet, so that dropping the low half cannot make it infinite.
-        (bits >> 16) as u16 | 0x40
-    } else {
-        let round = 0x7fff + (bits >> 16 & 1);
-        (bits.wrapping_add(round) >> 16) as u16
-    }
-}
-
-/// Pinned memory from which copies to the device go, used round and round.
-#[derive(Debug)]
-struct Ring {
-    pinned: Pinned,
-    /// Bytes that were ever handed out, and of those the ones that are free again.
-    handed: usize,
-    free: usize,
-    /// Copies under way: up to which byte, and the event behind them.
-    pending: VecDeque<(usize, Event)>,
-    spare: Vec<Event>,
-}
-
-impl Ring {
-    fn new(context: &Arc<Context>) -> Result<Self, Error> {
-        Ok(Self {
-            pinned: Pinned::new(context, RING)?,
-            handed: 0,
-            free: 0,
-            pending: VecDeque::with_capacity(COPIES),
-            spare: (0..COPIES)
-                .map(|_| Event::new(context))
-                .collect::<Result<_, _>>()?,
-        })
-    }
-
-    /// Copies to the device behind what is in the stream. Waits only where the ring is full of copies under way.
-    fn send<T, U: Plain>(
-        &mut self,
-        stream: &Stream,
-        to: DevicePtr,
-        from: &[T],
-        convert: impl Fn(&T) -> U,
-    ) -> Result<(), Error> {
-        let mut to = to;
-        for from in from.chunks(PIECE / size_of::<U>()) {
-            let bytes = size_of_val(from) / size_of::<T>() * size_of::<U>();
-            let at = self.reserve(bytes)?;
-            // SAFETY: `reserve` has waited for the copies that went from here.
-            let part = unsafe { self.pinned.part::<U>(at, from.len()) };
-            for (to, x) in part.iter_mut().zip(from) {
-                *to = convert(x);
-            }
-            // SAFETY: nobody writes there before the event below is reached. The caller's buffer is long enough.
-            unsafe { stream.upload(to, part)? };
-            // There is one: `reserve` leaves one over.
-            if let Some(event) = self.spare.pop() {
-                if let Err(error) = stream.record(&event) {
-                    self.spare.push(event);
-                    return Err(error);
-                }
-                self.pending.push_back((self.handed, event));
-            }
-            to = to.plus(bytes);
-        }
-        Ok(())
-    }
-
-    /// Where `bytes`, at most a piece, can be written now.
-    fn reserve(&mut self, bytes: usize) -> Result<usize, Error> {
-        const ALIGN: usize = 64;
-        let bytes = bytes.next_multiple_of(ALIGN);
-        let mut at = self.handed % RING;
-        let mut handed = self.handed + bytes;
-        if at + bytes > RING {
-            // What is left at the end is handed out with it.
-            handed += RING - at;
-            at = 0;
-        }
-        while handed - self.free > RING || self.spare.is_empty() {
-            let Some((end, event)) = self.pending.pop_front() else {
-                break;
-            };
-            let done = event.wait();
-            self.spare.push(event);
-            done?;
-            self.free = end;
-        }
-        if self.pending.is_empty() {
-            self.free = self.handed;
-        }
-        self.handed = handed;
-        Ok(at)
-    }
-}
+#[cfg(test)]
+mod tests;
