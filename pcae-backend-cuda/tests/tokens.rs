@@ -4,7 +4,11 @@
 mod emulated;
 
 use pcae_backend_cuda::{Cuda, Precision};
-use pcae_kernel::backend::{Backend, PatchDims, TokenDims};
+use pcae_kernel::backend::{
+    Backend, DecoderDims, EmbedParams, PatchDims, Span, TokenDims, TrainBackend,
+};
+use pcae_kernel::config::VitConfig;
+use pcae_kernel::layout::Layout;
 use pcae_kernel::reference::Reference;
 use pcae_kernel::rng::{Purpose, Stream};
 
@@ -81,9 +85,8 @@ fn any_number_of_tokens_is_selected_in_the_order_of_a_stable_sort() {
             cuda.read_ids(&mut got, &picked).unwrap();
             for (got, scores) in got.chunks(keep).zip(scores.chunks(tokens)) {
                 let mut order: Vec<u32> = (0..tokens as u32).collect();
-                order.sort_by(|&i, &j| {
-                    scores[i as usize].partial_cmp(&scores[j as usize]).unwrap()
-                });
+                order
+                    .sort_by(|&i, &j| scores[i as usize].partial_cmp(&scores[j as usize]).unwrap());
                 assert_eq!(got, &order[..keep], "{tokens} tokens");
             }
         }
@@ -258,17 +261,25 @@ fn tokens_are_gathered_and_pooled_at_any_width() {
 
 #[test]
 fn patches_of_any_size_are_cut_out() {
-    fn run<B: Backend>(backend: &mut B, dims: PatchDims, picked: Option<&[u32]>) -> Vec<f32> {
-        let images = buf(
-            backend,
-            &noise(dims.patch_size as u64, dims.images_len()),
-        );
+    /// As they are, and in the order of MAE's target if there are ids.
+    fn run<B: TrainBackend>(
+        backend: &mut B,
+        dims: PatchDims,
+        picked: Option<&[u32]>,
+    ) -> [Vec<f32>; 2] {
+        let images = buf(backend, &noise(dims.patch_size as u64, dims.images_len()));
         let picked = picked.map(|picked| ids(backend, picked));
-        let mut out = buf(backend, &vec![9.0; dims.patches_len() + 3]);
+        let len = dims.patches_len() + 3;
+        let [mut out, mut targets] = [0; 2].map(|_| buf(backend, &vec![9.0; len]));
         backend
             .gather_patches(dims, &mut out, &images, picked.as_ref())
             .unwrap();
-        contents(backend, &out, dims.patches_len() + 3)
+        if let Some(picked) = &picked {
+            backend
+                .pixel_targets(dims, &mut targets, &images, picked)
+                .unwrap();
+        }
+        [out, targets].map(|x| contents(backend, &x, len))
     }
     both(|mut cuda, precision| {
         // Words of 2, 4, 8 and 16 bytes in one format or the other.
@@ -298,8 +309,223 @@ fn patches_of_any_size_are_cut_out() {
             for (dims, picked) in [(dims, Some(&picked[..])), (all, None)] {
                 let got = run(&mut cuda, dims, picked);
                 let want = run(&mut Reference::<f64, _>::owned(), dims, picked);
-                same(precision, &got, &want, "gather_patches", true);
+                same(precision, &got[0], &want[0], "gather_patches", true);
+                same(precision, &got[1], &want[1], "pixel_targets", true);
             }
+        }
+    });
+}
+
+/// A token and a table of positions behind three other parameters: at no multiple of 16 bytes.
+fn table<B: TrainBackend>(backend: &mut B, dim: usize, positions: usize) -> (B::Params, [Span; 2]) {
+    // A layout that is long enough.
+    let layout = Layout::encoder(&VitConfig::preset("vit-micro").unwrap());
+    let values = noise(5, layout.len());
+    assert!(layout.len() > (2 + positions) * dim + 3);
+    let token = Span { start: 3, len: dim };
+    let pos_embed = Span {
+        start: 3 + dim,
+        len: (1 + positions) * dim,
+    };
+    let params = backend.params(&layout, &values).unwrap();
+    (params, [token, pos_embed])
+}
+
+#[test]
+fn tokens_are_embedded_with_parameters_at_any_address() {
+    fn run<B: TrainBackend>(backend: &mut B, dims: DecoderDims, positions: usize) -> [Vec<f32>; 2] {
+        let (params, [token, pos_embed]) = table(backend, dims.dim, positions);
+        let places = |count: usize, key: usize| -> Vec<u32> {
+            let place = |i| (key * i % positions) as u32;
+            (0..count).map(place).collect()
+        };
+        let visible = ids(backend, &places(dims.batch * dims.visible, 5));
+        let target = ids(backend, &places(dims.batch * dims.targets, 11));
+        let x = buf(backend, &noise(1, dims.latent_len()));
+        let mut decoder = buf(backend, &vec![9.0; dims.len() + 3]);
+        backend
+            .decoder_tokens(
+                dims,
+                &mut decoder,
+                &x,
+                &visible,
+                &target,
+                &params,
+                token,
+                pos_embed,
+            )
+            .unwrap();
+        let tokens = TokenDims {
+            batch: dims.batch,
+            prefix: 1,
+            tokens: dims.visible,
+            dim: dims.dim,
+        };
+        let embed = EmbedParams {
+            cls_token: Some(token),
+            pos_embed,
+        };
+        let mut embedded = buf(backend, &vec![9.0; tokens.len() + 3]);
+        backend
+            .embed_tokens(tokens, &mut embedded, &x, Some(&visible), &params, embed)
+            .unwrap();
+        [
+            contents(backend, &decoder, dims.len() + 3),
+            contents(backend, &embedded, tokens.len() + 3),
+        ]
+    }
+    both(|mut cuda, precision| {
+        for (batch, visible, targets, dim) in [
+            (2, 49, 18, 768),
+            (3, 5, 7, 33),
+            (1, 12, 1, 96),
+            (40, 3, 2, 4),
+        ] {
+            let dims = DecoderDims {
+                batch,
+                visible,
+                targets,
+                dim,
+            };
+            let got = run(&mut cuda, dims, 60);
+            let want = run(&mut Reference::<f64, _>::owned(), dims, 60);
+            same(precision, &got[0], &want[0], "decoder_tokens", false);
+            same(precision, &got[1], &want[1], "embed_tokens", false);
+        }
+    });
+}
+
+#[test]
+fn gradients_of_tokens_go_where_they_came_from() {
+    fn run<B: TrainBackend>(backend: &mut B, dims: TokenDims, keep: usize) -> Vec<Vec<f32>> {
+        let TokenDims {
+            batch,
+            prefix,
+            tokens,
+            dim,
+        } = dims;
+        // Different ones in a sequence.
+        let step = (1..)
+            .find(|step| tokens % step != 0 || tokens == 1)
+            .unwrap();
+        let picked: Vec<u32> = (0..batch)
+            .flat_map(|b| (0..keep).map(move |i| ((step * i + b) % tokens) as u32))
+            .collect();
+        let picked = ids(backend, &picked);
+        let mut results = vec![];
+        let d_kept = buf(backend, &noise(1, dims.with_tokens(keep).len()));
+        let blank = vec![9.0; dims.len() + 3];
+        let mut d_x = buf(backend, &blank);
+        backend
+            .gather_tokens_backward(dims, keep, &mut d_x, &d_kept, &picked)
+            .unwrap();
+        results.push(contents(backend, &d_x, blank.len()));
+        let d_pooled = buf(backend, &noise(2, batch * dim));
+        backend
+            .mean_pool_backward(dims, &mut d_x, &d_pooled)
+            .unwrap();
+        results.push(contents(backend, &d_x, blank.len()));
+        let full = buf(backend, &noise(3, dims.len()));
+        let stripped = TokenDims { prefix: 0, ..dims }.len();
+        let mut patches = buf(backend, &blank);
+        backend.strip_prefix(dims, &mut patches, &full).unwrap();
+        results.push(contents(backend, &patches, stripped + 3));
+        backend
+            .strip_prefix_backward(dims, &mut d_x, &patches)
+            .unwrap();
+        results.push(contents(backend, &d_x, blank.len()));
+        if prefix > 0 {
+            // The same tokens as a decoder's: some visible ones, then masks.
+            let targets = keep.min(tokens - 1);
+            let decoder = DecoderDims {
+                batch,
+                visible: tokens - targets,
+                targets,
+                dim,
+            };
+            let mut grads = backend.vector(dim + 5).unwrap();
+            backend
+                .write_vector(&mut grads, 0, &noise(4, dim + 5))
+                .unwrap();
+            let span = Span { start: 3, len: dim };
+            let x = buf(backend, &noise(3, decoder.len()));
+            backend
+                .decoder_tokens_backward(decoder, &mut d_x, &mut grads, &x, span)
+                .unwrap();
+            results.push(contents(backend, &d_x, decoder.latent_len() + 3));
+            let mut sums = vec![0.0; dim + 5];
+            backend.read_vector(&mut sums, &grads, 0).unwrap();
+            results.push(sums);
+        }
+        results
+    }
+    let names = [
+        "gather_tokens_backward",
+        "mean_pool_backward",
+        "strip_prefix",
+        "strip_prefix_backward",
+        "decoder_tokens_backward",
+        "the mask token's gradient",
+    ];
+    both(|mut cuda, precision| {
+        for (batch, prefix, tokens, dim, keep) in [
+            (2, 1, 257, 8, 130),
+            (1, 0, 147, 768, 73),
+            (3, 1, 20, 7, 20),
+            (130, 1, 40, 33, 37),
+            (1, 1, 1, 1025, 1),
+        ] {
+            let dims = TokenDims {
+                batch,
+                prefix,
+                tokens,
+                dim,
+            };
+            let got = run(&mut cuda, dims, keep);
+            let want = run(&mut Reference::<f64, _>::owned(), dims, keep);
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                match i {
+                    // Summed in f32 whatever the activations are, 4810 of variance 1 at most.
+                    5 => {
+                        for (got, want) in got.iter().zip(want) {
+                            assert!((got - want).abs() < 1e-4, "{names:?} {got} {want}");
+                        }
+                    }
+                    _ => same(precision, got, want, names[i], i != 1),
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn tokens_are_ordered_as_a_decomposition_in_f64_does() {
+    fn run<B: TrainBackend>(backend: &mut B, dims: TokenDims) -> Vec<f32> {
+        // Tokens that have almost everything in common.
+        let mut values = noise(1, dims.len());
+        let shared = noise(2, dims.dim);
+        for row in values.chunks_mut(dims.dim) {
+            for (x, y) in row.iter_mut().zip(&shared) {
+                *x = f32::from_bits((*x / 16.0 + y).to_bits() & 0xffff_0000);
+            }
+        }
+        let x = buf(backend, &values);
+        let mut order = vec![0.0; dims.batch * dims.tokens];
+        let mut scores = backend.scores(order.len()).unwrap();
+        backend.pivoted_qr_scores(dims, &mut scores, &x).unwrap();
+        backend.read_scores(&mut order, &scores).unwrap();
+        order
+    }
+    both(|mut cuda, _| {
+        for (batch, prefix, tokens, dim) in [(2, 1, 60, 96), (1, 0, 21, 770), (3, 1, 7, 9)] {
+            let dims = TokenDims {
+                batch,
+                prefix,
+                tokens,
+                dim,
+            };
+            let want = run(&mut Reference::<f64, _>::owned(), dims);
+            assert_eq!(run(&mut cuda, dims), want, "{tokens} tokens");
         }
     });
 }
