@@ -1,6 +1,8 @@
 //! Tokens, scores and selection at sizes beyond those of the conformance suite: counts on both sides of each way to select,
 //! widths with and without whole vectors, rows longer than a warp's registers.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod emulated;
 
 use pcae_backend_cuda::{Cuda, Precision};
