@@ -187,8 +187,8 @@ impl Backend for Cuda {
         self.forward_product(OP, dims, out, x, params, layer, add)?;
         if epilogue == Epilogue::BiasGelu {
             let len = dims.out_len();
-            let shape = self.blocks(small(OP, len)?, 1);
             let args = [out.at(0).into(), (len as u64).into()];
+            let shape = self.queue.elements(len);
             self.queue.launch(kernels::GELU_IN_PLACE, shape, &args)?;
         }
         Ok(())

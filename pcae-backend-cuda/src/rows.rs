@@ -143,7 +143,7 @@ impl Queue {
     }
 
     /// Blocks for a kernel that goes through `len` elements, 4 vectors a thread.
-    fn elements(&self, len: usize) -> Shape {
+    pub(crate) fn elements(&self, len: usize) -> Shape {
         let blocks = len.div_ceil(self.lanes() * 4 * BLOCK as usize);
         line(blocks.min(i32::MAX as usize) as u32)
     }
