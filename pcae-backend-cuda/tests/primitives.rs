@@ -308,7 +308,8 @@ fn mistakes_of_kernels_are_found() {
         ("misaligned", 0, 4, &[1, 2, 3]),
         ("endless_stack", 0, 20, &[1000]),
     ] {
-        for (which, is_right) in std::iter::once((right, true)).chain(wrong.iter().map(|w| (*w, false)))
+        for (which, is_right) in
+            std::iter::once((right, true)).chain(wrong.iter().map(|w| (*w, false)))
         {
             // A failure stays with its stream.
             let device = Device::new().unwrap();
@@ -357,7 +358,10 @@ fn mistakes_of_the_host_are_found() {
         result::memcpy_htod_async(place.0, values, stream).unwrap();
         let mut seen = [7.0f32; 64];
         result::memcpy_dtoh_sync(&mut seen, place.0).unwrap();
-        assert_eq!(seen, [0.0; 64], "the stream does not wait for the default one");
+        assert_eq!(
+            seen, [0.0; 64],
+            "the stream does not wait for the default one"
+        );
         device.wait().unwrap();
         result::memcpy_dtoh_sync(&mut seen, place.0).unwrap();
         assert_eq!(seen, [1.0; 64]);

@@ -73,7 +73,10 @@ pub fn run_again() {
     let output = Command::new(std::env::current_exe().expect("this test"))
         .args(["--skip", "on_the_emulator"])
         .env(VARIABLE, "1")
-        .env("LD_LIBRARY_PATH", std::env::join_paths(paths).expect("paths"))
+        .env(
+            "LD_LIBRARY_PATH",
+            std::env::join_paths(paths).expect("paths"),
+        )
         // Images live and go with the emulator that made them.
         .env("PCAE_CACHE", folder.join("images"))
         .output()
