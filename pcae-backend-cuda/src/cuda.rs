@@ -76,6 +76,12 @@ impl Cuda {
         self.warning.as_deref()
     }
 
+    /// Bytes of the device's memory that are taken: by buffers, those too that were dropped since the last one was made, and
+    /// by working memory.
+    pub fn taken(&self) -> usize {
+        self.queue.taken()
+    }
+
     /// How work has run so far.
     pub fn runs(&self) -> Runs {
         self.queue.runs

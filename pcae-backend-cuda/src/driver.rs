@@ -28,6 +28,7 @@ use core::fmt;
 use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 use std::ffi::CString;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result::DriverError;
@@ -290,6 +291,8 @@ pub(crate) struct Heap {
     context: Arc<Context>,
     /// Of buffers that were dropped; `None` once the queue is gone.
     dropped: Mutex<Option<Vec<Block>>>,
+    /// Bytes that are allocated.
+    taken: AtomicUsize,
 }
 
 impl Heap {
@@ -297,6 +300,7 @@ impl Heap {
         Arc::new(Self {
             context,
             dropped: Mutex::new(Some(Vec::new())),
+            taken: AtomicUsize::new(0),
         })
     }
 
@@ -306,10 +310,17 @@ impl Heap {
 
     /// Memory with any content.
     pub(crate) fn allocate(self: &Arc<Self>, bytes: usize) -> Result<Memory, Error> {
+        let block = self.context.allocate(bytes)?;
+        self.taken.fetch_add(block.bytes, Ordering::Relaxed);
         Ok(Memory {
-            block: self.context.allocate(bytes)?,
+            block,
             heap: Arc::clone(self),
         })
+    }
+
+    /// Bytes that are allocated, those of dropped buffers too until they are freed.
+    pub(crate) fn taken(&self) -> usize {
+        self.taken.load(Ordering::Relaxed)
     }
 
     /// Whether a buffer was dropped since the last [`Heap::take`].
@@ -330,6 +341,7 @@ impl Heap {
     pub(crate) fn free(&self, blocks: &[Block]) {
         for block in blocks {
             self.context.free(*block);
+            self.taken.fetch_sub(block.bytes, Ordering::Relaxed);
         }
     }
 
@@ -362,7 +374,7 @@ impl Drop for Memory {
         let mut dropped = self.heap.dropped();
         match dropped.as_mut() {
             Some(blocks) => blocks.push(self.block),
-            None => self.heap.context.free(self.block),
+            None => self.heap.free(&[self.block]),
         }
     }
 }
@@ -655,7 +667,12 @@ impl Stream {
     ///
     /// # Safety
     /// Both are memory when the work is done, and do not overlap.
-    pub(crate) unsafe fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: usize) -> Result<(), Error> {
+    pub(crate) unsafe fn copy(
+        &self,
+        to: DevicePtr,
+        from: DevicePtr,
+        bytes: usize,
+    ) -> Result<(), Error> {
         // SAFETY: by the caller.
         check("cuMemcpyDtoDAsync_v2", unsafe {
             result::memcpy_dtod_async(to.0, from.0, bytes, self.raw)

@@ -25,4 +25,5 @@ pub use compile::Compiler;
 pub use cuda::{Cuda, Precision};
 pub use driver::device_count;
 pub use error::Error;
+pub use memory::Memory;
 pub use queue::Runs;

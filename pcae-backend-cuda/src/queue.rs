@@ -50,6 +50,12 @@ const CHANGING: usize = 16 * 1024;
 /// Bytes of dynamic shared memory that a kernel may have without being asked for.
 const SHARED: u32 = 48 * 1024;
 
+/// Bytes on the device that a queue has for itself, beside its workspace.
+pub(crate) const OWN: usize = CHANGING * size_of::<f32>() + FAULT;
+
+/// Bytes of the fault's code and detail.
+const FAULT: usize = 2 * size_of::<u32>();
+
 /// One argument of a kernel. Each is written into 8 bytes, of which the kernel reads as many as its type has, the low ones first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Arg(u64);
@@ -213,9 +219,9 @@ impl Queue {
             runs: Runs::default(),
             ring: Ring::new(&context)?,
             halves: [half()?, half()?],
-            fault_seen: Pinned::new(&context, 2 * size_of::<u32>())?,
+            fault_seen: Pinned::new(&context, FAULT)?,
             changing_at: heap.allocate(CHANGING * size_of::<f32>())?,
-            fault_at: heap.allocate(2 * size_of::<u32>())?,
+            fault_at: heap.allocate(FAULT)?,
             workspace: None,
             gemm: Gemm::new(&context, &heap, precision)?,
             functions,
@@ -238,6 +244,11 @@ impl Queue {
         // SAFETY: just allocated; if it is dropped, the heap frees it behind this work.
         unsafe { self.stream.zero(memory.at(), memory.bytes())? };
         Ok(memory)
+    }
+
+    /// Bytes that are taken from the device.
+    pub(crate) fn taken(&self) -> usize {
+        self.heap.taken()
     }
 
     /// Frees what was dropped, after the work that may refer to it.
@@ -605,7 +616,7 @@ impl Queue {
                 let [code, detail] = [seen[0], seen[1]];
                 if code != 0 {
                     // SAFETY: memory of the queue.
-                    unsafe { stream.zero(fault_at, 2 * size_of::<u32>())? };
+                    unsafe { stream.zero(fault_at, FAULT)? };
                     return Err(fault(&self.faults, code, detail));
                 }
             }

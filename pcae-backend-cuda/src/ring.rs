@@ -124,10 +124,10 @@ mod tests {
             (0.0, 0),
             (-0.0, 0x8000),
             (1.0, 0x3f80),
-            // Half of the last place of 1.0, 1.0078125 and below: to even.
-            (1.003_906_25, 0x3f80),
-            (1.011_718_75, 0x3f82),
-            (1.003_906_4, 0x3f81),
+            // Half of the last place of 1.0 and of the number after it: to even.
+            (1.0 + 1.0 / 256.0, 0x3f80),
+            (1.0 + 3.0 / 256.0, 0x3f82),
+            (1.0 + 1.001 / 256.0, 0x3f81),
             (f32::MAX, 0x7f80),
             (f32::INFINITY, 0x7f80),
             (f32::NEG_INFINITY, 0xff80),

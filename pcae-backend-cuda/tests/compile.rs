@@ -42,8 +42,8 @@ impl<'a> Elf<'a> {
 
     /// The characters up to a zero.
     fn text(&self, at: usize) -> &'a str {
-        let text = self.0[at..].split(|byte| *byte == 0).next().unwrap();
-        std::str::from_utf8(text).unwrap()
+        let text = self.0[at..].split(|byte| *byte == 0).next();
+        std::str::from_utf8(text.unwrap_or_default()).expect("a name")
     }
 
     fn sections(&self) -> Vec<Section<'a>> {
@@ -86,7 +86,7 @@ impl<'a> Elf<'a> {
 
         let sections = self.sections();
         let symbols = sections.iter().find(|section| section.kind == SYMBOLS);
-        let symbols = symbols.unwrap();
+        let symbols = symbols.expect("a table of symbols");
         let strings = sections[symbols.link as usize].content;
         let symbol = |i: u32| {
             let name = word(&symbols.content[i as usize * 24..]) as usize;
@@ -134,7 +134,7 @@ impl<'a> Elf<'a> {
 }
 
 fn word(bytes: &[u8]) -> u32 {
-    u32::from_le_bytes(*bytes.first_chunk().unwrap())
+    u32::from_le_bytes(*bytes.first_chunk().expect("four bytes"))
 }
 
 /// Attributes by number. A format says how long each is.
