@@ -31,6 +31,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! `examples/infer.rs` reads the parameters from a file of `pcae export`, and a picture.
+//!
 //! # Features
 //! `threads` (default): threads. Without it everything runs on the caller's thread.
 

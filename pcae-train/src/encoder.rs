@@ -1,42 +1,17 @@
 //! A trained encoder, for use: whatever wrote it, one function reads it.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use pcae_kernel::config::{Budget, Criterion, DropLayers, Place, Reduction, VitConfig};
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
-use serde::Serialize;
 
 use crate::checkpoint::exchange::{self, Hints, Preprocessing};
-use crate::checkpoint::export;
 use crate::checkpoint::file::Reader;
+use crate::checkpoint::{Which, locate};
 use crate::data::augment::Transform;
 use crate::error::Error;
 use crate::settings::{DropLayersSpec, Settings};
-
-/// Which parameters of a pre-training checkpoint to take.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Weights {
-    /// Those that were trained.
-    #[default]
-    Student,
-    /// Their moving average.
-    Teacher,
-    /// Those that the run began with: what training has to beat.
-    Untrained,
-}
-
-impl fmt::Display for Weights {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Student => "student",
-            Self::Teacher => "teacher",
-            Self::Untrained => "untrained",
-        })
-    }
-}
 
 /// An encoder and what its pictures go through.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,105 +31,44 @@ pub struct Encoder {
 /// Least and greatest area of the random crops of others' encoders: those of this project's recipe.
 const CROP_SCALE: [f64; 2] = [0.2, 1.0];
 
-/// Reads the encoder at `path`: of a run directory its newest checkpoint, a checkpoint of `pcae pretrain`, what `pcae export`
-/// or `pcae convert` wrote, or a file with the names of timm, MAE, DINOv2 or Hugging Face, of which `hints` tell what it does
-/// not.
+/// Reads the encoder at `path`: of a run directory its best or else its newest checkpoint, a checkpoint, what `pcae export`,
+/// `pcae deploy` or `pcae convert` wrote, or a file with the names of timm, MAE, DINOv2 or Hugging Face, of which `hints` tell
+/// what it does not.
 ///
-/// It is strict, see [`export::read`] and [`exchange::read`].
+/// It is strict, see [`exchange::read`].
 ///
 /// # Errors
-/// As these, [`Error::Checkpoint`] for weights that the file has not, or [`Error::Setting`] if nothing says how its pictures
+/// As this, [`Error::Checkpoint`] for weights that the file has not, or [`Error::Setting`] if nothing says how its pictures
 /// were normalised.
-pub fn load(path: &Path, weights: Weights, hints: &Hints) -> Result<Encoder, Error> {
-    let path = exchange::locate(path)?;
+pub fn load(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> {
+    let path = locate(path)?;
     let wrong = |reason: String| Error::Checkpoint {
         path: path.clone(),
         reason,
     };
-    let run = run_settings(&Reader::open(&path)?);
-    match (weights, &run) {
-        (Weights::Untrained, None) => Err(wrong(
-            "expected a checkpoint of `pcae pretrain`, which tells its initial values, found another's; use --weights student"
-                .to_owned(),
-        )),
-        (Weights::Teacher, None) => Err(wrong(
-            "expected a checkpoint of `pcae pretrain`, which has a student and a teacher, found another's; use --weights \
-             student, or --prefix where its names begin with one"
-                .to_owned(),
-        )),
-        (Weights::Untrained, Some(_)) if *hints != Hints::default() => Err(wrong(
-            "expected nothing said about it for --weights untrained: its own run says all".to_owned(),
-        )),
-        (_, Some(_)) if *hints == Hints::default() => of_run(&path, weights),
-        _ => of_others(&path, weights, hints, run),
-    }
-}
-
-/// The settings of the pre-training run that a file is of.
-fn run_settings(reader: &Reader) -> Option<Settings> {
-    let metadata = reader.metadata();
-    let ours = metadata.get("format") == Some(&"pcae");
-    let settings = metadata.get("config").filter(|_| ours)?;
-    let settings: Settings = serde_json::from_str(settings).ok()?;
-    // Also `convert` writes settings, but no run had them.
-    settings.crop_scale.is_some().then_some(settings)
-}
-
-fn of_run(path: &Path, weights: Weights) -> Result<Encoder, Error> {
-    let whose = match weights {
-        Weights::Teacher => export::Weights::Teacher,
-        Weights::Student | Weights::Untrained => export::Weights::Student,
+    let reader = Reader::open(&path)?;
+    let run = run_settings(&reader);
+    // The initial values have the sizes and the pictures of the trained ones, whichever of them there are.
+    let there = match which {
+        Which::Untrained if reader.metadata().get("weights") == Some(&"teacher") => Which::Teacher,
+        Which::Untrained => Which::Student,
+        Which::Student | Which::Teacher => which,
     };
-    let read = export::read(path, whose)?;
-    let wrong = |reason: String| Error::Checkpoint {
-        path: read.path.clone(),
-        reason,
-    };
-    let (vit, settings) = (read.vit, &read.settings);
-    let missing = |name| {
-        wrong(format!(
-            "expected the resolved setting {name:?} in metadata \"config\", found none; give a checkpoint of `pcae pretrain`"
-        ))
-    };
-    let preprocessing = Preprocessing {
-        mean: settings.mean.clone().ok_or_else(|| missing("mean"))?,
-        std: settings.std.clone().ok_or_else(|| missing("std"))?,
-    };
-    let transform = transform(Some(settings), &vit, preprocessing).map_err(wrong)?;
-    let (values, origin) = if weights == Weights::Untrained {
-        let layout = Layout::encoder(&vit);
-        let mut values = vec![0.0; layout.len()];
+    let (read, title) = exchange::read_which(&path, there, hints)?;
+    let (mut values, mut origin) = (read.values, format!("{title}: {}", read.report));
+    if which == Which::Untrained {
+        let Some(settings) = run.as_ref().filter(|_| *hints == Hints::default()) else {
+            return Err(wrong(
+                "expected a checkpoint of `pcae pretrain`, which tells its initial values, and nothing said about it besides, found \
+                 another's or more; use --which student"
+                    .to_owned(),
+            ));
+        };
+        let layout = Layout::encoder(&read.vit);
         init(&layout, settings.seed, &mut values).map_err(|error| wrong(error.to_string()))?;
-        let origin = format!(
-            "the untrained one of {}, seed {}",
-            read.path.display(),
-            settings.seed
-        );
-        (values, origin)
-    } else {
-        let origin = read.report();
-        (read.values, origin)
-    };
-    Ok(Encoder {
-        vit,
-        values,
-        transform,
-        data: read.settings.data,
-        origin,
-    })
-}
-
-fn of_others(
-    path: &Path,
-    weights: Weights,
-    hints: &Hints,
-    run: Option<Settings>,
-) -> Result<Encoder, Error> {
-    let mut hints = hints.clone();
-    if weights == Weights::Teacher && hints.prefix.is_none() {
-        hints.prefix = Some("teacher.".to_owned());
+        let seed = settings.seed;
+        origin = format!("the untrained one of {}, seed {seed}", path.display());
     }
-    let read = exchange::read(path, &hints)?;
     let Some(preprocessing) = read.preprocessing else {
         return Err(Error::Setting {
             name: "--mean".to_owned(),
@@ -165,18 +79,24 @@ fn of_others(
             ),
         });
     };
-    let transform = transform(run.as_ref(), &read.vit, preprocessing);
-    let transform = transform.map_err(|reason| Error::Checkpoint {
-        path: path.to_owned(),
-        reason,
-    })?;
+    let transform = transform(run.as_ref(), &read.vit, preprocessing).map_err(wrong)?;
     Ok(Encoder {
         vit: read.vit,
-        values: read.values,
+        values,
         transform,
         data: run.and_then(|settings| settings.data),
-        origin: format!("{}: {}", path.display(), read.report),
+        origin,
     })
+}
+
+/// The settings of the pre-training run that a file is of.
+fn run_settings(reader: &Reader) -> Option<Settings> {
+    let metadata = reader.metadata();
+    let ours = metadata.get("format") == Some(&"pcae");
+    let settings = metadata.get("config").filter(|_| ours)?;
+    let settings: Settings = serde_json::from_str(settings).ok()?;
+    // Also `convert` writes settings, but no run had them.
+    settings.crop_scale.is_some().then_some(settings)
 }
 
 /// What pictures go through: as in the run, or else as in this project's recipe.
@@ -214,7 +134,7 @@ pub fn reduction(
 ) -> Result<Reduction, Error> {
     let depth = vit.depth;
     let drop_layers = match drop_layers {
-        None => DropLayers::new(&[0, depth * 7 / 12, depth * 10 / 12], depth)?,
+        None => DropLayers::classification(depth)?,
         Some(asked) => asked.layers(depth)?,
     };
     let reduction = Reduction {
@@ -281,11 +201,11 @@ mod tests {
     }
 
     impl Checkpoint {
-        fn load(&self, weights: Weights) -> Result<Encoder, String> {
-            self.load_with(weights, &Hints::default())
+        fn load(&self, which: Which) -> Result<Encoder, String> {
+            self.load_with(which, &Hints::default())
         }
 
-        fn load_with(&self, weights: Weights, hints: &Hints) -> Result<Encoder, String> {
+        fn load_with(&self, which: Which, hints: &Hints) -> Result<Encoder, String> {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("checkpoints").join("last.safetensors");
             std::fs::create_dir(folder.path().join("checkpoints")).unwrap();
@@ -299,8 +219,8 @@ mod tests {
                 })
                 .collect();
             file::write(&path, &self.metadata, &tensors).unwrap();
-            let by_folder = load(folder.path(), weights, hints).map_err(|error| error.to_string());
-            let by_file = load(&path, weights, hints).map_err(|error| error.to_string());
+            let by_folder = load(folder.path(), which, hints).map_err(|error| error.to_string());
+            let by_file = load(&path, which, hints).map_err(|error| error.to_string());
             assert_eq!(by_folder, by_file);
             by_file
         }
@@ -317,13 +237,13 @@ mod tests {
             values.truncate(layout.len());
             values
         };
-        let student = checkpoint.load(Weights::Student).unwrap();
+        let student = checkpoint.load(Which::Student).unwrap();
         assert_eq!(student.vit, task.vit);
         assert_eq!(student.values, initial(6));
         assert!(
-            student
-                .origin
-                .contains("42 of 42 tensors loaded, the student"),
+            student.origin.contains(
+                "last.safetensors: pcae names: 76 of 76 tensors loaded, 0 missing, 0 unexpected"
+            ),
             "{}",
             student.origin
         );
@@ -337,11 +257,11 @@ mod tests {
             (transform.mean[2], transform.std[0], transform.scale.0),
             (0.3, 0.4, 0.3)
         );
-        let teacher = checkpoint.load(Weights::Teacher).unwrap();
+        let teacher = checkpoint.load(Which::Teacher).unwrap();
         let twice: Vec<f32> = initial(6).iter().map(|value| 2.0 * value).collect();
         assert_eq!(teacher.values, twice);
         assert_eq!(
-            checkpoint.load(Weights::Untrained).unwrap().values,
+            checkpoint.load(Which::Untrained).unwrap().values,
             initial(5)
         );
     }
@@ -351,13 +271,13 @@ mod tests {
         for (spoil, named) in [
             ((|s| s.mean = None) as fn(&mut Settings), "\"mean\""),
             (|s| s.std = Some(vec![0.0; 3]), "std"),
-            (|s| s.crop_scale = None, "--weights student"),
+            (|s| s.crop_scale = None, "--which student"),
         ] {
             let mut checkpoint = checkpoint();
             spoil(&mut checkpoint.settings);
             let config = checkpoint.settings.recipe_json();
             checkpoint.metadata.insert("config".to_owned(), config);
-            let error = checkpoint.load(Weights::Untrained).unwrap_err();
+            let error = checkpoint.load(Which::Untrained).unwrap_err();
             assert!(error.contains(named), "{named} in {error}");
         }
     }
@@ -380,14 +300,14 @@ mod tests {
             std: Some(vec![0.4, 0.5, 0.6]),
             ..Hints::default()
         };
-        let read = checkpoint.load_with(Weights::Student, &hints).unwrap();
-        let ours = self::checkpoint().load(Weights::Student).unwrap();
+        let read = checkpoint.load_with(Which::Student, &hints).unwrap();
+        let ours = self::checkpoint().load(Which::Student).unwrap();
         assert_eq!((&read.values, read.vit), (&ours.values, ours.vit));
         assert_eq!(read.transform.mean, [0.1, 0.2, 0.3]);
         assert_eq!((read.transform.scale, read.data), ((0.2, 1.0), None));
-        for (weights, hints, named) in [
+        for (which, hints, named) in [
             (
-                Weights::Student,
+                Which::Student,
                 Hints {
                     mean: None,
                     std: None,
@@ -396,28 +316,28 @@ mod tests {
                 "--mean",
             ),
             (
-                Weights::Student,
+                Which::Student,
                 Hints {
                     num_heads: None,
                     ..hints.clone()
                 },
                 "--num-heads",
             ),
-            (Weights::Teacher, hints.clone(), "--prefix"),
-            (Weights::Untrained, hints.clone(), "--weights student"),
+            (Which::Teacher, hints.clone(), "--prefix"),
+            (Which::Untrained, hints.clone(), "--which student"),
         ] {
-            let error = checkpoint.load_with(weights, &hints).unwrap_err();
+            let error = checkpoint.load_with(which, &hints).unwrap_err();
             assert!(error.contains(named), "{named} in {error}");
         }
         // A run's own checkpoint at another size, of which it says the rest.
-        let at = |weights| {
+        let at = |which| {
             let hints = Hints {
                 img_size: Some([56, 40]),
                 ..Hints::default()
             };
-            self::checkpoint().load_with(weights, &hints)
+            self::checkpoint().load_with(which, &hints)
         };
-        let (student, teacher) = (at(Weights::Student).unwrap(), at(Weights::Teacher).unwrap());
+        let (student, teacher) = (at(Which::Student).unwrap(), at(Which::Teacher).unwrap());
         assert_eq!(
             (student.vit.num_patches(), student.transform.height),
             (140, 56)
@@ -425,7 +345,7 @@ mod tests {
         assert_eq!(student.transform.scale, (0.3, 1.0));
         let last = student.values.len() - 1;
         assert_eq!(teacher.values[last - 9], 2.0 * student.values[last - 9]);
-        assert!(at(Weights::Untrained).is_err());
+        assert!(at(Which::Untrained).is_err());
     }
 
     #[test]

@@ -76,6 +76,14 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
+    /// Nothing meets what was asked for.
+    #[error("{name}: {reason}")]
+    Unreachable {
+        /// The flag.
+        name: String,
+        /// What was expected, what can be had, what to do.
+        reason: String,
+    },
     /// The loss is no longer a number.
     #[error(
         "step {step}: the loss is {loss}; the last checkpoint is from before. Lower --lr, or set clip_grad, and start anew"
@@ -136,7 +144,7 @@ const FLAGS: [&str; 21] = [
     "drop_layers",
     "drop_ratio",
     "weights",
-    "weights_from",
+    "which",
     "threads",
     "workers",
     "seed",

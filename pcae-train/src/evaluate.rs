@@ -4,19 +4,21 @@ use std::path::PathBuf;
 
 use pcae_kernel::backend::TrainBackend;
 use pcae_kernel::config::{Budget, ClassifierConfig};
-use pcae_kernel::flops;
 use pcae_kernel::layout::Layout;
 use serde::Serialize;
 
 use crate::backends::{self, Job};
-use crate::checkpoint::weights::{Source, Weights};
+use crate::checkpoint::Which;
+use crate::checkpoint::exchange::Hints;
 use crate::data::augment::Transform;
 use crate::data::{self, Dataset};
 use crate::error::Error;
 use crate::finetune::evaluation::Evaluator;
-use crate::finetune::{Confusion, FinetuneSettings, Score, classes};
+use crate::finetune::{Confusion, Score, classes};
+use crate::network::Network;
 use crate::settings::shared::{Crops, transform};
 use crate::settings::{CriterionSpec, DropLayersSpec, Machine};
+use crate::trained::{Finetuned, Trained};
 
 /// What to evaluate.
 #[derive(Clone, Debug)]
@@ -24,12 +26,12 @@ pub struct Plan {
     /// A run directory of `pcae finetune`, or a checkpoint of it.
     pub checkpoint: PathBuf,
     /// Which of its weights.
-    pub source: Source,
+    pub which: Which,
     /// Folder of the pictures, of which the held-out ones are classified; those of the run if `None`.
     pub data: Option<PathBuf>,
-    /// Parts of the patch tokens that each stage drops; the one it was trained with if empty.
+    /// Parts of the patch tokens that each stage drops; if empty the one that it was deployed or trained with.
     pub drop_ratios: Vec<f64>,
-    /// After which blocks; as in training if `None`.
+    /// After which blocks; as deployed or trained if `None`.
     pub drop_layers: Option<DropLayersSpec>,
     /// Which tokens are dropped; as in training if empty.
     pub criteria: Vec<CriterionSpec>,
@@ -93,25 +95,26 @@ pub fn run(
             reason: "expected at least 1, found 0".to_owned(),
         });
     }
-    let weights = Weights::open(&plan.checkpoint)?;
-    let (Some(classes), Some(config)) = (weights.classes()?, weights.config()?) else {
-        return Err(weights.wrong(
-            "expected a classifier of `pcae finetune`, with its classes in the metadata, found none; fine-tune it first",
-        ));
+    let trained = Trained::load(&plan.checkpoint, plan.which, &Hints::default())?;
+    let (Some(Finetuned { settings, classes }), Network::Classifier(mut task)) =
+        (trained.finetuned, trained.network)
+    else {
+        return Err(Error::Checkpoint {
+            path: trained.path,
+            reason: "expected a classifier of `pcae finetune`, with its classes in the metadata, found none; fine-tune it first"
+                .to_owned(),
+        });
     };
-    let mut settings =
-        FinetuneSettings::from_recipe(config).map_err(|reason| weights.wrong(&reason))?;
-    if plan.drop_layers.is_some() {
-        settings.drop_layers.clone_from(&plan.drop_layers);
+    if let Some(layers) = &plan.drop_layers {
+        task.reduction.drop_layers = layers.layers(task.vit.depth)?;
     }
-    let trained = settings.task(classes.len())?;
     let criteria = if plan.criteria.is_empty() {
-        vec![settings.criterion]
+        vec![CriterionSpec(task.reduction.criterion)]
     } else {
         plan.criteria.clone()
     };
     let ratios = if plan.drop_ratios.is_empty() {
-        vec![settings.drop_ratio]
+        vec![trained.network.drop_ratio()]
     } else {
         plan.drop_ratios.clone()
     };
@@ -119,7 +122,7 @@ pub fn run(
     let mut budgets = Vec::new();
     for criterion in criteria {
         for &ratio in &ratios {
-            let mut task = trained;
+            let mut task = task;
             task.reduction.criterion = criterion.0;
             task.reduction.budget = Budget::Drop(ratio);
             task.check()?;
@@ -127,36 +130,27 @@ pub fn run(
         }
     }
     let path = plan.data.as_deref().or(settings.data.as_deref());
-    let held_out = data::open(path, Some(trained.vit.in_chans))?.held_out;
+    let held_out = data::open(path, Some(task.vit.in_chans))?.held_out;
     let class_map = classes::map(&held_out, &classes)?;
     let crops = Crops {
         scale: [1.0; 2],
         ratio: [1.0; 2],
         flip: false,
     };
-    let (mean, std) = (&mut settings.mean, &mut settings.std);
-    let transform = transform(&trained.vit, &held_out, crops, mean, std)?;
-    let layout = Layout::classifier(&trained);
-    let mut values = vec![0.0; layout.len()];
-    let loaded = weights.load(&layout, plan.source, true, &mut values)?;
-    if let Some(first) = loaded.fresh.first() {
-        return Err(weights.wrong(&format!(
-            "{} of {} tensors of the classifier found; the first missing is {first}; give a checkpoint of `pcae finetune`",
-            loaded.found, loaded.total
-        )));
-    }
+    let (mut mean, mut std) = (settings.mean, settings.std);
+    let transform = transform(&task.vit, &held_out, crops, &mut mean, &mut std)?;
     backends::run(
         &plan.machine,
         Evaluate {
             plan,
             budgets,
-            layout,
-            values,
+            layout: trained.network.layout(),
+            values: trained.values,
             held_out: &held_out,
             transform,
             class_map,
             report: Report {
-                checkpoint: weights.path().to_owned(),
+                checkpoint: trained.path,
                 data: held_out.describe(),
                 backend: String::new(),
                 batch_size: plan.batch_size,
@@ -212,16 +206,12 @@ impl<P: FnMut(&Report, &Row, &Confusion) -> Result<(), Error>> Job for Evaluate<
 }
 
 fn row(task: &ClassifierConfig, drop_ratio: f64, score: &Score) -> Row {
-    let patches = task.vit.num_patches();
-    let mut tokens = vec![patches];
-    let depth = task.vit.depth;
-    task.reduction
-        .for_each_stage(patches, depth, |_, keep| tokens.push(keep));
+    let network = Network::Classifier(*task);
     Row {
         criterion: CriterionSpec(task.reduction.criterion),
         drop_ratio,
-        tokens,
-        multiply_adds: flops::classifier(task),
+        tokens: network.tokens(),
+        multiply_adds: network.multiply_adds(),
         top1: score.top1,
         top5: score.top5,
         loss: score.loss,

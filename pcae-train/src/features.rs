@@ -12,11 +12,13 @@ use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{MeanSimilarity, Vit};
 use serde::Serialize;
 
+use crate::checkpoint::Which;
 use crate::checkpoint::exchange::Hints;
+use crate::checkpoint::weights::Weights;
 use crate::data::augment::Transform;
 use crate::data::loader::eval_batches;
 use crate::data::{self, Dataset, Splits};
-use crate::encoder::{self, Encoder, Weights};
+use crate::encoder::{self, Encoder};
 use crate::error::Error;
 use crate::progress::Progress;
 use crate::settings::{DropLayersSpec, Machine};
@@ -60,12 +62,12 @@ pub struct Frozen {
     /// A run directory, a checkpoint, or another's encoder, see [`encoder::load`].
     pub encoder: PathBuf,
     /// Which of its parameters.
-    pub weights: Weights,
+    pub which: Which,
     /// What its file does not tell.
     pub hints: Hints,
-    /// Part of the patch tokens that each stage drops.
-    pub drop_ratio: f64,
-    /// Where the stages are; `None` for the usual ones.
+    /// Part of the patch tokens that each stage drops; `None` for the one that it was deployed with, or none.
+    pub drop_ratio: Option<f64>,
+    /// Where the stages are; `None` for those that it was deployed with, or the usual ones.
     pub drop_layers: Option<DropLayersSpec>,
     /// Pictures at a time.
     pub batch_size: usize,
@@ -93,9 +95,12 @@ impl Frozen {
                 });
             }
         }
-        let encoder = encoder::load(&self.encoder, self.weights, &self.hints)?;
-        let drop_layers = self.drop_layers.as_ref();
-        let reduction = encoder::reduction(&encoder.vit, self.drop_ratio, drop_layers)?;
+        let encoder = encoder::load(&self.encoder, self.which, &self.hints)?;
+        let own = Weights::open(&self.encoder)?.deployment()?;
+        let drop_ratio = self.drop_ratio.or(own.as_ref().map(|own| own.drop_ratio));
+        let blocks = own.map(|own| DropLayersSpec::Blocks(own.drop_layers));
+        let drop_layers = self.drop_layers.as_ref().or(blocks.as_ref());
+        let reduction = encoder::reduction(&encoder.vit, drop_ratio.unwrap_or(0.0), drop_layers)?;
         Ok((encoder, reduction))
     }
 }

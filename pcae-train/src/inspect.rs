@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::checkpoint::exchange;
 use crate::checkpoint::file::Reader;
+use crate::checkpoint::weights::Weights;
 use crate::data;
 use crate::error::Error;
 use crate::metrics::read_metrics;
@@ -54,6 +55,9 @@ fn tensors(path: &Path) -> Result<String, Error> {
     }
     if let Some(line) = exchange::identify(path, &reader) {
         let _ = writeln!(text, "{line}");
+    }
+    if let Ok(Some(deployment)) = Weights::open(path)?.deployment() {
+        let _ = writeln!(text, "deployed: {}", plain(&deployment.to_string()));
     }
     let mut elements = 0;
     let mut lines = String::new();

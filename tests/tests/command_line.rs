@@ -457,7 +457,7 @@ fn an_encoder_is_exported() {
         place.path("again.safetensors"),
     );
     assert!(place.pretrain(&["--out", &run]).status.success());
-    let teacher = ["--weights", "teacher", "--precision", "bf16", "--out"];
+    let teacher = ["--which", "teacher", "--dtype", "bf16", "--out"];
     let export = |source: &str, more: &[&str]| {
         let mut args = vec!["export", source];
         args.extend_from_slice(more);
@@ -470,7 +470,7 @@ fn an_encoder_is_exported() {
         assert!(text.contains(expected), "{expected} in {text}");
     }
     // A checkpoint again: a second export needs no flags but whose parameters these are, and has the same ones.
-    let output = export(&encoder, &["--weights", "teacher", "--out", &again]);
+    let output = export(&encoder, &["--which", "teacher", "--out", &again]);
     assert!(output.status.success(), "{}", stderr(&output));
     let trained = Reader::open(&Path::new(&run).join("checkpoints/last.safetensors")).unwrap();
     let [encoder_file, again_file] =
@@ -491,21 +491,13 @@ fn an_encoder_is_exported() {
 
     let before = fs::read(&encoder).unwrap();
     for (args, code, expected) in [
+        (vec![&encoder[..], "--out", &encoder], 1, "--which teacher"),
         (
-            vec![&encoder[..], "--out", &encoder],
-            1,
-            "--weights teacher",
-        ),
-        (
-            vec![&encoder, "--weights", "teacher", "--out", &encoder],
+            vec![&encoder, "--which", "teacher", "--out", &encoder],
             2,
             "another file",
         ),
-        (
-            vec![&run, "--precision", "f64", "--out", &encoder],
-            2,
-            "f64",
-        ),
+        (vec![&run, "--dtype", "f64", "--out", &encoder], 2, "f64"),
         (vec![&run], 2, "--out"),
         (
             vec![&place.path("data"), "--out", &encoder],

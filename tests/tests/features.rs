@@ -12,10 +12,11 @@ use pcae_kernel::config::Reduction;
 use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{MeanSimilarity, Vit};
 use pcae_tests::{TINY, idx_folder, pcae, png, stderr, stdout};
+use pcae_train::checkpoint::Which;
 use pcae_train::checkpoint::exchange::Hints;
 use pcae_train::checkpoint::file::Reader;
 use pcae_train::data::{self, Picture, augment::Scratch};
-use pcae_train::encoder::{self, Weights};
+use pcae_train::encoder;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_pcae-under-test");
 
@@ -67,7 +68,7 @@ impl Run {
     fn tokens(&self) -> Vec<Vec<f32>> {
         let encoder = encoder::load(
             Path::new(&self.path("run")),
-            Weights::Student,
+            Which::Student,
             &Hints::default(),
         )
         .unwrap();
@@ -376,8 +377,8 @@ fn knn_of_every_layer() {
         "{figures:?}"
     );
     for more in [
-        &["--weights", "untrained"][..],
-        &["--weights", "teacher"],
+        &["--which", "untrained"][..],
+        &["--which", "teacher"],
         &["--scaling", "raw"],
     ] {
         let other = run.json("knn", &[&["--layer", "2", "--pool", "cls"], more].concat());
@@ -469,7 +470,7 @@ fn wrong_flags() {
             &["--drop-layers", "x"],
             &["--drop-layers", "starts:N"],
         ),
-        ("knn", &["--weights", "best"], &["--weights", "best"]),
+        ("knn", &["--which", "best"], &["--which", "best"]),
         ("knn", &["--batch-size", "0"], &["--batch-size", "found 0"]),
         ("knn", &["--val", "x"], &["--val", "t10k"]),
         ("probe", &["--layer", "3"], &["--layer", "0 to 2"]),

@@ -167,6 +167,55 @@ fn killed_at_random_moments() {
     }
 }
 
+/// A run that is killed between two evaluations knows the best one so far when it goes on: a worse one takes nothing's place.
+#[test]
+fn killed_between_evaluations() {
+    let place = Place::new();
+    let out = place.path("run");
+    let metrics = Path::new(&out).join("metrics.jsonl");
+    // An evaluation every 120 steps, a checkpoint at each.
+    let mut args = place.args("run", &["--epochs", "60", "--set", "eval_every=10"]);
+    args.extend(["--set", "save_every=1"].map(str::to_owned));
+    let mut child = Command::new(BINARY)
+        .args(&args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let began = Instant::now();
+    let records = || fs::read_to_string(&metrics).unwrap_or_default();
+    // A little after the first evaluation, whose figures must be on disk with a checkpoint.
+    while records().lines().count() < 125 {
+        assert!(began.elapsed() < Duration::from_secs(120));
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // As if nothing could have been better: then nothing may replace it.
+    let lines = records();
+    let mut best_step = None;
+    let better = lines.lines().filter_map(|line| {
+        let mut record: Value = serde_json::from_str(line).ok()?;
+        if record["top1"].is_number() && best_step.is_none() {
+            record["top1"] = 1.0.into();
+            best_step = record["step"].as_u64();
+        }
+        Some(record.to_string() + "\n")
+    });
+    let better: String = better.collect();
+    fs::write(&metrics, better).unwrap();
+    let best = Path::new(&out).join("checkpoints/best.safetensors");
+    fs::write(&best, "the best").unwrap();
+    let summary = json(&["finetune", "--resume", &out, "--json"]);
+    assert_eq!(fs::read(&best).unwrap(), b"the best");
+    assert_eq!(
+        (&summary["best_top1"], summary["best_step"].as_u64()),
+        (&1.0.into(), best_step)
+    );
+    assert!(summary["top1"].as_f64().unwrap() < 1.0);
+}
+
 /// Each setting has a part in the numbers, and none without being turned on.
 #[test]
 fn every_setting_does_something() {
@@ -251,7 +300,7 @@ fn evaluated_at_any_drop_ratio() {
     let last = format!("{out}/checkpoints/last.safetensors");
     let trained = json(&["evaluate", &last, "--json"]);
     assert_eq!(trained["results"][0]["top1"], summary["top1"]);
-    let average = json(&["evaluate", &last, "--json", "--weights-from", "teacher"]);
+    let average = json(&["evaluate", &last, "--json", "--which", "teacher"]);
     assert_eq!(average["results"][0]["top1"], summary["ema_top1"]);
 
     let report = json(&[
@@ -367,7 +416,7 @@ fn weights_of_other_runs() {
         "{text}"
     );
     assert_eq!(values(&student, name), values(&reader, name));
-    let (teacher, _) = start("b", &pretrained, &["--weights-from", "teacher"]);
+    let (teacher, _) = start("b", &pretrained, &["--which", "teacher"]);
     assert_eq!(
         values(&teacher, name),
         values(&reader, &format!("teacher.{name}"))
@@ -488,14 +537,7 @@ fn what_cannot_be_trained_on_or_evaluated() {
     );
     finetune(
         1,
-        &[
-            "--weights",
-            &run_dir,
-            "--data",
-            &data,
-            "--weights-from",
-            "teacher",
-        ],
+        &["--weights", &run_dir, "--data", &data, "--which", "teacher"],
         &["moving average", "none"],
     );
     let wrong: [(&[&str], &[&str]); 16] = [
@@ -521,10 +563,7 @@ fn what_cannot_be_trained_on_or_evaluated() {
             &["--set", "mask_ratio=0.5"],
             &["mask_ratio", "unknown field"],
         ),
-        (
-            &["--weights-from", "both"],
-            &["--weights-from", "student", "both"],
-        ),
+        (&["--which", "both"], &["--which", "student", "both"]),
         (&["--model", "vit-x"], &["--model", "vit-micro", "vit-x"]),
         (&["--batch-size", "0"], &["--batch-size", "1 to"]),
     ];

@@ -7,23 +7,29 @@ mod timed;
 mod work;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use pcae_backend_cpu::{Bandwidth, Bf16Unit, Cpu, Isa, Memory, Precision as CpuPrecision};
-use pcae_kernel::config::{
-    Budget, ClassifierConfig, Criterion, DropLayers, Place, Pool, PretrainConfig, Reduction,
-};
+use pcae_kernel::config::{ClassifierConfig, Pool, PretrainConfig};
 use pcae_kernel::op::OpKind;
 use serde::Serialize;
 
 pub use machine::{MachineReport, Peaks};
 pub use picture::roofline;
-pub use table::{describe, header, limits, planned, row};
+pub use table::{budget_header, budget_row, describe, header, limits, planned, row};
 pub use timed::{Tally, Timed};
 
 use crate::backends;
+use crate::checkpoint::Which;
+use crate::encoder;
 use crate::error::Error;
+use crate::evaluate;
+use crate::finetune::EVAL_BATCH;
+use crate::network::Network;
 use crate::settings::{BackendKind, Machine, Precision, Settings};
+use crate::trained::Trained;
 use work::{Make, Task, Track, Workload};
 
 /// What is timed.
@@ -36,7 +42,7 @@ pub enum What {
     Gemm,
     /// A block's forward.
     Block,
-    /// A classifier's forward.
+    /// A classifier's forward, or the one of a given network.
     Infer,
     /// A pre-training step: teacher, student, decoder, backward, AdamW, moving average.
     Step,
@@ -56,7 +62,11 @@ pub struct Plan {
     pub threads: Vec<usize>,
     /// Number formats.
     pub precisions: Vec<Precision>,
-    /// Part of the patch tokens that each stage of a classifier drops.
+    /// A network from a file, which is timed in place of a classifier of 1000 classes.
+    pub trained: Option<Trained>,
+    /// Pictures that a trained classifier is evaluated on, at each drop ratio.
+    pub accuracy: Option<Accuracy>,
+    /// Part of the patch tokens that each stage drops in a forward; if empty as the network in the file does, or none.
     pub drop_ratios: Vec<f64>,
     /// Timed runs, of which the median counts.
     pub repeats: usize,
@@ -66,12 +76,21 @@ pub struct Plan {
     pub bandwidth: bool,
 }
 
+/// What a classifier is evaluated on.
+#[derive(Clone, Debug, Default)]
+pub struct Accuracy {
+    /// The weights that are timed.
+    pub which: Which,
+    /// A folder of labelled pictures; that of its run if `None`.
+    pub data: Option<PathBuf>,
+}
+
 /// One measurement.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Measurement {
     /// What was timed.
     pub what: What,
-    /// Preset of the encoder; none of a peak.
+    /// Preset of the encoder, or file of a trained network; none of a peak.
     pub model: Option<String>,
     /// `pcae` or `mae`, of a step.
     pub method: Option<String>,
@@ -91,6 +110,18 @@ pub struct Measurement {
     pub teacher_precision: Option<String>,
     /// Of inference.
     pub drop_ratio: Option<f64>,
+    /// Patch tokens before, between and after the stages, of inference.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<Vec<usize>>,
+    /// Multiply-adds of a picture, of inference.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub multiply_adds: Option<u64>,
+    /// Part of the pictures classified right, of a trained classifier.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top1: Option<f64>,
+    /// Part of the pictures whose class was among the five best.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top5: Option<f64>,
     /// Instruction set, of the CPU backend.
     pub isa: Option<String>,
     /// What multiplies bf16, of the CPU backend.
@@ -202,6 +233,7 @@ pub fn run(
             Ok(())
         })?;
     }
+    let scores = scores(plan, machine.threads)?;
     let mut cases = cases(plan, machine.threads)?;
     // What cannot be told is not shared out: one after the other.
     let room = machine::available_memory().unwrap_or(0) / 2;
@@ -216,7 +248,10 @@ pub fn run(
         for case in &cases {
             progress(Progress::Planned(&case.blank()?, case.memory))?;
         }
-        for result in measure(cases, plan, &mut limits)? {
+        for mut result in measure(cases, plan, &mut limits)? {
+            let score = scores.iter().find(|score| score.is_of(&result));
+            result.top1 = score.map(|score| score.top1);
+            result.top5 = score.map(|score| score.top5);
             progress(Progress::Measured(&result))?;
             results.push(result);
         }
@@ -340,12 +375,66 @@ fn peaks(
     Ok(())
 }
 
+/// What a classifier gets right.
+struct Score {
+    precision: String,
+    drop_ratio: f64,
+    top1: f64,
+    top5: f64,
+}
+
+impl Score {
+    fn is_of(&self, result: &Measurement) -> bool {
+        result.precision == self.precision && result.drop_ratio == Some(self.drop_ratio)
+    }
+}
+
+/// Evaluates the plan's classifier, if that is asked for, at every drop ratio and in every precision; the number of threads has
+/// no part in it.
+fn scores(plan: &Plan, available: usize) -> Result<Vec<Score>, Error> {
+    let (Some(accuracy), Some(trained)) = (&plan.accuracy, &plan.trained) else {
+        return Ok(Vec::new());
+    };
+    let mut scores = Vec::new();
+    for &precision in &plan.precisions {
+        let machine = plan.settings.first().map(|settings| &settings.machine);
+        let machine = Machine {
+            threads: available,
+            precision,
+            ..machine.cloned().unwrap_or_default()
+        };
+        let evaluation = evaluate::Plan {
+            checkpoint: trained.path.clone(),
+            which: accuracy.which,
+            data: accuracy.data.clone(),
+            drop_ratios: plan.drop_ratios.clone(),
+            drop_layers: None,
+            criteria: Vec::new(),
+            batch_size: EVAL_BATCH,
+            seed: 0,
+            machine,
+        };
+        let report = evaluate::run(&evaluation, |_, _, _| Ok(()))?;
+        scores.extend(report.results.into_iter().map(|row| Score {
+            precision: name(precision),
+            drop_ratio: row.drop_ratio,
+            top1: row.top1,
+            top5: row.top5,
+        }));
+    }
+    Ok(scores)
+}
+
 /// One combination.
 struct Case {
     what: What,
     settings: Settings,
     task: PretrainConfig,
-    drop_ratio: Option<f64>,
+    /// Of inference.
+    network: Option<Network>,
+    /// Of a trained network.
+    file: Option<PathBuf>,
+    values: Option<Arc<[f32]>>,
     batch: usize,
     memory: Memory,
 }
@@ -353,6 +442,7 @@ struct Case {
 /// Everything that has a model, those that are compared with each other next to each other.
 fn cases(plan: &Plan, available: usize) -> Result<Vec<Case>, Error> {
     let mut cases = Vec::new();
+    let values: Option<Arc<[f32]>> = plan.trained.as_ref().map(|it| it.values[..].into());
     let mut what = plan.what.clone();
     what.retain(|&what| what != What::Peak);
     for what in what {
@@ -360,12 +450,12 @@ fn cases(plan: &Plan, available: usize) -> Result<Vec<Case>, Error> {
             What::Step => plan.settings.len(),
             _ => 1,
         };
-        let drop_ratios: Vec<Option<f64>> = match what {
-            What::Infer => plan.drop_ratios.iter().copied().map(Some).collect(),
+        let networks: Vec<Option<Network>> = match what {
+            What::Infer => networks(plan)?.into_iter().map(Some).collect(),
             _ => vec![None],
         };
         for &batch in &plan.batch_sizes {
-            for &drop_ratio in &drop_ratios {
+            for &network in &networks {
                 for settings in plan.settings.iter().take(variants) {
                     for &threads in &plan.threads {
                         for &precision in &plan.precisions {
@@ -377,11 +467,13 @@ fn cases(plan: &Plan, available: usize) -> Result<Vec<Case>, Error> {
                                 what,
                                 task: settings.task()?,
                                 settings,
-                                drop_ratio,
+                                network,
+                                file: plan.trained.as_ref().map(|it| it.path.clone()),
+                                values: values.clone(),
                                 batch,
                                 memory: Memory::default(),
                             };
-                            let sizing = case.make()?.sizing()?;
+                            let sizing = case.make().sizing()?;
                             case.memory = backends::memory(&case.settings.machine, &sizing)?;
                             cases.push(case);
                         }
@@ -393,20 +485,44 @@ fn cases(plan: &Plan, available: usize) -> Result<Vec<Case>, Error> {
     Ok(cases)
 }
 
+/// What is run forward: the plan's network, or the classifier with 1000 classes that the paper counts, tokens dropped after blocks 0,
+/// 7 and 10 of 12.
+fn networks(plan: &Plan) -> Result<Vec<Network>, Error> {
+    let base = match (&plan.trained, plan.settings.first()) {
+        (Some(trained), _) => trained.network,
+        (None, Some(settings)) => {
+            let vit = settings.task()?.vit;
+            Network::Classifier(ClassifierConfig {
+                vit,
+                num_classes: 1000,
+                pool: Pool::Mean,
+                reduction: encoder::reduction(&vit, 0.0, None)?,
+            })
+        }
+        (None, None) => return Ok(Vec::new()),
+    };
+    if plan.drop_ratios.is_empty() {
+        return Ok(vec![base]);
+    }
+    let ratios = plan.drop_ratios.iter();
+    Ok(ratios
+        .map(|&drop_ratio| base.at(drop_ratio))
+        .collect::<Result<_, _>>()?)
+}
+
 impl Case {
-    fn make(&self) -> Result<Make, Error> {
-        let task = match self.what {
-            What::Peak | What::Gemm => Task::Products(self.task.vit),
-            What::Block => Task::Block(self.task.vit),
-            What::Infer => {
-                Task::Infer(classifier(&self.task, self.drop_ratio.unwrap_or_default())?)
-            }
-            What::Step => Task::Step(self.task),
+    fn make(&self) -> Make {
+        let task = match (self.what, self.network) {
+            (What::Infer, Some(network)) => Task::Infer(network),
+            (What::Step, _) => Task::Step(self.task),
+            (What::Block, _) => Task::Block(self.task.vit),
+            (What::Peak | What::Gemm | What::Infer, _) => Task::Products(self.task.vit),
         };
-        Ok(Make {
+        Make {
             task,
             batch: self.batch,
-        })
+            values: self.values.clone(),
+        }
     }
 
     /// All but the figures.
@@ -424,7 +540,10 @@ impl Case {
         let decoder = self.task.decoder;
         let teacher = machine.teacher_precision;
         Ok(Measurement {
-            model: Some(settings.model.clone()),
+            model: Some(match &self.file {
+                Some(file) => file.display().to_string(),
+                None => settings.model.clone(),
+            }),
             method: is_step.then(|| settings.method.to_string()),
             mask_ratio: is_step.then_some(self.task.mask_ratio),
             decoder: is_step.then_some([decoder.depth, decoder.embed_dim]),
@@ -432,7 +551,9 @@ impl Case {
             threads: machine.threads,
             precision: name(machine.precision),
             teacher_precision: teacher.filter(|_| is_step).map(name),
-            drop_ratio: self.drop_ratio,
+            drop_ratio: self.network.map(|network| network.drop_ratio()),
+            tokens: self.network.map(|network| network.tokens()),
+            multiply_adds: self.network.map(|network| network.multiply_adds()),
             isa,
             bf16_unit: unit,
             planned_bytes: Some(self.memory.total()),
@@ -454,6 +575,10 @@ impl Measurement {
             precision: String::new(),
             teacher_precision: None,
             drop_ratio: None,
+            tokens: None,
+            multiply_adds: None,
+            top1: None,
+            top5: None,
             isa: None,
             bf16_unit: None,
             layer: None,
@@ -491,7 +616,7 @@ struct Timing {
 fn measure(cases: Vec<Case>, plan: &Plan, limits: &mut Limits) -> Result<Vec<Measurement>, Error> {
     let mut live = Vec::new();
     for case in cases {
-        let mut work = backends::build(&case.settings.machine, case.make()?)?;
+        let mut work = backends::build(&case.settings.machine, case.make())?;
         let timings = (0..work.tracks().len())
             .map(|track| warm_up(work.as_mut(), track))
             .collect::<Result<Vec<_>, _>>()?;
@@ -648,22 +773,4 @@ impl Timing {
         }
         parts
     }
-}
-
-/// The classifier with 1000 classes that the paper counts, tokens dropped after blocks 0, 7 and 10 of 12.
-fn classifier(task: &PretrainConfig, drop_ratio: f64) -> Result<ClassifierConfig, Error> {
-    let reduction = Reduction {
-        criterion: Criterion::MeanSimilarity,
-        place: Place::Progressive,
-        drop_layers: DropLayers::classification(task.vit.depth)?,
-        budget: Budget::Drop(drop_ratio),
-    };
-    let config = ClassifierConfig {
-        vit: task.vit,
-        num_classes: 1000,
-        pool: Pool::Mean,
-        reduction,
-    };
-    config.check()?;
-    Ok(config)
 }

@@ -6,6 +6,7 @@ use pcae_backend_cpu::Memory;
 
 use super::{MachineReport, Measurement, Part};
 use crate::backends::count;
+use crate::network::arrows;
 
 /// Names of the columns of [`row`].
 pub fn header() -> String {
@@ -38,6 +39,63 @@ pub fn row(result: &Measurement) -> String {
         text += &part_line(part);
     }
     text
+}
+
+/// Names of the columns of [`budget_row`].
+pub fn budget_header() -> String {
+    budget_columns([
+        "drop",
+        "patches",
+        "M mult-adds",
+        "batch",
+        "threads",
+        "format",
+        "images/s",
+        "spread",
+        "top-1 %",
+        "top-5 %",
+    ])
+}
+
+/// What a network does at a token budget, in one line, and where its time went in more: the paper's table of budgets.
+pub fn budget_row(result: &Measurement) -> String {
+    let hundredths = |part: Option<f64>| {
+        part.map_or_else(|| "-".to_owned(), |part| format!("{:.2}", 100.0 * part))
+    };
+    let mut text = budget_columns([
+        &result.drop_ratio.unwrap_or(0.0).to_string(),
+        &arrows(result.tokens.as_deref().unwrap_or_default()),
+        &format!("{:.1}", result.multiply_adds.unwrap_or(0) as f64 / 1e6),
+        &result.batch.unwrap_or(0).to_string(),
+        &result.threads.to_string(),
+        &format(result),
+        &format!("{:.2}", result.images_per_s.unwrap_or(0.0)),
+        &result.spread.map_or_else(|| "-".to_owned(), percent),
+        &hundredths(result.top1),
+        &hundredths(result.top5),
+    ]);
+    for part in &result.breakdown {
+        text += &part_line(part);
+    }
+    text
+}
+
+fn budget_columns(cells: [&str; 10]) -> String {
+    let [
+        drop,
+        patches,
+        macs,
+        batch,
+        threads,
+        format,
+        images,
+        spread,
+        top1,
+        top5,
+    ] = cells;
+    format!(
+        "{drop:>5}  {patches:<24} {macs:>12} {batch:>6} {threads:>8} {format:<15} {images:>9} {spread:>8} {top1:>8} {top5:>8}\n"
+    )
 }
 
 /// The memory that a task will take.

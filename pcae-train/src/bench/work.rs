@@ -1,13 +1,15 @@
 //! What is timed: made once, run many times, on any backend.
 
+use std::sync::Arc;
+
 use pcae_kernel::backend::{
     AdamW, AttentionDims, Backend, Epilogue, Linear, LinearDims, RowDims, TrainBackend,
 };
-use pcae_kernel::config::{ClassifierConfig, PretrainConfig, Target, VitConfig};
+use pcae_kernel::config::{PretrainConfig, Target, VitConfig};
 use pcae_kernel::flops;
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
-use pcae_kernel::model::{Classifier, MeanSimilarity, Pretrainer, TrainState};
+use pcae_kernel::model::{MeanSimilarity, Pretrainer, TrainState};
 use pcae_kernel::op::{Op, OpKind};
 use pcae_kernel::rng::{Purpose, Stream};
 use pcae_kernel::schedule::random_masking;
@@ -16,6 +18,7 @@ use pcae_kernel::sizing::Sizing;
 use super::timed::{Tally, Timed};
 use crate::backends::Build;
 use crate::error::Error;
+use crate::network::{Network, Runner};
 
 /// What to make, for `batch` pictures.
 #[derive(Clone, Copy)]
@@ -24,8 +27,8 @@ pub(super) enum Task {
     Products(VitConfig),
     /// A block's forward.
     Block(VitConfig),
-    /// A classifier's forward.
-    Infer(ClassifierConfig),
+    /// A network's forward.
+    Infer(Network),
     /// A pre-training step.
     Step(PretrainConfig),
 }
@@ -59,6 +62,8 @@ pub(super) trait Workload {
 pub(super) struct Make {
     pub(super) task: Task,
     pub(super) batch: usize,
+    /// Parameters of a trained network, in place of initial values.
+    pub(super) values: Option<Arc<[f32]>>,
 }
 
 impl Make {
@@ -82,7 +87,10 @@ impl Make {
         Ok(match &self.task {
             Task::Products(vit) => Box::new(Products::new(backend, host, vit, batch)?),
             Task::Block(vit) => Box::new(Block::new(backend, host, vit, batch)?),
-            Task::Infer(config) => Box::new(Infer::new(backend, host, config, batch)?),
+            Task::Infer(network) => {
+                let values = self.values.as_deref();
+                Box::new(Infer::new(backend, host, network, values, batch)?)
+            }
             Task::Step(config) => Box::new(Step::new(backend, host, config, batch)?),
         })
     }
@@ -173,37 +181,35 @@ fn images_len(vit: &VitConfig, batch: usize) -> usize {
     batch * vit.in_chans * vit.img_size[0] * vit.img_size[1]
 }
 
-/// A classifier's forward, its answer read.
+/// A network's forward, its answer read.
 struct Infer<B: TrainBackend> {
     track: Track,
-    batch: usize,
     params: B::Params,
-    model: Classifier<Timed<B>>,
-    images: B::Buf,
-    logits: Vec<f32>,
+    runner: Runner<Timed<B>>,
 }
 
 impl<B: TrainBackend> Infer<B> {
     fn new(
         backend: &mut Timed<B>,
         host: Host,
-        config: &ClassifierConfig,
+        network: &Network,
+        values: Option<&[f32]>,
         batch: usize,
     ) -> Result<Self, B::Error> {
-        let layout = Layout::classifier(config);
-        let len = images_len(&config.vit, batch);
-        let mut images = backend.buf(len)?;
-        backend.write(&mut images, &host.normal(len))?;
+        let layout = network.layout();
+        let params = match values {
+            Some(values) if !host.empty => backend.frozen_params(&layout, values)?,
+            _ => backend.frozen_params(&layout, &host.params(&layout)?)?,
+        };
+        let mut runner = Runner::new(backend, network, batch)?;
+        runner.load(backend, &host.normal(network.images_len(batch)))?;
         Ok(Self {
             track: Track {
                 product: None,
-                macs: batch as u64 * flops::classifier(config),
+                macs: batch as u64 * network.multiply_adds(),
             },
-            batch,
-            params: backend.frozen_params(&layout, &host.params(&layout)?)?,
-            model: Classifier::new(backend, config, batch)?,
-            images,
-            logits: vec![0.0; batch * config.num_classes],
+            params,
+            runner,
         })
     }
 }
@@ -214,11 +220,7 @@ impl<B: TrainBackend> Work<B> for Infer<B> {
     }
 
     fn run(&mut self, backend: &mut Timed<B>, _track: usize) -> Result<(), B::Error> {
-        let (params, images) = (&self.params, &self.images);
-        let result =
-            self.model
-                .forward(backend, params, self.batch, images, &mut MeanSimilarity)?;
-        backend.read(&mut self.logits, result)
+        self.runner.forward(backend, &self.params)
     }
 }
 

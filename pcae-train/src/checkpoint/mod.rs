@@ -8,21 +8,25 @@
 //!
 //! Metadata: `format` (`pcae`), `version` (`1`), `step`, `batches` (micro-batches consumed: the position in the data),
 //! `config` (the recipe as JSON, without the machine's settings), `data` (fingerprint of the training pictures); of a
-//! classifier also `task` (`classify`) and `classes` (names as JSON). Nothing in it depends on the machine or on time, so
+//! classifier also `task` (`classify`) and `classes` (names as JSON); of a file of `pcae deploy` also `deployment`, see
+//! [`deployment`]. Nothing in it depends on the machine or on time, so
 //! equal runs have equal files. Everything is stored in f32, so that a resumed run goes on in the same bits; [`export`] writes
 //! an encoder alone, in f16 or bf16 if wanted.
 
+pub mod deployment;
 pub mod exchange;
 pub mod export;
 pub mod file;
 pub mod weights;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fmt;
+use std::path::{Path, PathBuf};
 
 use pcae_kernel::backend::TrainBackend;
 use pcae_kernel::layout::{Layout, Tensor};
 use pcae_kernel::model::TrainState;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use file::{FileError, Reader};
@@ -30,8 +34,107 @@ use file::{FileError, Reader};
 const FORMAT: &str = "pcae";
 const VERSION: &str = "1";
 const TEACHER: &str = "teacher.";
+/// The metadata `task` of a classifier.
+pub(crate) const TASK_CLASSIFY: &str = "classify";
+/// The metadata `task` of an encoder alone.
+pub(crate) const TASK_ENCODE: &str = "encode";
 const EXP_AVG: &str = "adamw.exp_avg.";
 const EXP_AVG_SQ: &str = "adamw.exp_avg_sq.";
+
+/// Which weights of a checkpoint to take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Which {
+    /// Those that were trained.
+    #[default]
+    Student,
+    /// Their moving average.
+    Teacher,
+    /// Those that a run of pre-training began with: what training has to beat.
+    Untrained,
+}
+
+impl fmt::Display for Which {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Student => "student",
+            Self::Teacher => "teacher",
+            Self::Untrained => "untrained",
+        })
+    }
+}
+
+/// Finds the safetensors file: `path` itself, the best or else the newest checkpoint of a run directory, or
+/// `model.safetensors` in a folder as the hub has it.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if the folder holds none of them.
+pub fn locate(path: &Path) -> Result<PathBuf, Error> {
+    if !path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let candidates = [
+        "checkpoints/best.safetensors",
+        "checkpoints/last.safetensors",
+        "model.safetensors",
+    ];
+    let found = candidates
+        .map(|name| path.join(name))
+        .into_iter()
+        .find(|path| path.is_file());
+    found.ok_or_else(|| Error::Checkpoint {
+        path: path.to_owned(),
+        reason: format!(
+            "expected a run directory, or a safetensors file, found a folder without {}; give the --out of an earlier run, or \
+             the file itself",
+            candidates.join(", ")
+        ),
+    })
+}
+
+/// What stands before the names of the weights that are asked for in the file at `path`. One that was exported or deployed holds
+/// those of its metadata `weights` alone, under plain names.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if it has not those.
+fn prefix(path: &Path, reader: &Reader, which: Which) -> Result<&'static str, Error> {
+    let wrong = |reason: &str| {
+        Err(Error::Checkpoint {
+            path: path.to_owned(),
+            reason: reason.to_owned(),
+        })
+    };
+    let is_teacher_alone = reader.metadata().get("weights") == Some(&"teacher");
+    match which {
+        Which::Student if is_teacher_alone => wrong(
+            "expected the student, found the teacher alone; give --which teacher, or the run's checkpoint",
+        ),
+        Which::Teacher if !is_teacher_alone => {
+            if reader.names().iter().any(|name| name.starts_with(TEACHER)) {
+                return Ok(TEACHER);
+            }
+            wrong(
+                "expected a moving average (teacher.…), found none, as in a run of --method mae or one of others; use --which \
+                 student, or --prefix where its names begin with one",
+            )
+        }
+        Which::Untrained => wrong(
+            "expected the student or the teacher of a checkpoint, found --which untrained, which only frozen encoders of \
+             `pcae pretrain` have; use --which student",
+        ),
+        Which::Student | Which::Teacher => Ok(""),
+    }
+}
+
+/// The file and which of its weights, in words.
+fn title(path: &Path, reader: &Reader, which: Which) -> String {
+    let step = reader
+        .metadata()
+        .get("step")
+        .map(|step| step.escape_default());
+    let step = step.map_or_else(String::new, |step| format!(", the {which} of step {step}"));
+    format!("{}{step}", path.display())
+}
 
 /// Where a run is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

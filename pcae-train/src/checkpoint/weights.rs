@@ -5,22 +5,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use pcae_kernel::layout::{Layout, Tail};
-use serde::{Deserialize, Serialize};
 
+use super::deployment::{self, Deployment};
 use super::file::{FileError, Reader};
-use super::{FORMAT, TEACHER, tensors};
+use super::{FORMAT, Which, locate, prefix, tensors, title};
 use crate::error::Error;
-
-/// Which of the weights in a checkpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Source {
-    /// What was trained.
-    #[default]
-    Student,
-    /// The moving average that followed it.
-    Teacher,
-}
 
 /// An open file of weights.
 #[derive(Debug)]
@@ -47,22 +36,7 @@ impl Weights {
     /// # Errors
     /// [`Error::Checkpoint`] if the directory has none, or [`Error::File`].
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let path = if path.is_dir() {
-            let folder = path.join("checkpoints");
-            let names = ["best.safetensors", "last.safetensors"];
-            let found = names
-                .map(|name| folder.join(name))
-                .into_iter()
-                .find(|path| path.is_file());
-            found.ok_or_else(|| Error::Checkpoint {
-                path: path.to_owned(),
-                reason: "expected a run directory, or a safetensors file, found a folder without checkpoints; give the \
-                         --out of an earlier run"
-                    .to_owned(),
-            })?
-        } else {
-            path.to_owned()
-        };
+        let path = locate(path)?;
         let reader = Reader::open(&path)?;
         let metadata = reader
             .metadata()
@@ -98,6 +72,33 @@ impl Weights {
         }
     }
 
+    /// The token budget that `pcae deploy` chose; `None` if it did not write the file.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if what is there is none.
+    pub fn deployment(&self) -> Result<Option<Deployment>, Error> {
+        let Some(text) = self.metadata(deployment::KEY) else {
+            return Ok(None);
+        };
+        serde_json::from_str(text).map(Some).map_err(|error| {
+            self.wrong(&format!(
+                "expected what `pcae deploy` writes as metadata {:?}, found something else: {}; copy the file again",
+                deployment::KEY,
+                error.to_string().escape_default()
+            ))
+        })
+    }
+
+    /// The file and which of its weights, in words.
+    pub(crate) fn title(&self, which: Which) -> String {
+        title(&self.path, &self.reader, which)
+    }
+
+    /// An entry of the metadata.
+    pub(crate) fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.get(key).map(String::as_str)
+    }
+
     /// The names of a classifier's classes; `None` for what is no classifier of ours.
     ///
     /// # Errors
@@ -115,24 +116,16 @@ impl Weights {
     /// may be missing, since a classifier's is another one, and the head is left as it is unless `with_head`.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for another architecture, or where there is no `source`; [`Error::File`].
+    /// [`Error::Checkpoint`] for another architecture, or where there is no `which`; [`Error::File`].
     pub fn load(
         &self,
         layout: &Layout,
-        source: Source,
+        which: Which,
         with_head: bool,
         values: &mut [f32],
     ) -> Result<Loaded, Error> {
-        let prefix = match source {
-            Source::Student => "",
-            Source::Teacher => TEACHER,
-        };
+        let prefix = prefix(&self.path, &self.reader, which)?;
         let names = self.reader.names();
-        if !names.iter().any(|name| name.starts_with(prefix)) {
-            return Err(
-                self.wrong("expected a moving average (teacher.…), found none; take the student")
-            );
-        }
         let optional = layout.encoder.norm.weight.start;
         let head = match layout.tail {
             Tail::Head(head, _) => head.weight.start,

@@ -4,13 +4,17 @@ use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
 
+use super::deploy::DeployArgs;
 use super::exchange::{ConvertArgs, OnnxArgs, VisualizeArgs};
 use super::export::ExportArgs;
 use super::features::{EmbedArgs, KnnArgs, ProbeArgs};
 use super::finetune::{EvaluateArgs, FinetuneArgs};
-use crate::bench::{Plan, What};
+use crate::bench::{Accuracy, Plan, What};
+use crate::checkpoint::Which;
+use crate::checkpoint::exchange::Hints;
 use crate::error::Error;
 use crate::settings::{BackendKind, Machine, Precision, Settings};
+use crate::trained::Trained;
 
 /// Pre-trains vision transformers on unlabelled pictures with PCAE, the progressively compressed autoencoder.
 #[derive(Debug, Parser)]
@@ -51,8 +55,8 @@ pub(super) enum Command {
     #[command(after_help = "Examples:
   pcae knn runs/pretrain                                what the run trained on, its last layer
   pcae knn runs/pretrain --layer 0,1,2,3 --pool mean,cls --k 5,20
-  pcae knn runs/photos --data flowers --weights teacher --json
-  pcae knn runs/photos --weights untrained              what training has to beat")]
+  pcae knn runs/photos --data flowers --which teacher --json
+  pcae knn runs/photos --which untrained              what training has to beat")]
     Knn(KnnArgs),
     /// Train a linear classifier on an encoder's features.
     #[command(after_help = "Examples:
@@ -72,6 +76,7 @@ The same command goes on after an interruption. What cannot be read is listed in
   pcae bench                                                     vit-b16, batch 1 and 8, all threads
   pcae bench --what step --mask-ratio 0.85 --batch-size 8 --threads 1,2
   pcae bench --what infer --drop-ratio 0,0.1,0.2,0.3,0.4 --json bench.json
+  pcae bench runs/classifier --drop-ratio 0,0.1,0.2,0.3,0.4 --accuracy        one trained model, many budgets
   pcae bench --what peak,gemm,block --threads 1,2 --precision f32,bf16 --roofline roofline.png
   pcae bench --what step --breakdown --mask-ratio 0.85 --batch-size 16 \\
       --variant method=mae,mask_ratio=0.75,decoder_depth=8,decoder_embed_dim=512")]
@@ -80,10 +85,17 @@ The same command goes on after an interruption. What cannot be read is listed in
     #[command(after_help = "Example:
   pcae parity tests/fixtures/pcae_small.safetensors --backend reference")]
     Parity(ParityArgs),
-    /// Write the encoder of a checkpoint alone, for deployment, in f32, f16 or bf16.
+    /// Choose how many tokens a trained network may keep here, and write it with that budget.
+    #[command(after_help = "Examples:
+  pcae deploy runs/classifier --latency 20ms --threads 1        the most tokens that one core classifies in 20 ms
+  pcae deploy runs/classifier --gflops 0.02 --dtype bf16 --out small.safetensors
+  pcae deploy runs/photos --drop-ratio 0.3 --batch-size 8       an encoder
+evaluate, bench, onnx, knn, probe and embed use the file's own budget unless told otherwise.")]
+    Deploy(DeployArgs),
+    /// Write the encoder or the classifier of a checkpoint alone, without the optimizer, in f32, f16 or bf16.
     #[command(after_help = "Examples:
   pcae export runs/pretrain --out encoder.safetensors
-  pcae export runs/pretrain --weights teacher --precision bf16 --out teacher-bf16.safetensors")]
+  pcae export runs/pretrain --which teacher --dtype bf16 --out teacher-bf16.safetensors")]
     Export(ExportArgs),
     /// Read an encoder with the names of timm, MAE, DINOv2 or Hugging Face, and write it for this program, with timm's names.
     #[command(after_help = "Examples:
@@ -93,7 +105,7 @@ The same command goes on after an interruption. What cannot be read is listed in
     Convert(ConvertArgs),
     /// Write an encoder or a classifier as an ONNX file, dense or with token reduction.
     #[command(after_help = "Examples:
-  pcae onnx classifier.safetensors --out model.onnx                     logits of any number of pictures
+  pcae onnx runs/classifier --out model.onnx                            logits of any number of pictures, tokens as trained
   pcae onnx classifier.safetensors --drop-ratio 0.4 --drop-layers 0,7,10 --out fast.onnx
   pcae onnx runs/pretrain --batch 1 --out encoder.onnx                  tokens of one picture")]
     Onnx(OnnxArgs),
@@ -252,8 +264,14 @@ pub(super) struct InspectArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct BenchArgs {
-    /// What to time
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["infer", "step"])]
+    /// A run directory (its best checkpoint) or a safetensors file, whose forward is timed in place of --model's
+    #[arg(conflicts_with_all = ["model", "method", "mask_ratio", "variant", "teacher_precision", "set"])]
+    pub(super) checkpoint: Option<PathBuf>,
+    /// Which of the checkpoint's weights
+    #[arg(long, value_enum, default_value = "student", requires = "checkpoint")]
+    which: Which,
+    /// What to time [default: infer,step, or infer for a checkpoint]
+    #[arg(long, value_enum, value_delimiter = ',')]
     what: Vec<What>,
     /// Encoder: vit-micro, vit-ti16, vit-s16, vit-b16, vit-l16 or vit-h14
     #[arg(long, default_value = "vit-b16")]
@@ -267,14 +285,20 @@ pub(super) struct BenchArgs {
     /// Also time a step with these settings in place of the others; may be repeated
     #[arg(long, value_name = "KEY=VALUE,...")]
     variant: Vec<String>,
+    /// Also the accuracy of a fine-tuned classifier, at each drop ratio
+    #[arg(long, requires = "checkpoint")]
+    accuracy: bool,
+    /// Folder of labelled pictures, whose held-out part is classified for --accuracy [default: that of the run]
+    #[arg(long, value_name = "DIR", requires = "checkpoint")]
+    data: Option<PathBuf>,
     /// Pictures at a time
     #[arg(long, value_delimiter = ',', default_values = ["1", "8"])]
     batch_size: Vec<usize>,
     /// Threads that compute, 0 for all
     #[arg(long, value_delimiter = ',', default_value = "0")]
     threads: Vec<usize>,
-    /// Parts of the patch tokens that each stage of a classifier drops
-    #[arg(long, value_delimiter = ',', default_value = "0")]
+    /// Parts of the patch tokens that each stage drops in a forward [default: 0, or as the checkpoint was deployed or trained]
+    #[arg(long, value_delimiter = ',')]
     drop_ratio: Vec<f64>,
     /// Timed runs, of which the median counts; all combinations take turns
     #[arg(long, default_value = "5")]
@@ -341,9 +365,35 @@ impl BenchArgs {
                 });
             }
         }
+        let trained = self.checkpoint.as_deref().map(|path| {
+            let stray = self.what.iter().find(|what| !matches!(what, What::Peak | What::Infer));
+            if let Some(what) = stray {
+                return Err(Error::Setting {
+                    name: "--what".to_owned(),
+                    reason: format!(
+                        "expected peak or infer for a checkpoint, found {}; leave the checkpoint out and give its --model",
+                        format!("{what:?}").to_lowercase()
+                    ),
+                });
+            }
+            Trained::load(path, self.which, &Hints::default())
+        });
+        let trained = trained.transpose()?;
+        let what = match (&self.what[..], &trained) {
+            ([], None) => vec![What::Infer, What::Step],
+            ([], Some(_)) => vec![What::Infer],
+            (what, _) => what.to_vec(),
+        };
+        // A folder of pictures is for nothing else.
+        let accuracy = (self.accuracy || self.data.is_some()).then(|| Accuracy {
+            which: self.which,
+            data: self.data.clone(),
+        });
         Ok(Plan {
             settings,
-            what: self.what.clone(),
+            trained,
+            accuracy,
+            what,
             batch_sizes: self.batch_size.clone(),
             threads: self.threads.clone(),
             precisions: self.precision.clone(),

@@ -8,9 +8,11 @@ use pcae_kernel::config::{Budget, Criterion, Place, Reduction};
 use super::write_out;
 use crate::checkpoint::exchange::{self, Hints};
 use crate::error::Error;
+use crate::network::{Network, arrows, drop_ratio};
 use crate::onnx::{self, Batch};
-use crate::settings::{BackendKind, DropLayersSpec, Machine};
-use crate::{backends, visualize};
+use crate::settings::{BackendKind, CriterionSpec, DropLayersSpec, Machine, PlaceSpec};
+use crate::trained::own_reduction;
+use crate::{backends, encoder, visualize};
 
 /// What a file may not tell about its encoder.
 #[derive(Debug, clap::Args)]
@@ -123,12 +125,12 @@ pub(super) struct OnnxArgs {
     /// The file to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// Part of the patch tokens that each stage drops
-    #[arg(long, default_value = "0")]
-    drop_ratio: f64,
-    /// After which blocks they are dropped
-    #[arg(long, default_value = "starts:3")]
-    drop_layers: DropLayersSpec,
+    /// Part of the patch tokens that each stage drops [default: as deployed or trained, else 0]
+    #[arg(long)]
+    drop_ratio: Option<f64>,
+    /// After which blocks they are dropped [default: as deployed or trained, else 0, 7 and 10 of 12]
+    #[arg(long)]
+    drop_layers: Option<DropLayersSpec>,
     /// Pictures at a time: a number, or dynamic
     #[arg(long, default_value = "dynamic", value_parser = batch)]
     batch: Batch,
@@ -154,18 +156,10 @@ impl OnnxArgs {
     pub(super) fn run(&self) -> Result<ExitCode, Error> {
         let encoder = exchange::read(&self.source, &self.hints.hints())?;
         refuse_same(&encoder.path, &self.out)?;
-        let vit = &encoder.vit;
-        let reduction = Reduction {
-            criterion: Criterion::MeanSimilarity,
-            place: Place::Progressive,
-            drop_layers: self.drop_layers.layers(vit.depth)?,
-            budget: Budget::Drop(self.drop_ratio),
-        };
+        let vit = encoder.vit;
+        let reduction = self.reduction(&encoder)?;
         onnx::export(&self.out, &encoder, &reduction, self.batch, !self.encoder)?;
-        let mut tokens = vec![vit.num_patches().to_string()];
-        reduction.for_each_stage(vit.num_patches(), vit.depth, |_, keep| {
-            tokens.push(keep.to_string());
-        });
+        let network = Network::Encoder { vit, reduction };
         let what = match encoder.head.filter(|_| !self.encoder) {
             Some(head) => format!("classifier of {} classes", head.num_classes),
             None => "encoder".to_owned(),
@@ -174,9 +168,33 @@ impl OnnxArgs {
             "{}\nwrote {}: {what}, {} patch tokens\n",
             encoder.report,
             self.out.display(),
-            tokens.join(" -> ")
+            arrows(&network.tokens())
         ))?;
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// What was asked for, over the file's own.
+    fn reduction(&self, encoder: &exchange::Encoder) -> Result<Reduction, Error> {
+        let vit = &encoder.vit;
+        let own = own_reduction(&encoder.path, vit.depth)?;
+        if let (Some(own), None) = (&own, self.drop_ratio)
+            && own.stages(vit.depth) > 0
+            && (own.criterion, own.place) != (Criterion::MeanSimilarity, Place::Progressive)
+        {
+            return Err(Error::Setting {
+                name: "--drop-ratio".to_owned(),
+                reason: format!(
+                    "expected one, since the classifier drops tokens by {} at {}, which an ONNX file cannot, found none; give 0 \
+                     or a ratio to drop by mean-similarity, block by block",
+                    CriterionSpec(own.criterion),
+                    PlaceSpec(own.place)
+                ),
+            });
+        }
+        let drop_ratio = self.drop_ratio.or(own.as_ref().map(drop_ratio));
+        let blocks = own.map(|own| DropLayersSpec::Blocks(own.drop_layers.iter().collect()));
+        let drop_layers = self.drop_layers.as_ref().or(blocks.as_ref());
+        encoder::reduction(vit, drop_ratio.unwrap_or(0.0), drop_layers)
     }
 }
 
@@ -253,7 +271,7 @@ impl VisualizeArgs {
 }
 
 /// A file must not be overwritten by what was read from it.
-fn refuse_same(source: &Path, out: &Path) -> Result<(), Error> {
+pub(super) fn refuse_same(source: &Path, out: &Path) -> Result<(), Error> {
     let same = match (source.canonicalize(), out.canonicalize()) {
         (Ok(source), Ok(out)) => source == out,
         _ => false,

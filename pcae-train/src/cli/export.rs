@@ -3,47 +3,40 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use super::exchange::refuse_same;
 use super::write_out;
-use crate::checkpoint::export::{Storage, Weights, read, write};
+use crate::checkpoint::Which;
+use crate::checkpoint::exchange::Hints;
+use crate::checkpoint::export::Storage;
 use crate::error::Error;
+use crate::trained::Trained;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ExportArgs {
-    /// A run directory, a checkpoint, or an exported encoder
+    /// A run directory, a checkpoint, or what was exported before
     source: PathBuf,
     /// The file to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Number format of the stored parameters
     #[arg(long, value_enum, default_value = "f32")]
-    precision: Storage,
-    /// Whose parameters
+    dtype: Storage,
+    /// Which of its weights: student or teacher
     #[arg(long, value_enum, default_value = "student")]
-    weights: Weights,
+    which: Which,
 }
 
 impl ExportArgs {
     pub(super) fn run(&self) -> Result<ExitCode, Error> {
-        let encoder = read(&self.source, self.weights)?;
-        let same = match (encoder.path.canonicalize(), self.out.canonicalize()) {
-            (Ok(source), Ok(out)) => source == out,
-            _ => false,
-        };
-        if same {
-            return Err(Error::Setting {
-                name: "--out".to_owned(),
-                reason: format!(
-                    "expected another file than the one that is read, found '{}'",
-                    self.out.display()
-                ),
-            });
-        }
-        write_out(&format!("{}\n", encoder.report()))?;
-        let written = write(&self.out, &encoder, self.precision)?;
+        let trained = Trained::load(&self.source, self.which, &Hints::default())?;
+        refuse_same(&trained.path, &self.out)?;
+        write_out(&format!("{}\n", trained.origin))?;
+        let deployment = trained.deployment.as_ref();
+        let written = trained.write(&self.out, self.dtype, deployment)?;
         write_out(&format!(
             "wrote {}: {}, {written}\n",
             self.out.display(),
-            self.precision
+            self.dtype
         ))?;
         Ok(ExitCode::SUCCESS)
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::exchange::HintArgs;
 use super::write_out;
-use crate::encoder::Weights;
+use crate::checkpoint::Which;
 use crate::error::Error;
 use crate::features::{Frozen, Pool};
 use crate::knn::Scaling;
@@ -24,11 +24,11 @@ struct FrozenArgs {
     encoder: PathBuf,
     /// Which parameters of it
     #[arg(long, value_enum, default_value = "student")]
-    weights: Weights,
-    /// Part of the patch tokens that each stage drops
-    #[arg(long, value_name = "RATIO", default_value = "0")]
-    drop_ratio: f64,
-    /// After which blocks: 0,7,10 or starts:3, ends:3, even:3, first:3, none [default: 0, 7 and 10 of 12]
+    which: Which,
+    /// Part of the patch tokens that each stage drops [default: as deployed, else 0]
+    #[arg(long, value_name = "RATIO")]
+    drop_ratio: Option<f64>,
+    /// After which blocks: 0,7,10 or starts:3, ends:3, even:3, first:3, none [default: as deployed, else 0, 7 and 10 of 12]
     #[arg(long)]
     drop_layers: Option<DropLayersSpec>,
     #[command(flatten)]
@@ -51,7 +51,7 @@ impl FrozenArgs {
     fn frozen(&self, batch_size: usize, workers: usize) -> Frozen {
         Frozen {
             encoder: self.encoder.clone(),
-            weights: self.weights,
+            which: self.which,
             hints: self.hints.hints(),
             drop_ratio: self.drop_ratio,
             drop_layers: self.drop_layers.clone(),

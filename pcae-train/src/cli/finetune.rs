@@ -5,10 +5,11 @@ use std::process::ExitCode;
 
 use super::args::{is_machine_alone, key_values};
 use super::{percent, program, write_out};
-use crate::checkpoint::weights::Source;
+use crate::checkpoint::Which;
 use crate::error::Error;
 use crate::evaluate::{self, Plan, Report, Row};
 use crate::finetune::{self, FinetuneSettings};
+use crate::network::arrows;
 use crate::settings::{BackendKind, CriterionSpec, DropLayersSpec, Machine, Precision};
 
 #[derive(Debug, clap::Args)]
@@ -19,7 +20,7 @@ pub(super) struct FinetuneArgs {
     weights: Option<String>,
     /// Which of its weights: student or teacher (its moving average) [default: student]
     #[arg(long, value_name = "WHICH")]
-    weights_from: Option<String>,
+    which: Option<String>,
     /// Folder of labelled pictures: IDX files or class folders [default: the embedded Fashion-MNIST]
     #[arg(long, value_name = "DIR")]
     data: Option<String>,
@@ -85,7 +86,7 @@ impl FinetuneArgs {
         let mut overrides = key_values("--set", &self.set)?;
         let flags = [
             ("weights", &self.weights),
-            ("weights_from", &self.weights_from),
+            ("which", &self.which),
             ("data", &self.data),
             ("model", &self.model),
             ("backend", &self.backend),
@@ -180,14 +181,14 @@ pub(super) struct EvaluateArgs {
     checkpoint: PathBuf,
     /// Which of the checkpoint's weights
     #[arg(long, value_enum, default_value = "student", value_name = "WHICH")]
-    weights_from: Source,
+    which: Which,
     /// Folder of labelled pictures, whose held-out part is classified [default: that of the run]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// Parts of the patch tokens that each stage drops [default: as in training]
+    /// Parts of the patch tokens that each stage drops [default: as deployed or trained]
     #[arg(long, value_delimiter = ',')]
     drop_ratio: Vec<f64>,
-    /// After which blocks tokens are dropped [default: as in training]
+    /// After which blocks tokens are dropped [default: as deployed or trained]
     #[arg(long)]
     drop_layers: Option<String>,
     /// Which tokens are dropped: mean-similarity, random, pivoted-qr [default: as in training]
@@ -235,7 +236,7 @@ impl EvaluateArgs {
             .map(|text| text.parse::<CriterionSpec>());
         Ok(Plan {
             checkpoint: self.checkpoint.clone(),
-            source: self.weights_from,
+            which: self.which,
             data: self.data.clone(),
             drop_ratios: self.drop_ratio.clone(),
             drop_layers: layers.transpose().map_err(wrong("--drop-layers"))?,
@@ -297,12 +298,11 @@ fn heading(report: &Report) -> String {
 }
 
 fn line(row: &Row) -> String {
-    let tokens: Vec<String> = row.tokens.iter().map(usize::to_string).collect();
     format!(
         "{:<15} {:>5}  {:<24} {:>12.1} {:>9.2} {:>9.2} {:>10.1}\n",
         row.criterion.to_string(),
         row.drop_ratio,
-        tokens.join(" -> "),
+        arrows(&row.tokens),
         row.multiply_adds as f64 / 1e6,
         100.0 * row.top1,
         100.0 * row.top5,

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod args;
+mod deploy;
 mod exchange;
 mod export;
 mod features;
@@ -11,6 +12,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use crate::bench::What;
 use crate::error::Error;
 use crate::parity::Tolerance;
 use crate::report::roofline;
@@ -41,6 +43,7 @@ pub fn main() -> ExitCode {
         Command::Probe(args) => features::probe(&args),
         Command::Embed(args) => features::embed(&args),
         Command::Bench(args) => bench_command(&args),
+        Command::Deploy(args) => args.run(),
         Command::Export(args) => args.run(),
         Command::Convert(args) => args.run(),
         Command::Onnx(args) => args.run(),
@@ -159,11 +162,22 @@ fn closing(summary: &pretrain::Summary) -> String {
 
 fn bench_command(args: &BenchArgs) -> Result<ExitCode, Error> {
     let plan = args.plan()?;
-    write_out(&bench::header())?;
+    let is_trained = plan.trained.is_some();
+    if let Some(trained) = &plan.trained {
+        write_out(&format!("network    {}\n", trained.origin))?;
+    }
+    write_out(&if is_trained {
+        bench::budget_header()
+    } else {
+        bench::header()
+    })?;
     let report = bench::run(&plan, |progress| match progress {
         bench::Progress::Planned(result, memory) => {
             eprint!("{}", bench::planned(result, memory));
             Ok(())
+        }
+        bench::Progress::Measured(result) if is_trained && result.what == What::Infer => {
+            write_out(&bench::budget_row(result))
         }
         bench::Progress::Measured(result) => write_out(&bench::row(result)),
     })?;

@@ -29,6 +29,7 @@ use crate::error::Error;
 use crate::features::{Extractor, Frozen, Pool, Tap, layer};
 use crate::inspect::plain;
 use crate::interrupt;
+use crate::network::drop_ratio;
 use crate::progress::Progress;
 use output::{Format, Raw};
 use partial::Partial;
@@ -396,8 +397,8 @@ impl Embedding<'_> {
                 ("format", "pcae-features".to_owned()),
                 ("layer", self.tap.layer.to_string()),
                 ("pool", self.tap.pool.to_string()),
-                ("weights", self.plan.frozen.weights.to_string()),
-                ("drop_ratio", self.plan.frozen.drop_ratio.to_string()),
+                ("weights", self.plan.frozen.which.to_string()),
+                ("drop_ratio", drop_ratio(&self.reduction).to_string()),
             ],
         };
         report.shape = raw.shape();

@@ -116,6 +116,19 @@ impl<B: TrainBackend> Evaluator<B> {
         self.model.set_reduction(reduction);
     }
 
+    /// Classifies whatever is in its buffers, for a backend that only counts.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub(crate) fn rehearse(&mut self, backend: &mut B, params: &B::Params) -> Result<(), B::Error> {
+        let ClassifierConfig { vit, reduction, .. } = self.config;
+        let (tokens, depth, batch) = (vit.num_patches(), vit.depth, self.batch);
+        let mut scorer = CriterionScorer::new(backend, &reduction, batch, tokens, depth)?;
+        self.model
+            .forward(backend, params, batch, &self.images, &mut scorer)
+            .map(|_| ())
+    }
+
     /// Classifies all of `dataset`, whose class `i` is the classifier's class `classes[i]`.
     ///
     /// # Errors

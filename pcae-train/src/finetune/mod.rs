@@ -6,21 +6,25 @@ mod settings;
 
 use std::path::{Path, PathBuf};
 
+use pcae_backend_cpu::Memory;
 use pcae_kernel::backend::{AdamW, TrainBackend};
 use pcae_kernel::flops;
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{ClassifierTrainer, CriterionScorer, Scalars, TrainState};
 use pcae_kernel::rng::{Purpose, Stream};
+use pcae_kernel::sizing::Sizing;
 
 use crate::backends::Job;
-use crate::checkpoint::weights::{Source, Weights};
-use crate::checkpoint::{self, Identity};
+use crate::bench::describe;
+use crate::checkpoint::weights::Weights;
+use crate::checkpoint::{self, Identity, TASK_CLASSIFY, Which};
 use crate::data::loader::Batch;
 use crate::data::mix::Shape;
 use crate::data::{Dataset, Splits};
 use crate::error::Error;
 use crate::metrics::{Record, series};
+use crate::network::{Network, arrows};
 use crate::report::curves::{Curves, write_png};
 use crate::run_dir::{RunDir, RunState};
 use crate::training::draws::{self, Key};
@@ -112,15 +116,72 @@ fn launch(
     let splits = data::open(settings.data.as_deref(), settings.in_chans)?;
     let recipe = settings.resolve(&splits)?;
     let machine = settings.machine.clone();
+    let memory = planned_memory(&settings, &recipe)?;
     backends::run(
         &machine,
         Run {
             settings,
             recipe,
+            memory,
             splits,
             resume,
         },
     )
+}
+
+/// What the backend will hold when everything has run once: the state, a step and an evaluation.
+fn planned_memory(settings: &FinetuneSettings, recipe: &FinetuneRecipe) -> Result<Memory, Error> {
+    let failed = |error| Error::backend("sizing", error);
+    let mut sizing = Sizing::default();
+    let layout = Layout::classifier(&recipe.task);
+    let student = sizing.params(&layout, &[]).map_err(failed)?;
+    let average = (settings.ema > 0.0)
+        .then(|| sizing.teacher_params(&layout.teacher(), &[]))
+        .transpose()
+        .map_err(failed)?;
+    let state = TrainState::with_params(&mut sizing, layout, student, average, 0.0);
+    let mut state = state.map_err(failed)?;
+    let mut step = StepModel::new(&mut sizing, settings, recipe).map_err(failed)?;
+    let evaluator = Evaluator::new(&mut sizing, &recipe.task, EVAL_BATCH, settings.seed);
+    let mut evaluator = evaluator.map_err(failed)?;
+    step.model
+        .accumulate(&mut sizing, &mut state, 1.0, &mut step.scorer)
+        .map_err(failed)?;
+    let adamw = AdamW {
+        lr: 0.0,
+        beta1: 0.0,
+        beta2: 0.0,
+        eps: 0.0,
+        step: 1,
+        momentum: 0.0,
+    };
+    state.update(&mut sizing, &adamw, None).map_err(failed)?;
+    evaluator
+        .rehearse(&mut sizing, &state.student)
+        .map_err(failed)?;
+    backends::memory(&settings.machine, &sizing)
+}
+
+/// Everything of one micro-batch that is not in the state.
+struct StepModel<B: TrainBackend> {
+    model: ClassifierTrainer<B>,
+    scorer: CriterionScorer<B>,
+}
+
+impl<B: TrainBackend> StepModel<B> {
+    fn new(
+        backend: &mut B,
+        settings: &FinetuneSettings,
+        recipe: &FinetuneRecipe,
+    ) -> Result<Self, B::Error> {
+        let (task, batch) = (&recipe.task, settings.batch_size);
+        let (tokens, depth) = (task.vit.num_patches(), task.vit.depth);
+        let reduction = &task.reduction;
+        Ok(Self {
+            model: ClassifierTrainer::new(backend, task, batch, recipe.drop_path > 0.0)?,
+            scorer: CriterionScorer::new(backend, reduction, batch, tokens, depth)?,
+        })
+    }
 }
 
 /// The weights to start from; `None` for random ones.
@@ -140,6 +201,8 @@ fn open_weights(settings: &FinetuneSettings) -> Result<Option<Weights>, Error> {
 struct Run {
     settings: FinetuneSettings,
     recipe: FinetuneRecipe,
+    /// What was planned.
+    memory: Memory,
     splits: Splits,
     resume: Option<(RunDir, RunState)>,
 }
@@ -151,6 +214,7 @@ impl Job for Run {
         let Self {
             settings,
             recipe,
+            memory,
             splits,
             resume,
         } = self;
@@ -169,7 +233,7 @@ impl Job for Run {
             config: settings.recipe_json(),
             data: splits.train.fingerprint()?,
             more: [
-                ("task", "classify".to_owned()),
+                ("task", TASK_CLASSIFY.to_owned()),
                 ("classes", serde_json::json!(recipe.classes).to_string()),
             ]
             .map(|(key, value)| (key.to_owned(), value))
@@ -182,20 +246,22 @@ impl Job for Run {
             layer_decay: recipe.layer_decay,
             config: settings.to_toml()?,
             identity: identity.clone(),
-            introduction: introduction(&settings, &recipe, &splits, &layout, name, origin),
+            introduction: introduction(
+                (&settings, &recipe),
+                &splits,
+                &layout,
+                name,
+                memory,
+                origin,
+            ),
             dataset: splits.train.clone(),
             augmentation: recipe.augmentation.clone(),
             workers: settings.machine.workers,
             out: settings.machine.out.clone(),
             resume,
         };
-        let (batch, tokens) = (settings.batch_size, task.vit.num_patches());
-        let (reduction, depth) = (task.reduction, task.vit.depth);
         let mut finetuning = Finetuning {
-            model: ClassifierTrainer::new(backend, &task, batch, recipe.drop_path > 0.0)
-                .map_err(failed)?,
-            scorer: CriterionScorer::new(backend, &reduction, batch, tokens, depth)
-                .map_err(failed)?,
+            step: StepModel::new(backend, &settings, &recipe).map_err(failed)?,
             evaluator: Evaluator::new(backend, &task, EVAL_BATCH, settings.seed).map_err(failed)?,
             class_map: classes::map(&splits.held_out, &recipe.classes)?,
             name,
@@ -245,16 +311,16 @@ fn initial(
     };
     // A head is for its own classes alone.
     let same_classes = weights.classes()?.as_deref() == Some(&recipe.classes[..]);
-    let loaded = weights.load(layout, settings.weights_from, same_classes, &mut values)?;
+    let loaded = weights.load(layout, settings.which, same_classes, &mut values)?;
     let fresh = if loaded.fresh.is_empty() {
         String::new()
     } else {
         format!("; new: {}", loaded.fresh.join(", "))
     };
     let (path, found, total) = (weights.path().display(), loaded.found, loaded.total);
-    let average = match settings.weights_from {
-        Source::Student => "",
-        Source::Teacher => " (moving average)",
+    let average = match settings.which {
+        Which::Teacher => " (moving average)",
+        Which::Student | Which::Untrained => "",
     };
     let origin = format!("{path}{average}: {found} of {total} tensors loaded{fresh}");
     Ok((values, origin))
@@ -262,11 +328,11 @@ fn initial(
 
 /// The first lines of a run: what is trained on what, where, from what, and how much of everything that takes.
 fn introduction(
-    settings: &FinetuneSettings,
-    recipe: &FinetuneRecipe,
+    (settings, recipe): (&FinetuneSettings, &FinetuneRecipe),
     splits: &Splits,
     layout: &Layout,
     backend: &str,
+    memory: Memory,
     origin: Option<String>,
 ) -> Vec<String> {
     let FinetuneRecipe { task, plan, .. } = recipe;
@@ -277,16 +343,20 @@ fn introduction(
             splits.held_out.len()
         ),
         format!(
-            "model     {} {:.2} M parameters, {} classes, {}; {:.1} M multiply-adds to classify an image",
+            "model     {} {:.2} M parameters, {} classes, {} patches; {:.1} M multiply-adds to classify an image",
             settings.model.as_deref().unwrap_or_default(),
             layout.len() as f64 / 1e6,
             task.num_classes,
-            token_counts(task),
+            arrows(&Network::Classifier(*task).tokens()),
             flops::classifier(task) as f64 / 1e6
         ),
     ];
     lines.extend(origin.map(|origin| format!("weights   {origin}")));
     lines.push(format!("backend   {backend}"));
+    lines.push(format!(
+        "memory    planned: {}, data apart",
+        describe(memory)
+    ));
     lines.push(format!(
         "schedule  {} steps of {} images ({} an epoch), peak learning rate {:.2e}, run directory {}",
         plan.steps,
@@ -296,17 +366,6 @@ fn introduction(
         settings.machine.out.display()
     ));
     lines
-}
-
-/// `49 -> 40 -> 32 -> 26 patches`, as the stages leave them.
-pub(crate) fn token_counts(task: &pcae_kernel::config::ClassifierConfig) -> String {
-    let tokens = task.vit.num_patches();
-    let mut counts = vec![tokens.to_string()];
-    task.reduction
-        .for_each_stage(tokens, task.vit.depth, |_, keep| {
-            counts.push(keep.to_string())
-        });
-    format!("{} patches", counts.join(" -> "))
 }
 
 /// The step after which the greatest part was classified right, and that part; of equals the first.
@@ -326,8 +385,7 @@ fn best(records: &[Record]) -> Option<(u64, f64)> {
 
 /// Fine-tuning within the loop.
 struct Finetuning<'a, B: TrainBackend> {
-    model: ClassifierTrainer<B>,
-    scorer: CriterionScorer<B>,
+    step: StepModel<B>,
     evaluator: Evaluator<B>,
     /// For each class of the held-out pictures its number.
     class_map: Vec<u32>,
@@ -387,7 +445,8 @@ impl<B: TrainBackend> Task<B> for Finetuning<'_, B> {
             task.num_classes,
             &mut self.targets,
         );
-        self.model
+        let StepModel { model, scorer } = &mut self.step;
+        model
             .load(backend, &batch.images, &self.targets)
             .map_err(failed)?;
         let key = Key {
@@ -397,13 +456,12 @@ impl<B: TrainBackend> Task<B> for Finetuning<'_, B> {
         };
         if self.recipe.drop_path > 0.0 {
             draws::drop_path(key, depth, self.recipe.drop_path, &mut self.drop_path);
-            self.model
+            model
                 .set_drop_path(backend, &self.drop_path)
                 .map_err(failed)?;
         }
-        let scorer = &mut self.scorer;
         draws::selection(backend, key, &task.reduction, tokens, depth, scorer).map_err(failed)?;
-        self.model
+        model
             .accumulate(backend, state, scale, scorer)
             .map_err(failed)
     }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::classes;
-use crate::checkpoint::weights::Source;
+use crate::checkpoint::Which;
 use crate::data::Splits;
 use crate::data::mix::Mix;
 use crate::data::regularize::Augmentation;
@@ -30,7 +30,7 @@ pub struct FinetuneSettings {
     /// A run directory or a safetensors file to start from, or `none`.
     pub weights: Option<WeightsSpec>,
     /// Which of its weights.
-    pub weights_from: Source,
+    pub which: Which,
     /// Preset of the encoder.
     pub model: Option<String>,
     /// Height and width of the pictures that the model sees.
@@ -184,7 +184,7 @@ impl Default for FinetuneSettings {
     fn default() -> Self {
         Self {
             weights: None,
-            weights_from: Source::Student,
+            which: Which::Student,
             model: None,
             img_size: None,
             in_chans: None,

@@ -13,6 +13,7 @@ use crate::data::Splits;
 use crate::encoder::Encoder;
 use crate::error::Error;
 use crate::features::{Extractor, Frozen, Pool, Tap, extract_all, layer, open_labelled};
+use crate::network::drop_ratio;
 
 /// What votes where nobody says how many: DINO's grid with two small numbers, as far as there are training pictures.
 const DEFAULT_KS: [usize; 6] = [1, 5, 10, 20, 100, 200];
@@ -189,7 +190,7 @@ impl Job for Evaluation<'_> {
             held_out: queries.labels.len(),
             unreadable: train.unreadable + held_out.unreadable,
             scaling: plan.scaling,
-            drop_ratio: plan.frozen.drop_ratio,
+            drop_ratio: drop_ratio(&reduction),
             rows,
         })
     }

@@ -25,6 +25,7 @@ use crate::features::{
     Extracted, Extractor, Frozen, Pool, Tap, class_name, extract_all, layer, matrix, open_labelled,
 };
 use crate::knn::standardise;
+use crate::network::drop_ratio;
 use crate::progress::Progress;
 use linear::{Optimizer, Probe, Recipe};
 pub use logistic::Tried;
@@ -309,7 +310,7 @@ impl Job for Probing<'_> {
             solver: plan.solver,
             layer: tap.layer,
             pool: tap.pool,
-            drop_ratio: plan.frozen.drop_ratio,
+            drop_ratio: drop_ratio(&self.reduction),
             train: train_labels.len(),
             held_out: held_out_labels.len(),
             unreadable,

@@ -16,6 +16,7 @@ use pcae_kernel::model::{MeanSimilarity, Scorer, Selection, Vit};
 use crate::backends::{self, Job};
 use crate::checkpoint::exchange::{self, Encoder, Hints, Preprocessing};
 use crate::checkpoint::file::Reader;
+use crate::checkpoint::locate;
 use crate::data::augment::{Scratch, Transform};
 use crate::data::{self, Picture};
 use crate::error::Error;
@@ -72,7 +73,7 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
             reason: format!("expected 1 to {MAX_PICTURES}, found {}", plan.count),
         });
     }
-    let path = exchange::locate(&plan.source)?;
+    let path = locate(&plan.source)?;
     let reader = Reader::open(&path)?;
     let settings = recipe(&reader);
     let mut hints = plan.hints.clone();

@@ -6,7 +6,9 @@ use std::path::Path;
 use pcae_kernel::config::VitConfig;
 use serde_json::Value;
 
+use super::Shapes;
 use crate::checkpoint::file::Reader;
+use crate::checkpoint::{FORMAT, VERSION};
 use crate::error::Error;
 
 /// What is known; every field may be missing.
@@ -20,6 +22,9 @@ pub(super) struct Known {
     pub(super) norm_pix: Option<bool>,
     pub(super) mean: Option<Vec<f32>>,
     pub(super) std: Option<Vec<f32>>,
+    /// Width and blocks, of a file of this program.
+    pub(super) embed_dim: Option<usize>,
+    pub(super) depth: Option<usize>,
 }
 
 /// Heads by the beginning of timm's names of architectures.
@@ -42,9 +47,19 @@ impl Known {
     pub(super) fn about(file: &Path, reader: &Reader) -> Result<Self, Error> {
         let mut known = Self::default();
         let metadata = reader.metadata();
-        if metadata.get("format") == Some(&"pcae")
+        if metadata.get("format") == Some(&FORMAT)
             && let Some(config) = metadata.get("config")
         {
+            let version = metadata.get("version").copied().unwrap_or("none");
+            if version != VERSION {
+                return Err(Error::Checkpoint {
+                    path: file.to_owned(),
+                    reason: format!(
+                        "expected metadata format {FORMAT} {VERSION}, found {FORMAT} {}; use the program that wrote it",
+                        version.escape_default()
+                    ),
+                });
+            }
             known.ours(&parse(file, config)?);
             return Ok(known);
         }
@@ -59,10 +74,40 @@ impl Known {
         Ok(known)
     }
 
+    /// Holds the sizes that the tensors tell against what a file of this program says of itself.
+    pub(super) fn check(&self, file: &Path, shapes: &Shapes) -> Result<(), Error> {
+        let (width, depth) = (shapes.embed_dim, shapes.depth);
+        let mut sizes = vec![
+            ("width", self.embed_dim, width),
+            ("blocks", self.depth, depth),
+        ];
+        if let (Some(img_size), Some(_)) = (self.img_size, self.depth) {
+            let patches: usize = img_size
+                .iter()
+                .map(|edge| edge / shapes.patch_size.max(1))
+                .fold(1, usize::saturating_mul);
+            sizes.push(("positions", patches.checked_add(1), shapes.positions));
+        }
+        for (what, said, found) in sizes {
+            if let Some(said) = said.filter(|said| *said != found) {
+                return Err(Error::Checkpoint {
+                    path: file.to_owned(),
+                    reason: format!(
+                        "expected {what} of {said} by the file's own metadata, found {found}; copy the file again or use another \
+                         checkpoint"
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+
     fn ours(&mut self, config: &Value) {
         let preset = config["model"].as_str().and_then(VitConfig::preset);
         self.img_size = size(&config["img_size"]).or(preset.map(|preset| preset.img_size));
         self.num_heads = count(&config["num_heads"]).or(preset.map(|preset| preset.num_heads));
+        self.embed_dim = count(&config["embed_dim"]).or(preset.map(|preset| preset.embed_dim));
+        self.depth = count(&config["depth"]).or(preset.map(|preset| preset.depth));
         // As `VitConfig::default_decoder` has it.
         self.decoder_num_heads = count(&config["decoder_num_heads"]).or(self.num_heads);
         self.norm_pix = config["norm_pix"].as_bool();

@@ -23,9 +23,11 @@ use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
 
 pub use mae::Decoder;
+pub(crate) use write::config;
 pub use write::write;
 
 use super::file::Reader;
+use super::{Which, locate, prefix, title};
 use crate::error::Error;
 use beside::Known;
 use names::{Names, Qkv, Scheme, obstacle};
@@ -154,29 +156,6 @@ fn listed(names: &[String]) -> String {
         more => format!(" and {more} more"),
     };
     shown.join(", ") + &more
-}
-
-/// Finds the safetensors file: `path` itself, the newest checkpoint of a run directory, or `model.safetensors` in a folder
-/// as the hub has it.
-///
-/// # Errors
-/// [`Error::Checkpoint`] if the folder holds neither.
-pub fn locate(path: &Path) -> Result<PathBuf, Error> {
-    if !path.is_dir() {
-        return Ok(path.to_owned());
-    }
-    let candidates = ["checkpoints/last.safetensors", "model.safetensors"];
-    let found = candidates
-        .map(|name| path.join(name))
-        .into_iter()
-        .find(|path| path.is_file());
-    found.ok_or_else(|| Error::Checkpoint {
-        path: path.to_owned(),
-        reason: format!(
-            "expected {} in this folder, found neither; name the safetensors file itself",
-            candidates.join(" or ")
-        ),
-    })
 }
 
 /// What encoder a file holds, in one line; `None` if there is none that [`read`] knows.
@@ -342,6 +321,22 @@ impl Shapes {
     }
 }
 
+/// [`read`]s one of the encoders of a checkpoint of this program; of a file of others it is the one that `hints` tell, and
+/// [`Which::Student`] stands for it. Returns also the file and which of its weights, in words.
+///
+/// # Errors
+/// As [`read`], or [`Error::Checkpoint`] if it has not those weights.
+pub fn read_which(path: &Path, which: Which, hints: &Hints) -> Result<(Encoder, String), Error> {
+    let path = locate(path)?;
+    let reader = Reader::open(&path)?;
+    let mut hints = hints.clone();
+    if hints.prefix.is_none() {
+        let prefix = prefix(&path, &reader, which)?;
+        hints.prefix = (!prefix.is_empty()).then(|| prefix.to_owned());
+    }
+    Ok((read(&path, &hints)?, title(&path, &reader, which)))
+}
+
 /// Reads the encoder at `path`, which [`locate`] may look for.
 ///
 /// # Errors
@@ -379,6 +374,7 @@ pub fn read(path: &Path, hints: &Hints) -> Result<Encoder, Error> {
             ),
         ));
     };
+    known.check(&path, &shapes)?;
     let (with_cls, from) = match shapes.grid([known.img_size, hints.img_size]) {
         Some((with_cls, grid)) => (with_cls, Some(grid)),
         None if shapes.positions == 0 => (true, None),
@@ -708,8 +704,7 @@ fn head(
         Pooling::MeanThenNorm
     } else {
         notes.push(
-            "its head sees the class token; classifiers of this program see the mean of the patches, so it is kept but not used"
-                .to_owned(),
+            "its head sees the class token, as with --set pool=token of `pcae finetune`".to_owned(),
         );
         Pooling::ClassToken
     };

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use pcae_kernel::config::{ClassifierConfig, Pool, Reduction, VitConfig};
 use pcae_kernel::layout::Layout;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Encoder, Pooling};
 use crate::checkpoint::file::{self, TensorData};
@@ -64,14 +64,14 @@ pub fn write(path: &Path, encoder: &Encoder) -> Result<(), Error> {
     let metadata = BTreeMap::from([
         ("format".to_owned(), FORMAT.to_owned()),
         ("version".to_owned(), VERSION.to_owned()),
-        ("config".to_owned(), config(encoder)),
+        ("config".to_owned(), config(encoder).to_string()),
         ("source".to_owned(), encoder.report.naming.to_owned()),
     ]);
     Ok(file::write(path, &metadata, &tensors)?)
 }
 
-/// The settings of the model as one line of JSON.
-fn config(encoder: &Encoder) -> String {
+/// The settings of the model as JSON.
+pub(crate) fn config(encoder: &Encoder) -> Value {
     let vit = &encoder.vit;
     let nearest = VitConfig::PRESETS.into_iter().find(|name| {
         VitConfig::preset(name)
@@ -102,5 +102,5 @@ fn config(encoder: &Encoder) -> String {
             config["norm_pix"] = json!(norm_pix);
         }
     }
-    config.to_string()
+    config
 }
