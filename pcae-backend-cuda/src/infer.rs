@@ -400,7 +400,7 @@ impl Backend for Cuda {
         if dims.is_empty() {
             return Ok(());
         }
-        let shape = self.grid(small(OP, dims.batch)?, self.columns(dims.dim)?);
+        let shape = self.grid(small(OP, dims.batch)?, self.columns(OP, dims.dim)?);
         self.queue.launch(
             kernels::MEAN_POOL,
             shape,

@@ -54,13 +54,18 @@ pub(crate) fn positions(
 }
 
 impl Cuda {
-    /// Blocks for a kernel that takes `len` elements one after the other, in words of 16 bytes if `dim` is a multiple of them.
-    pub(crate) fn blocks(&self, len: u32, dim: usize) -> Shape {
+    /// Elements that kernels take at once of rows of `dim`: 16 bytes, or one.
+    fn word(&self, dim: usize) -> usize {
         let vector = 16 / self.precision.size();
-        let words = match dim.is_multiple_of(vector) {
-            true => len / vector as u32,
-            false => len,
-        };
+        match dim.is_multiple_of(vector) {
+            true => vector,
+            false => 1,
+        }
+    }
+
+    /// Blocks for a kernel that goes through `len` elements of rows of `dim`.
+    pub(crate) fn blocks(&self, len: u32, dim: usize) -> Shape {
+        let words = len / self.word(dim) as u32;
         let few = words.div_ceil(BLOCK).min(BUSY);
         self.grid(words.div_ceil(WORDS * BLOCK).max(few), 1)
     }
@@ -74,15 +79,9 @@ impl Cuda {
         }
     }
 
-    /// Blocks beside each other for a kernel that sums rows of `dim`, a vector or an element for each of 32 lanes.
-    pub(crate) fn columns(&self, dim: usize) -> Result<u32, KernelError> {
-        let vector = 16 / self.precision.size();
-        let width = if dim.is_multiple_of(vector) {
-            vector
-        } else {
-            1
-        };
-        small("columns", dim.div_ceil(32 * width))
+    /// Blocks beside each other for a kernel that sums rows of `dim`, a word for each of 32 lanes.
+    pub(crate) fn columns(&self, op: &'static str, dim: usize) -> Result<u32, KernelError> {
+        small(op, dim.div_ceil(32 * self.word(dim)))
     }
 
     /// By which code a kernel reports an index that is not below `limit`, of `count`.
@@ -215,7 +214,7 @@ impl Cuda {
         let parts = self
             .queue
             .workspace(product(&[groups as usize, dim, size_of::<f32>()]))?;
-        let shape = self.grid(groups, self.columns(dim)?);
+        let shape = self.grid(groups, self.columns(op, dim)?);
         self.queue.launch(
             kernels::SUM_TOKENS,
             shape,
