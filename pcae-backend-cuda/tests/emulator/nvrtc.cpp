@@ -160,7 +160,7 @@ void compile(const Program& program, const std::vector<std::string>& defines, Co
     if (compiler(expand, log, compiled.log)) {
         std::ofstream(source, std::ios::binary | std::ios::app) << table(slurp(expanded));
         std::vector<std::string> build = {
-            "-x", "c++", "-std=c++17", "-O2", "-w", "-o", image, "-DPCAE_EMULATED", "-include", folder() + "/shim.h",
+            "-x", "c++", "-std=c++17", "-O1", "-w", "-o", image, "-DPCAE_EMULATED", "-include", folder() + "/shim.h",
             // Kernels of several loaded files must not share anything.
             "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-Wl,-Bsymbolic", "-Wl,-z,now",
             // So that .bss holds nothing but arrays in shared memory.
