@@ -1,7 +1,11 @@
 //! A training step as a graph: the same bits as issued piece by piece, and gradients beside the reference's.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
 
 use pcae_backend_cuda::{Cuda, Precision};
-use pcae_kernel::backend::{AdamW, Backend, TrainBackend};
+use pcae_kernel::backend::{AdamW, TrainBackend};
 use pcae_kernel::config::{
     Budget, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig, Reduction, Target,
     VitConfig,

@@ -1,4 +1,8 @@
 //! What `common.cuh` wraps, beside plain formulas; and mistakes that the emulator must find.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
 
 use std::ffi::{CString, c_void};
 
@@ -236,7 +240,7 @@ fn bf16_is_rounded_to_nearest_even() {
         .map(|i| match i {
             0..=3 => [0x7f80_0000, 0xff80_0000, 0x7fc0_0001, 0x7f80_0001][i as usize],
             // Ties in both directions, just below and above them, the largest, subnormals.
-            4..=99 => 0x3f80_0000 + (i / 3 << 16) + 0x7fff + i % 3,
+            4..=99 => 0x3f80_0000 + ((i / 3) << 16) + 0x7fff + i % 3,
             100..=103 => 0x7f7f_7fff + i - 100,
             104..=119 => i * 0x4321,
             _ => i.wrapping_mul(0x9e37_79b9),

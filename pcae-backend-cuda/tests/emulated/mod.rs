@@ -13,7 +13,7 @@ const VARIABLE: &str = "PCAE_EMULATED";
 ///
 /// # Panics
 /// On the emulator if it is not found, or not what is found.
-pub fn has_device() -> bool {
+pub(crate) fn has_device() -> bool {
     let emulated = std::env::var_os(VARIABLE).is_some();
     let found = pcae_backend_cuda::device_count();
     if emulated {
@@ -35,7 +35,7 @@ pub fn has_device() -> bool {
 ///
 /// # Panics
 /// If they cannot be built.
-pub fn libraries() -> Option<PathBuf> {
+pub(crate) fn libraries() -> Option<PathBuf> {
     let here = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/emulator/build");
     let into = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
     let built = match Command::new("sh").arg(here).arg(into).output() {
@@ -59,7 +59,7 @@ pub fn libraries() -> Option<PathBuf> {
 ///
 /// # Panics
 /// If one fails.
-pub fn run_again() {
+pub(crate) fn run_again() {
     if std::env::var_os(VARIABLE).is_some() {
         return;
     }
