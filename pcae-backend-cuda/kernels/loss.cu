@@ -64,8 +64,8 @@ extern "C" __global__ void __launch_bounds__(256)
 
 /// `losses[i] = sum of target * (log(sum of exp(logits)) - logits)`, and `d_logits = factor * (softmax(logits) * sum of target - target)`.
 ///
-/// logits, target, d_logits [rows, dim]; losses [rows]. Launch: a block of 256 threads for each row. Bytes: 3 A; each row is read three times, and
-/// comes from a cache after the first.
+/// logits, target, d_logits [rows, dim]; losses [rows]. Launch: a block of up to 256 threads, whole warps, for each row. Bytes: 3 A; each row is read
+/// three times, and comes from a cache after the first.
 extern "C" __global__ void __launch_bounds__(256)
     cross_entropy(act_t* d_logits, float* losses, const act_t* logits, const act_t* target, unsigned dim, float factor) {
     size_t start = static_cast<size_t>(blockIdx.x) * dim;

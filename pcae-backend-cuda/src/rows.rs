@@ -496,9 +496,16 @@ impl Queue {
         let rows = small(op, dims.rows)?;
         let losses = self.workspace(product(&[dims.rows, size_of::<f32>()]))?;
         let factor = scale / dims.rows as f64;
+        // A vector for each thread, where there are few classes.
+        let threads = small(op, dims.dim.div_ceil(self.lanes()))?;
+        let shape = Shape {
+            grid: [rows, 1, 1],
+            block: threads.clamp(1, BLOCK).next_multiple_of(32),
+            shared: 0,
+        };
         self.launch(
             kernels::CROSS_ENTROPY,
-            line(rows),
+            shape,
             &[
                 d_logits.into(),
                 losses.into(),
