@@ -352,6 +352,13 @@ impl Heap {
     }
 }
 
+impl Drop for Heap {
+    fn drop(&mut self) {
+        // Of a queue that was not finished. All its memory is dropped, and no work was ever queued.
+        self.close();
+    }
+}
+
 /// Memory on the device, given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Memory {

@@ -257,6 +257,7 @@ impl Queue {
             return Ok(());
         }
         self.flush()?;
+        self.context.bind()?;
         self.stream.wait()?;
         let blocks = self.heap.take();
         self.forget(&blocks);
@@ -366,7 +367,12 @@ impl Queue {
     }
 
     /// Queues a copy within the device.
-    pub(crate) fn copy(&mut self, to: DevicePtr, from: DevicePtr, bytes: usize) -> Result<(), Error> {
+    pub(crate) fn copy(
+        &mut self,
+        to: DevicePtr,
+        from: DevicePtr,
+        bytes: usize,
+    ) -> Result<(), Error> {
         if bytes == 0 {
             return Ok(());
         }
