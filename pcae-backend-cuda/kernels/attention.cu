@@ -113,7 +113,7 @@ template <unsigned D>
 __device__ __forceinline__ void fetch_rows(act_t* to, const Rows<const act_t>& from, unsigned first, unsigned count, unsigned thread, unsigned threads) {
     constexpr unsigned CHUNKS = D / CHUNK;
 #pragma unroll 1
-    for (unsigned i = thread; i < count * CHUNKS; i += threads) {
+    for (unsigned i = anew(thread); i < count * CHUNKS; i += threads) {
         const unsigned row = i / CHUNKS, start = i % CHUNKS * CHUNK, token = first + row;
         act_t* const at = to + place<D>(row, i % CHUNKS);
         const act_t* const source = from.first + token * from.stride + start;
@@ -128,22 +128,24 @@ __device__ __forceinline__ void fetch_rows(act_t* to, const Rows<const act_t>& f
 }
 
 /// For `count` rows of queries from row `first` on, by `warps` warps: log-sum-exp in base 2 to `to`, and the dot product of output and its
-/// gradient to `to + count`. Beyond the last token: infinity, which makes probabilities 0, and 0.
+/// gradient to `to + count`. Beyond the last token: infinity, which makes probabilities 0, and 0. A lane loads from AT_ONCE rows at once.
+template <unsigned AT_ONCE>
 __device__ __forceinline__ void fetch_sums(float* to, const float* lse, const Rows<const act_t>& out, const Rows<const act_t>& d_out, unsigned first,
                                            unsigned count, unsigned warp, unsigned warps) {
-    // Eight lanes a row, and four rows a lane, whose loads do not wait for each other.
-    const unsigned part = lane_id() % 8;
+    // Eight lanes a row.
+    constexpr unsigned STEP = 4 * AT_ONCE;
+    const unsigned lane = anew(lane_id()), part = lane % 8;
     const bool vectors = out.vectors && d_out.vectors;
 #pragma unroll 1
-    for (unsigned base = warp * ROWS; base < count; base += warps * ROWS) {
-        const unsigned row = base + lane_id() / 8;
-        float sum[4] = {};
+    for (unsigned base = warp * STEP; base < count; base += warps * STEP) {
+        const unsigned row = base + lane / 8;
+        float sum[AT_ONCE] = {};
 #pragma unroll 1
         for (unsigned i = vectors ? part * CHUNK : part; i < out.width; i += vectors ? 8 * CHUNK : 8) {
             if (vectors) {
-                uint4 x[4] = {}, y[4] = {};
+                uint4 x[AT_ONCE] = {}, y[AT_ONCE] = {};
 #pragma unroll
-                for (unsigned j = 0; j < 4; ++j) {
+                for (unsigned j = 0; j < AT_ONCE; ++j) {
                     const unsigned token = first + row + 4 * j;
                     if (token < out.tokens) {
                         x[j] = *reinterpret_cast<const uint4*>(out.first + token * out.stride + i);
@@ -151,21 +153,21 @@ __device__ __forceinline__ void fetch_sums(float* to, const float* lse, const Ro
                     }
                 }
 #pragma unroll
-                for (unsigned j = 0; j < 4; ++j) {
+                for (unsigned j = 0; j < AT_ONCE; ++j) {
                     const Vec<act_t> a = load_vec(reinterpret_cast<const act_t*>(&x[j])), b = load_vec(reinterpret_cast<const act_t*>(&y[j]));
 #pragma unroll
                     for (unsigned k = 0; k < CHUNK; ++k) sum[j] += a.v[k] * b.v[k];
                 }
             } else {
 #pragma unroll
-                for (unsigned j = 0; j < 4; ++j) {
+                for (unsigned j = 0; j < AT_ONCE; ++j) {
                     const unsigned token = first + row + 4 * j;
                     if (token < out.tokens) sum[j] += to_float(out.first[token * out.stride + i]) * to_float(d_out.first[token * d_out.stride + i]);
                 }
             }
         }
 #pragma unroll
-        for (unsigned j = 0; j < 4; ++j) {
+        for (unsigned j = 0; j < AT_ONCE; ++j) {
             const unsigned token = first + row + 4 * j;
 #pragma unroll
             for (int step = 4; step > 0; step /= 2) sum[j] += __shfl_xor_sync(FULL_WARP, sum[j], step);
@@ -245,7 +247,7 @@ __device__ __forceinline__ void clear(float (&d)[D / 8][4]) {
 template <unsigned D>
 __device__ __forceinline__ void store_rows(const Rows<act_t>& to, unsigned first, const float (&d)[D / 8][4], float upper, float lower, act_t* own) {
     constexpr unsigned CHUNKS = D / CHUNK;
-    const unsigned lane = lane_id();
+    const unsigned lane = anew(lane_id());
     __syncwarp();  // what was in `own` has been read
 #pragma unroll
     for (unsigned n = 0; n < D / 8; ++n) {
@@ -826,10 +828,8 @@ __device__ __forceinline__ void gradients(act_t* d_qkv, const act_t* d_out, cons
         const Rows<const act_t> d_outs = dims.output(d_out, of);
         fetch_rows<D>(at, dims.part(qkv, of, State::OF_KEYS ? 0 : 1), c * chunk, chunk, threadIdx.x, blockDim.x);
         fetch_rows<D>(at + chunk * D, State::OF_KEYS ? d_outs : dims.part(qkv, of, 2), c * chunk, chunk, threadIdx.x, blockDim.x);
-        if (State::OF_KEYS) {
-            fetch_sums(column_sums + c % 2 * 2 * chunk, dims.sums(lse, of), dims.output(out, of), d_outs, c * chunk, chunk, warp_id(), warps);
-        }
     };
+    const auto column_sums_of = [&](unsigned c) { return column_sums + c % 2 * 2 * chunk; };
 
     bool all_here = false;
     for (unsigned start = split * block_rows; start < tokens; start += splits * block_rows) {
@@ -842,12 +842,19 @@ __device__ __forceinline__ void gradients(act_t* d_qkv, const act_t* d_out, cons
         }
         if (!all_here) fetch(0);
         cp_async_commit();
-        if (busy && !State::OF_KEYS) fetch_sums(row_sums, dims.sums(lse, of), dims.output(out, of), d_outs, first, ROWS, 0, 1);
+        if (State::OF_KEYS && !all_here) {
+            fetch_sums<4>(column_sums_of(0), dims.sums(lse, of), dims.output(out, of), d_outs, 0, chunk, warp_id(), warps);
+        }
+        if (busy && !State::OF_KEYS) fetch_sums<4>(row_sums, dims.sums(lse, of), dims.output(out, of), d_outs, first, ROWS, 0, 1);
         State state;
         for (unsigned c = 0; c < chunks; ++c) {
             if (c + 1 < chunks) {
                 fetch(c + 1);
                 cp_async_commit();
+                // Few at once: the state is in registers now.
+                if (State::OF_KEYS) {
+                    fetch_sums<1>(column_sums_of(c + 1), dims.sums(lse, of), dims.output(out, of), dims.output(d_out, of), (c + 1) * chunk, chunk, warp_id(), warps);
+                }
                 cp_async_wait<1>();
             } else {
                 cp_async_wait<0>();
@@ -860,7 +867,7 @@ __device__ __forceinline__ void gradients(act_t* d_qkv, const act_t* d_out, cons
             if (busy) {
                 if (c == 0) state.begin(own);
                 const act_t* const at = shared + c % 2 * 2 * chunk * D;
-                const float* const sums = State::OF_KEYS ? column_sums + c % 2 * 2 * chunk : row_sums;
+                const float* const sums = State::OF_KEYS ? column_sums_of(c) : row_sums;
                 const unsigned columns = min(chunk, tokens - c * chunk);
 #pragma unroll 1
                 for (unsigned column = 0; column < columns; column += COLUMNS) {
