@@ -100,7 +100,8 @@ fn a_nan_among_scores_is_reported_with_its_place() {
     both(|mut cuda, _| {
         for (tokens, at) in [(200, 399), (1500, 1501)] {
             let mut scores = noise(1, 2 * tokens);
-            scores[at] = f32::NAN;
+            // Of all NaNs the one with the largest bits.
+            scores[at] = f32::from_bits(0x7fff_ffff);
             let mut on_device = cuda.scores(scores.len()).unwrap();
             cuda.write_scores(&mut on_device, &scores).unwrap();
             let mut picked = cuda.ids(2 * tokens).unwrap();
