@@ -26,6 +26,7 @@
 
 mod attention;
 mod buffers;
+mod bytes;
 mod compile;
 mod cuda;
 mod driver;
@@ -44,6 +45,7 @@ mod tokens;
 mod train;
 
 pub use buffers::{Buf, Ids, Params, Scores, Vector};
+pub use bytes::bytes;
 pub use compile::Compiler;
 pub use cuda::{Cuda, Precision};
 pub use driver::device_count;
