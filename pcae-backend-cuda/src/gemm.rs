@@ -607,6 +607,38 @@ mod tests {
     }
 
     #[test]
+    fn a_plan_is_for_any_bias() {
+        let Some(mut queue) = crate::testing::queue(Precision::F32) else {
+            return;
+        };
+        // Two biases, each as aligned as the other; the operands; the output.
+        let memory = queue.allocate(5 * 256).unwrap();
+        let place = |i: usize| memory.at().plus(i * 256);
+        for (i, x) in [10.0, 20.0, 2.0, 3.0].into_iter().enumerate() {
+            queue.write_f32(place(i), &[x]).unwrap();
+        }
+        for (bias, expected) in [(0, 16.0), (1, 26.0), (0, 16.0)] {
+            let matmul = Matmul {
+                m: 1,
+                n: 1,
+                k: 1,
+                a: place(2),
+                a_transposed: false,
+                b: place(3),
+                b_transposed: false,
+                bias: Some(place(bias)),
+                add: None,
+                out: place(4),
+                out_f32: false,
+            };
+            queue.matmul(matmul).unwrap();
+            let mut back = [0.0];
+            queue.read_f32(&mut back, place(4)).unwrap();
+            assert_eq!(back, [expected]);
+        }
+    }
+
+    #[test]
     fn a_sum_over_nothing_is_nothing() {
         let Some(mut queue) = crate::testing::queue(Precision::F32) else {
             return;
