@@ -334,14 +334,18 @@ Run on_device(DevicePtr at, size_t bytes, const char* call, std::function<void()
     };
 }
 
+void fill(DevicePtr at, uint32_t value, size_t size, size_t count) {
+    if (size == 1)
+        memset(byte(at), static_cast<int>(value), count);
+    else
+        for (size_t i = 0; i < count; i++) memcpy(static_cast<char*>(byte(at)) + i * size, &value, size);
+}
+
 Result set_memory(const char* call, void* stream, DevicePtr at, uint32_t value, size_t size, size_t count) {
     if (at % size != 0) return refuse(INVALID_VALUE, "%s at %p, no multiple of %zu", call, byte(at), size);
     if (count == 0) return SUCCESS;
     if (Result code = need_device(call, at, size * count)) return code;
-    auto work = [=] {
-        for (size_t i = 0; i < count; i++) memcpy(static_cast<char*>(byte(at)) + i * size, &value, size);
-    };
-    return enqueue(call, stream, {call, on_device(at, size * count, call, work), nullptr});
+    return enqueue(call, stream, {call, on_device(at, size * count, call, [=] { fill(at, value, size, count); }), nullptr});
 }
 
 Result set_now(const char* call, DevicePtr at, uint32_t value, size_t size, size_t count) {
@@ -350,7 +354,7 @@ Result set_now(const char* call, DevicePtr at, uint32_t value, size_t size, size
     if (count == 0) return SUCCESS;
     if (Result code = need_device(call, at, size * count)) return code;
     run_before_default();
-    for (size_t i = 0; i < count; i++) memcpy(static_cast<char*>(byte(at)) + i * size, &value, size);
+    fill(at, value, size, count);
     return SUCCESS;
 }
 

@@ -1,13 +1,14 @@
 // A block's threads as fibers on the calling thread: each runs until it waits for others.
 //
-// Blocks run in an order, and so do the warps and lanes of a block, that differs from block to block: what is right only in
-// one order shows. Static and dynamic shared memory is full of NaN when a block starts.
+// Blocks run forward or backward, and so do the warps and lanes of each block, at random: what is right only in one order
+// shows. Static and dynamic shared memory is full of NaN when a block starts.
 
 #include "fibers.h"
 
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -405,20 +406,25 @@ void execute(const Launch& what, std::string& error) {
     // The end lies at the page that cannot be touched, as nearly as the alignment of 128 allows.
     runtime.dynamic_shared = shared_end - (what.dynamic_bytes + 127) / 128 * 128;
     size_t slack = static_cast<size_t>(shared_end - runtime.dynamic_shared) - what.dynamic_bytes;
-    static unsigned launches = 0;
-    launches++;
+    // The same numbers in every process, and others for every launch.
+    static uint64_t random = 1;
+    auto toss = [] {
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        return (random >> 63) != 0;
+    };
+    bool backward = toss();
     failure.clear();
     if (sigsetjmp(escape, 1) == 0) {
         size_t blocks = size_t(what.grid.x) * what.grid.y * what.grid.z;
         for (size_t i = 0; i < blocks; i++) {
-            size_t block = launches % 2 == 0 ? blocks - 1 - i : i;
+            size_t block = backward ? blocks - 1 - i : i;
             runtime.block = {static_cast<unsigned>(block % what.grid.x), static_cast<unsigned>(block / what.grid.x % what.grid.y),
                              static_cast<unsigned>(block / what.grid.x / what.grid.y)};
             memset(what.static_shared, POISON, what.static_bytes);
             memset(runtime.dynamic_shared, POISON, what.dynamic_bytes);
             memset(runtime.dynamic_shared + what.dynamic_bytes, CANARY, slack);
             in_kernel = 1;
-            run_block((block + launches / 2) % 2 == 1);
+            run_block(toss());
             in_kernel = 0;
             for (size_t byte = 0; byte < slack; byte++)
                 if (runtime.dynamic_shared[what.dynamic_bytes + byte] != CANARY) {
