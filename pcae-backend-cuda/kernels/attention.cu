@@ -10,6 +10,11 @@
 // tiles. Columns come at once where they fit (then every element is read from memory once), else in chunks, the next one under way
 // while one is worked on. One head of 20 tokens takes two warps and some 12 KB: occupancy hides what such a block waits for.
 //
+// What bounds it, derived, not measured, for an H100 (3.35 TB/s), ViT-B (12 heads of 64), a batch of 256 in bf16. Memory: forward 4 N D numbers a
+// sequence, backward 8: 9 and 19 us at 20 tokens, 39 and 78 at 83, 93 and 185 at 197. Operands of tensor cores come from shared memory, 512 bytes
+// (4 cycles) for two products of [16, 16] by [16, 8]: at 197 tokens some 72 us forward, 250 us backward. So all is bound by memory but the
+// backward of long sequences. Four blocks of four warps run at once on a multiprocessor forward, three backward (registers).
+//
 // qkv and d_qkv: [batch, tokens, 3, heads, width]; out and d_out: [batch, tokens, heads, width]; lse: [batch, heads, tokens].
 
 /// Rows of a warp.
@@ -193,17 +198,22 @@ __device__ __forceinline__ void fetch_sums(float* to, const float* lse, const Ro
 #define FORWARD_TILE 0u
 #define BACKWARD_TILE 0u
 
+/// The lane, for addresses in a step: anew where heads are wide, since registers are short there.
+template <unsigned D>
+__device__ __forceinline__ unsigned step_lane() {
+    return D >= 96 ? anew(lane_id()) : lane_id();
+}
+
 /// Columns 16 k.. of 16 rows, as left operand.
 template <unsigned D>
-__device__ __forceinline__ void left_operand(unsigned (&a)[4], const act_t* rows, unsigned k) {
-    const unsigned lane = lane_id();
+__device__ __forceinline__ void left_operand(unsigned (&a)[4], const act_t* rows, unsigned k, unsigned lane) {
     ldmatrix_x4(a, rows + place<D>(lane % 16, k, lane / 16));
 }
 
 /// (d0, d1) += a @ rows^T, over columns 16 k.. of the 16 rows.
 template <unsigned D>
-__device__ __forceinline__ void multiply_transposed(float (&d0)[4], float (&d1)[4], const unsigned (&a)[4], const act_t* rows, unsigned k) {
-    const unsigned lane = lane_id();
+__device__ __forceinline__ void multiply_transposed(float (&d0)[4], float (&d1)[4], const unsigned (&a)[4], const act_t* rows, unsigned k,
+                                                    unsigned lane) {
     unsigned b[4];
     ldmatrix_x4(b, rows + place<D>(lane % 8 + lane / 16 * 8, k, lane / 8 % 2));
     const unsigned b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
@@ -213,8 +223,7 @@ __device__ __forceinline__ void multiply_transposed(float (&d0)[4], float (&d1)[
 
 /// d += a @ rows, all columns of the 16 rows.
 template <unsigned D>
-__device__ __forceinline__ void multiply(float (&d)[D / 8][4], const unsigned (&a)[4], const act_t* rows) {
-    const unsigned lane = lane_id();
+__device__ __forceinline__ void multiply(float (&d)[D / 8][4], const unsigned (&a)[4], const act_t* rows, unsigned lane) {
 #pragma unroll
     for (unsigned n = 0; n < D / 16; ++n) {
         unsigned b[4];
@@ -277,16 +286,16 @@ struct LeftOperands {
     __device__ __forceinline__ void begin(const act_t* own) {
         if constexpr (KEPT) {
 #pragma unroll
-            for (unsigned k = 0; k < D / 16; ++k) left_operand<D>(kept[k], own, k);
+            for (unsigned k = 0; k < D / 16; ++k) left_operand<D>(kept[k], own, k, lane_id());
         }
     }
 
-    __device__ __forceinline__ void get(unsigned (&a)[4], const act_t* own, unsigned k) const {
+    __device__ __forceinline__ void get(unsigned (&a)[4], const act_t* own, unsigned k, unsigned lane) const {
         if constexpr (KEPT) {
 #pragma unroll
             for (unsigned i = 0; i < 4; ++i) a[i] = kept[k][i];
         } else {
-            left_operand<D>(a, own, k);
+            left_operand<D>(a, own, k, lane);
         }
     }
 };
@@ -313,14 +322,14 @@ struct Forward {
     /// The next 16 `PARTS` keys, of which `count` exist (at least one).
     template <unsigned PARTS>
     __device__ __forceinline__ void step_of(const act_t* keys, const act_t* values, act_t* own, unsigned count, float scale) {
-        const unsigned lane = lane_id();
+        const unsigned lane = step_lane<D>();
         float s[2 * PARTS][4] = {};
 #pragma unroll
         for (unsigned k = 0; k < D / 16; ++k) {
             unsigned a[4];
-            queries.get(a, own, k);
+            queries.get(a, own, k, lane);
 #pragma unroll
-            for (unsigned j = 0; j < PARTS; ++j) multiply_transposed<D>(s[2 * j], s[2 * j + 1], a, keys + 16 * D * j, k);
+            for (unsigned j = 0; j < PARTS; ++j) multiply_transposed<D>(s[2 * j], s[2 * j + 1], a, keys + 16 * D * j, k, lane);
         }
         float top[2] = {largest[0], largest[1]};
 #pragma unroll
@@ -358,7 +367,7 @@ struct Forward {
         for (unsigned j = 0; j < PARTS; ++j) {
             unsigned a[4];
             round_operand(a, s[2 * j], s[2 * j + 1]);
-            multiply<D>(out, a, values + 16 * D * j);
+            multiply<D>(out, a, values + 16 * D * j, lane);
         }
     }
 
@@ -400,15 +409,15 @@ struct QueryGradient {
 
     /// The next 16 keys, of which `count` exist. `sums`: of the own rows, log-sum-exp (base 2) and `own_stride` floats further, dot products.
     __device__ __forceinline__ void step(const act_t* keys, const act_t* values, const float* sums, unsigned stride, act_t* own, float*, unsigned count, float scale) {
-        const unsigned lane = lane_id();
+        const unsigned lane = step_lane<D>();
         float s[2][4] = {}, d_s[2][4] = {};
 #pragma unroll
         for (unsigned k = 0; k < D / 16; ++k) {
             unsigned a[4];
-            queries.get(a, own, k);
-            multiply_transposed<D>(s[0], s[1], a, keys, k);
-            d_out.get(a, own + ROWS * D, k);
-            multiply_transposed<D>(d_s[0], d_s[1], a, values, k);
+            queries.get(a, own, k, lane);
+            multiply_transposed<D>(s[0], s[1], a, keys, k, lane);
+            d_out.get(a, own + ROWS * D, k, lane);
+            multiply_transposed<D>(d_s[0], d_s[1], a, values, k, lane);
         }
 #pragma unroll
         for (unsigned n = 0; n < 2; ++n) {
@@ -421,7 +430,7 @@ struct QueryGradient {
         }
         unsigned a[4];
         round_operand(a, d_s[0], d_s[1]);
-        multiply<D>(d_queries, a, keys);
+        multiply<D>(d_queries, a, keys, lane);
     }
 
     __device__ __forceinline__ void finish(const Rows<act_t>& to, const Rows<act_t>&, unsigned first, act_t* own, float scale) {
@@ -445,15 +454,15 @@ struct KeyGradient {
 
     /// The next 16 queries. `sums`: of these, log-sum-exp (base 2, infinity beyond the last) and `stride` floats further, dot products.
     __device__ __forceinline__ void step(const act_t* queries, const act_t* d_out, const float* sums, unsigned stride, act_t* own, float*, unsigned, float scale) {
-        const unsigned lane = lane_id();
+        const unsigned lane = step_lane<D>();
         float p[2][4] = {}, d_s[2][4] = {};
 #pragma unroll
         for (unsigned k = 0; k < D / 16; ++k) {
             unsigned a[4];
-            keys.get(a, own, k);
-            multiply_transposed<D>(p[0], p[1], a, queries, k);
-            values.get(a, own + ROWS * D, k);
-            multiply_transposed<D>(d_s[0], d_s[1], a, d_out, k);
+            keys.get(a, own, k, lane);
+            multiply_transposed<D>(p[0], p[1], a, queries, k, lane);
+            values.get(a, own + ROWS * D, k, lane);
+            multiply_transposed<D>(d_s[0], d_s[1], a, d_out, k, lane);
         }
 #pragma unroll
         for (unsigned n = 0; n < 2; ++n) {
@@ -466,9 +475,9 @@ struct KeyGradient {
         }
         unsigned a[4];
         round_operand(a, p[0], p[1]);
-        multiply<D>(d_values, a, d_out);
+        multiply<D>(d_values, a, d_out, lane);
         round_operand(a, d_s[0], d_s[1]);
-        multiply<D>(d_keys, a, queries);
+        multiply<D>(d_keys, a, queries, lane);
     }
 
     __device__ __forceinline__ void finish(const Rows<act_t>& to_keys, const Rows<act_t>& to_values, unsigned first, act_t* own, float scale) {
@@ -915,8 +924,8 @@ __device__ __forceinline__ void attention_backward(act_t* d_qkv, const act_t* d_
 ATTENTION(32, 5, 4)
 ATTENTION(64, 4, 3)
 ATTENTION(80, 4, 3)
-ATTENTION(96, 4, 3)
-ATTENTION(128, 3, 2)
+ATTENTION(96, 4, 2)
+ATTENTION(128, 2, 2)
 #else
 ATTENTION(32, 4, 2)
 ATTENTION(64, 3, 2)

@@ -173,7 +173,7 @@ kernels! {
     ATTENTION_32 = Attention "attention_32" (args 9, threads 128, registers 128, shared 0);
     ATTENTION_BACKWARD_32 = Attention "attention_backward_32" (args 11, threads 128, registers 168, shared 0);
     ATTENTION_64 = Attention "attention_64" (args 9, threads 128, registers 168, shared 0);
-    ATTENTION_BACKWARD_64 = Attention "attention_backward_64" (args 11, threads 128, registers 208, shared 0);
+    ATTENTION_BACKWARD_64 = Attention "attention_backward_64" (args 11, threads 128, registers 224, shared 0);
     ATTENTION_80 = Attention "attention_80" (args 9, threads 128, registers 224, shared 0);
     ATTENTION_BACKWARD_80 = Attention "attention_backward_80" (args 11, threads 128, registers 255, shared 0);
     ATTENTION_96 = Attention "attention_96" (args 9, threads 128, registers 168, shared 0);
