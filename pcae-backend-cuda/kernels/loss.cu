@@ -22,12 +22,12 @@ __device__ __forceinline__ double block_sum_f64(double x) {
 ///
 /// values [count]; `out` one element, which is not read where `keep` is 0. Launch: one block of 1024 threads. Bytes: 4 a value.
 extern "C" __global__ void __launch_bounds__(1024)
-    finish_sum(float* out, const float* values, unsigned count, float keep, float offset, float factor, unsigned root) {
+    finish_sum(float* out, const float* values, unsigned count, float keep, double offset, double factor, unsigned root) {
     double sum = 0.0;
     for (unsigned at = threadIdx.x; at < count; at += blockDim.x) sum += values[at];
     sum = block_sum_f64(sum);
     if (threadIdx.x > 0) return;
-    double result = static_cast<double>(offset) + static_cast<double>(factor) * sum;
+    double result = offset + factor * sum;
     if (keep != 0.0f) result += static_cast<double>(keep) * *out;
     *out = static_cast<float>(root ? sqrt(result) : result);
 }

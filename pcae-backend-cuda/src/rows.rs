@@ -563,8 +563,8 @@ impl Queue {
                 values.into(),
                 count.into(),
                 Arg::from(if sum.keep { 1.0f32 } else { 0.0 }),
-                Arg::from(sum.offset as f32),
-                Arg::from(sum.factor as f32),
+                Arg::from(sum.offset.to_bits()),
+                Arg::from(sum.factor.to_bits()),
                 u32::from(sum.root).into(),
             ],
         )
