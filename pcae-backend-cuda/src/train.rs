@@ -21,6 +21,10 @@ impl TrainBackend for Cuda {
         Vector::new(&mut self.queue, len)
     }
 
+    fn is_queued(&self) -> bool {
+        true
+    }
+
     fn write_vector(&mut self, to: &mut Vector, at: usize, from: &[f32]) -> Result<(), Error> {
         expect_len("write_vector", "to", to.len, at.saturating_add(from.len()))?;
         self.queue.write_f32(to.at(at), from)
@@ -424,6 +428,19 @@ impl TrainBackend for Cuda {
         expect_len("zero", "x", x.len, span.end())?;
         self.queue
             .zero(x.at(span.start), span.len * size_of::<f32>())
+    }
+
+    fn copy_vector(
+        &mut self,
+        to: &mut Vector,
+        at: usize,
+        from: &Vector,
+        span: Span,
+    ) -> Result<(), Error> {
+        expect_len("copy_vector", "from", from.len, span.end())?;
+        expect_len("copy_vector", "to", to.len, at.saturating_add(span.len))?;
+        let bytes = span.len * size_of::<f32>();
+        self.queue.copy(to.at(at), from.at(span.start), bytes)
     }
 
     fn norm(&mut self, out: &mut Vector, at: usize, x: &Vector) -> Result<(), Error> {
