@@ -1,6 +1,7 @@
 //! From a name to a backend.
 
 use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Memory, Precision as CpuPrecision};
+use pcae_backend_cuda::{Cuda, Memory as CudaMemory, Precision as CudaPrecision};
 use pcae_kernel::backend::TrainBackend;
 use pcae_kernel::op::Op;
 use pcae_kernel::reference::Reference;
@@ -69,7 +70,7 @@ pub fn build<J: Build>(machine: &Machine, job: J) -> Result<J::Output, Error> {
             reason,
         })
     };
-    match (machine.backend, machine.precision) {
+    match (machine.backend, machine.precision()) {
         (BackendKind::Cpu, _) => {
             let backend = cpu(machine)?;
             let precision = |precision| match precision {
@@ -86,6 +87,18 @@ pub fn build<J: Build>(machine: &Machine, job: J) -> Result<J::Output, Error> {
                 name += &format!(", teacher {}", precision(backend.precisions().1));
             }
             job.build(backend, &(name + ")"))
+        }
+        (BackendKind::Cuda, _) => {
+            let backend = cuda(machine)?;
+            if let Some(warning) = backend.warning() {
+                log::warn!("{warning}");
+            }
+            let precision = match backend.precision() {
+                CudaPrecision::F32 => "f32",
+                CudaPrecision::Bf16 => "bf16",
+            };
+            let name = format!("cuda ({}, {precision})", backend.name());
+            job.build(backend, &name)
         }
         (BackendKind::Reference, Precision::Bf16) => wrong(
             "--precision",
@@ -124,6 +137,14 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
                 (student, teacher),
             ))
         }
+        BackendKind::Cuda => {
+            let planned = CudaMemory::of(sizing, cuda_precision(machine)?);
+            Ok(Memory {
+                activations: planned.activations,
+                state: planned.state,
+                scratch: planned.scratch,
+            })
+        }
         BackendKind::Reference => {
             let Sizes {
                 bufs,
@@ -133,7 +154,7 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
                 params,
                 frozen,
             } = sizing.sizes;
-            let size = match machine.precision {
+            let size = match machine.precision() {
                 Precision::F64 => size_of::<f64>(),
                 Precision::F32 | Precision::Bf16 => size_of::<f32>(),
             };
@@ -166,6 +187,42 @@ pub fn cpu(machine: &Machine) -> Result<Cpu, Error> {
     }
 }
 
+/// The first device, in the precision that `machine` asks for.
+///
+/// # Errors
+/// [`Error::Setting`] if a setting is not for it, [`Error::Backend`] if CUDA or a device is missing.
+pub fn cuda(machine: &Machine) -> Result<Cuda, Error> {
+    let wrong = |name: &str, reason: String| {
+        Err(Error::Setting {
+            name: name.to_owned(),
+            reason,
+        })
+    };
+    let precision = cuda_precision(machine)?;
+    if machine.teacher_precision.is_some_and(|it| it != machine.precision()) {
+        return wrong(
+            "--teacher-precision",
+            "expected that of the student for --backend cuda; use --backend cpu".to_owned(),
+        );
+    }
+    if machine.isa.is_some() {
+        return wrong("--set isa", "expected none for --backend cuda".to_owned());
+    }
+    Cuda::new(0, precision).map_err(|error| Error::backend("cuda", error))
+}
+
+fn cuda_precision(machine: &Machine) -> Result<CudaPrecision, Error> {
+    match machine.precision() {
+        Precision::F32 => Ok(CudaPrecision::F32),
+        Precision::Bf16 => Ok(CudaPrecision::Bf16),
+        Precision::F64 => Err(Error::Setting {
+            name: "--precision".to_owned(),
+            reason: "expected f32 or bf16 for --backend cuda, found f64; use --backend reference"
+                .to_owned(),
+        }),
+    }
+}
+
 fn cpu_threads(machine: &Machine) -> Result<usize, Error> {
     match machine.threads {
         0 => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
@@ -192,7 +249,7 @@ fn cpu_precisions(machine: &Machine) -> Result<(CpuPrecision, CpuPrecision), Err
                 .to_owned(),
         }),
     };
-    let student = precision("--precision", machine.precision)?;
+    let student = precision("--precision", machine.precision())?;
     let teacher = match machine.teacher_precision {
         Some(teacher) => precision("--teacher-precision", teacher)?,
         None => student,

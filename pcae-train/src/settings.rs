@@ -146,8 +146,8 @@ pub struct Settings {
 pub struct Machine {
     /// What computes.
     pub backend: BackendKind,
-    /// Number format of the computation.
-    pub precision: Precision,
+    /// Number format of the computation; f32 if `None`, but bf16 on a GPU.
+    pub precision: Option<Precision>,
     /// Number format of the teacher's, if not the same: it has no gradient.
     pub teacher_precision: Option<Precision>,
     /// Instruction set of the CPU backend; the best there is if `None`.
@@ -167,6 +167,8 @@ pub enum BackendKind {
     /// SIMD and threads.
     #[default]
     Cpu,
+    /// An NVIDIA GPU, the first that CUDA_VISIBLE_DEVICES allows.
+    Cuda,
     /// The scalar reference, slow.
     Reference,
 }
@@ -180,8 +182,8 @@ pub enum Precision {
     F32,
     /// 64 bits, on the reference alone.
     F64,
-    /// 16 bits with the range of f32, for the operands of linear layers, on the CPU backend: sums, norms, softmax, loss,
-    /// and the parameters that are trained stay f32.
+    /// 16 bits with the range of f32. On the CPU for the operands of linear layers, on a GPU for activations too: sums, norms,
+    /// softmax, loss, and the parameters that are trained stay f32.
     Bf16,
 }
 
@@ -403,7 +405,7 @@ impl Default for Machine {
     fn default() -> Self {
         Self {
             backend: BackendKind::Cpu,
-            precision: Precision::F32,
+            precision: None,
             teacher_precision: None,
             isa: None,
             threads: 0,
@@ -414,6 +416,14 @@ impl Default for Machine {
 }
 
 impl Machine {
+    /// The number format that is computed in.
+    pub fn precision(&self) -> Precision {
+        self.precision.unwrap_or(match self.backend {
+            BackendKind::Cuda => Precision::Bf16,
+            BackendKind::Cpu | BackendKind::Reference => Precision::F32,
+        })
+    }
+
     /// The keys of these settings.
     pub const KEYS: [&'static str; 7] = [
         "backend",
@@ -520,6 +530,7 @@ impl Settings {
     /// [`Error::Setting`], [`Error::Config`] or [`Error::Data`].
     pub fn resolve(&mut self, splits: &Splits) -> Result<Recipe, Error> {
         self.in_chans = Some(splits.train.channels());
+        self.machine.precision = Some(self.machine.precision());
         let task = self.task()?;
         self.img_size = Some(task.vit.img_size);
         let is_small = task.vit.embed_dim < SMALL_BELOW;

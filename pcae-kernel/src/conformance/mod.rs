@@ -160,6 +160,10 @@ pub fn run<B: TrainBackend>(
     mut report: impl FnMut(Compared<'_>),
 ) -> Result<(), Failure> {
     let mut reference = Reference::<f64, _>::owned();
+    let coarse = stage::is_narrow(backend).map_err(|kind| Failure {
+        case: "Write, Read".to_string(),
+        kind,
+    })?;
     for layout in cases::layouts() {
         for op in cases::all(&layout) {
             let case = op.to_string();
@@ -167,8 +171,8 @@ pub fn run<B: TrainBackend>(
                 case: case.clone(),
                 kind,
             };
-            let want = stage::call(&mut reference, &layout, &op, None).map_err(fail)?;
-            let got = stage::call(backend, &layout, &op, None).map_err(fail)?;
+            let want = stage::call(&mut reference, &layout, &op, None, coarse).map_err(fail)?;
+            let got = stage::call(backend, &layout, &op, None, coarse).map_err(fail)?;
             compare(&case, &got, &want, tolerance, &mut report).map_err(fail)?;
             if want.error.is_some() {
                 unchanged(&got, None).map_err(fail)?;
@@ -179,7 +183,7 @@ pub fn run<B: TrainBackend>(
                 continue;
             }
             for fault in 0..got.arguments.len() {
-                let spoiled = stage::call(backend, &layout, &op, Some(fault)).map_err(fail)?;
+                let spoiled = stage::call(backend, &layout, &op, Some(fault), coarse).map_err(fail)?;
                 unchanged(&spoiled, got.arguments.get(fault).copied()).map_err(fail)?;
             }
         }

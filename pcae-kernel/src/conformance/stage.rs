@@ -23,10 +23,31 @@ pub(super) struct Stage<'a, B: TrainBackend> {
     /// Whether the error came with a read after the call.
     pub(super) late: bool,
     pub(super) made: u64,
+    /// Whether numbers have 8 significant bits, which any format holds.
+    pub(super) coarse: bool,
+}
+
+/// Whether the backend's activations hold less than an f32. Numbers are coarse for it: what is compared are then its operations,
+/// and not how an input was rounded.
+pub(super) fn is_narrow<B: TrainBackend>(backend: &mut B) -> Result<bool, FailureKind> {
+    let value = 1.0 + 8.0 * f32::EPSILON;
+    let mut buf = backend.buf(1).map_err(buffer_error)?;
+    backend.write(&mut buf, &[value]).map_err(buffer_error)?;
+    let mut held = [0.0];
+    backend.read(&mut held, &buf).map_err(buffer_error)?;
+    Ok(held != [value])
 }
 
 /// Elements of an output beyond those that the call may use.
 pub(super) const BEYOND: usize = 3;
+
+/// `x`, or what its first 8 significant bits are.
+fn held(x: f32, coarse: bool) -> f32 {
+    match coarse {
+        true => f32::from_bits(x.to_bits() & 0xffff_0000),
+        false => x,
+    }
+}
 
 pub(super) fn buffer_error(error: impl core::error::Error) -> FailureKind {
     FailureKind::Buffer {
@@ -44,7 +65,10 @@ impl<B: TrainBackend> Stage<'_, B> {
     pub(super) fn noise(&mut self, len: usize) -> Vec<f32> {
         let mut rng = self.rng();
         let wide = 2.0 * 1.732_050_8;
-        (0..len).map(|_| (rng.uniform() - 0.5) * wide).collect()
+        let coarse = self.coarse;
+        (0..len)
+            .map(|_| held((rng.uniform() - 0.5) * wide, coarse))
+            .collect()
     }
 
     /// Whether to spoil the argument that comes now.
@@ -249,7 +273,7 @@ impl<B: TrainBackend> Stage<'_, B> {
         layout.for_each(|tensor| {
             if tensor.kind == Kind::Weight {
                 for value in &mut values[tensor.span.start..tensor.span.end()] {
-                    *value *= 0.3;
+                    *value = held(*value * 0.3, self.coarse);
                 }
             }
         });
@@ -341,6 +365,7 @@ pub(super) fn call<B: TrainBackend>(
     layout: &Layout,
     op: &Op,
     fault: Option<usize>,
+    coarse: bool,
 ) -> Result<Outcome, FailureKind> {
     let mut stage = Stage {
         backend,
@@ -352,6 +377,7 @@ pub(super) fn call<B: TrainBackend>(
         error: None,
         late: false,
         made: 0,
+        coarse,
     };
     stage.call(*op)?;
     Ok(Outcome {

@@ -293,7 +293,7 @@ impl Limits {
         if machine.backend != BackendKind::Cpu {
             return Ok(());
         }
-        let key = (name(machine.precision), machine.threads);
+        let key = (name(machine.precision()), machine.threads);
         if !self.peaks.contains_key(&key) {
             let cpu = backends::cpu(machine)?;
             if self.wants_bandwidth && !self.bandwidths.contains_key(&machine.threads) {
@@ -311,13 +311,13 @@ impl Limits {
 
     /// The peak at this moment, if it is known at all.
     fn now(&self, machine: &Machine) -> Option<f64> {
-        let key = (name(machine.precision), machine.threads);
+        let key = (name(machine.precision()), machine.threads);
         let peak = self.peaks.get(&key)?;
         Some((0..3).map(|_| peak.cpu.spin_rate()).fold(0.0, f64::max))
     }
 
     fn peak(&self, machine: &Machine) -> Option<f64> {
-        let key = (name(machine.precision), machine.threads);
+        let key = (name(machine.precision()), machine.threads);
         self.peaks.get(&key).map(|peak| peak.best)
     }
 }
@@ -343,7 +343,7 @@ fn peaks(
         for &precision in &plan.precisions {
             limits.measure(&Machine {
                 threads,
-                precision,
+                precision: Some(precision),
                 ..settings.machine.clone()
             })?;
         }
@@ -400,7 +400,7 @@ fn scores(plan: &Plan, available: usize) -> Result<Vec<Score>, Error> {
         let machine = plan.settings.first().map(|settings| &settings.machine);
         let machine = Machine {
             threads: available,
-            precision,
+            precision: Some(precision),
             ..machine.cloned().unwrap_or_default()
         };
         let evaluation = evaluate::Plan {
@@ -462,7 +462,7 @@ fn cases(plan: &Plan, available: usize) -> Result<Vec<Case>, Error> {
                             let mut settings = settings.clone();
                             settings.machine.threads =
                                 if threads == 0 { available } else { threads };
-                            settings.machine.precision = precision;
+                            settings.machine.precision = Some(precision);
                             let mut case = Case {
                                 what,
                                 task: settings.task()?,
@@ -533,7 +533,7 @@ impl Case {
         if machine.backend == BackendKind::Cpu {
             let found = backends::isa(machine)?;
             isa = Some(found.to_string());
-            if machine.precision == Precision::Bf16 {
+            if machine.precision() == Precision::Bf16 {
                 unit = Some(Bf16Unit::detect(found).to_string());
             }
         }
@@ -549,7 +549,7 @@ impl Case {
             decoder: is_step.then_some([decoder.depth, decoder.embed_dim]),
             batch: Some(self.batch),
             threads: machine.threads,
-            precision: name(machine.precision),
+            precision: name(machine.precision()),
             teacher_precision: teacher.filter(|_| is_step).map(name),
             drop_ratio: self.network.map(|network| network.drop_ratio()),
             tokens: self.network.map(|network| network.tokens()),

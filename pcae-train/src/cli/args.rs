@@ -134,10 +134,10 @@ pub(super) struct PretrainArgs {
     /// What is predicted: pcae (teacher's features) or mae (pixels) [default: pcae]
     #[arg(long)]
     method: Option<String>,
-    /// What computes: cpu or reference [default: cpu]
+    /// What computes: cpu, cuda or reference [default: cpu]
     #[arg(long)]
     backend: Option<String>,
-    /// Number format of the computation: f32, bf16 (cpu), f64 (reference) [default: f32]
+    /// Number format of the computation: f32, bf16 (cpu, cuda), f64 (reference) [default: f32, or bf16 on cuda]
     #[arg(long)]
     precision: Option<String>,
     /// Number format of the teacher's computation [default: the same]
@@ -233,9 +233,9 @@ pub(super) struct ParityArgs {
     /// What computes
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendKind,
-    /// Number format of the computation
-    #[arg(long, value_enum, default_value = "f32")]
-    precision: Precision,
+    /// Number format of the computation [default: f32, or bf16 on cuda]
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
     /// Instruction set of the CPU backend [default: the best there is]
     #[arg(long)]
     isa: Option<String>,
@@ -306,8 +306,8 @@ pub(super) struct BenchArgs {
     /// What computes
     #[arg(long, default_value = "cpu")]
     backend: String,
-    /// Number formats of the computation
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "f32")]
+    /// Number formats of the computation [default: f32, or bf16 on cuda]
+    #[arg(long, value_enum, value_delimiter = ',')]
     precision: Vec<Precision>,
     /// Number format of the teacher's computation [default: the same]
     #[arg(long)]
@@ -389,6 +389,7 @@ impl BenchArgs {
             which: self.which,
             data: self.data.clone(),
         });
+        let precision = settings.first().map(|first| first.machine.precision());
         Ok(Plan {
             settings,
             trained,
@@ -396,7 +397,10 @@ impl BenchArgs {
             what,
             batch_sizes: self.batch_size.clone(),
             threads: self.threads.clone(),
-            precisions: self.precision.clone(),
+            precisions: match self.precision.is_empty() {
+                true => precision.into_iter().collect(),
+                false => self.precision.clone(),
+            },
             drop_ratios: self.drop_ratio.clone(),
             repeats: self.repeats,
             breakdown: self.breakdown,

@@ -35,9 +35,9 @@ pub(super) struct DeployArgs {
     /// What computes
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendKind,
-    /// Number format of the computation
-    #[arg(long, value_enum, default_value = "f32")]
-    precision: Precision,
+    /// Number format of the computation [default: f32, or bf16 on cuda]
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
     /// Instruction set of the CPU backend [default: the best there is]
     #[arg(long)]
     isa: Option<String>,

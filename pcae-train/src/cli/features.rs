@@ -36,9 +36,9 @@ struct FrozenArgs {
     /// What computes
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendKind,
-    /// Number format of the computation
-    #[arg(long, value_enum, default_value = "f32")]
-    precision: Precision,
+    /// Number format of the computation [default: f32, or bf16 on cuda]
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
     /// Threads that compute, 0 for all
     #[arg(long, default_value = "0")]
     threads: usize,

@@ -27,10 +27,10 @@ pub(super) struct FinetuneArgs {
     /// Encoder: vit-micro, vit-ti16, vit-s16, vit-b16, vit-l16 or vit-h14 [default: that of the weights]
     #[arg(long)]
     model: Option<String>,
-    /// What computes: cpu or reference [default: cpu]
+    /// What computes: cpu, cuda or reference [default: cpu]
     #[arg(long)]
     backend: Option<String>,
-    /// Number format of the computation: f32, bf16 (cpu), f64 (reference) [default: f32]
+    /// Number format of the computation: f32, bf16 (cpu, cuda), f64 (reference) [default: f32, or bf16 on cuda]
     #[arg(long)]
     precision: Option<String>,
     /// Passes over the data [default: 20 for vit-micro, 100 for larger ones]
@@ -203,9 +203,9 @@ pub(super) struct EvaluateArgs {
     /// What computes
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendKind,
-    /// Number format of the computation
-    #[arg(long, value_enum, default_value = "f32")]
-    precision: Precision,
+    /// Number format of the computation [default: f32, or bf16 on cuda]
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
     /// Instruction set of the CPU backend [default: the best there is]
     #[arg(long)]
     isa: Option<String>,

@@ -211,7 +211,7 @@ fn parity_command(args: &ParityArgs) -> Result<ExitCode, Error> {
         }
     }
     let machine = args.machine();
-    let tolerance = match machine.precision {
+    let tolerance = match machine.precision() {
         Precision::Bf16 => Tolerance::BF16,
         Precision::F32 | Precision::F64 => Tolerance::F32,
     };

@@ -218,7 +218,7 @@ impl Embedding<'_> {
             self.tap.layer,
             self.tap.pool,
             self.reduction,
-            self.plan.frozen.machine.precision
+            self.plan.frozen.machine.precision()
         )
     }
 

@@ -1,0 +1,106 @@
+// Patches, cut out of the pictures before they are embedded: only the pixels of patches that are needed are read.
+
+/// How pictures are cut (`PatchDims`); the patches of a picture are numbered row by row.
+struct Patches {
+    unsigned channels, height, width, patch_size, taken;
+
+    /// Elements of one patch.
+    __device__ __forceinline__ unsigned len() const { return channels * patch_size * patch_size; }
+
+    /// The first pixel, in channel 0, of the patch that is taken as number `i` of all pictures. An id that is no patch is reported, and
+    /// `found` is false.
+    __device__ __forceinline__ size_t corner(unsigned i, const unsigned* ids, bool& found, unsigned* fault, unsigned code) const {
+        unsigned picture = i / taken, columns = width / patch_size;
+        unsigned patch = ids ? ids[i] : i - picture * taken;
+        found = patch < height / patch_size * columns;
+        if (!found) {
+            report(fault, code, patch);
+            return 0;
+        }
+        size_t top = patch / columns * patch_size;
+        return (static_cast<size_t>(picture) * channels * height + top) * width + patch % columns * patch_size;
+    }
+};
+
+/// Copies patches in words of `PIXELS` pixels of a row.
+template <typename Word>
+__device__ __forceinline__ void copy_patches(act_t* out, const act_t* images, const unsigned* ids, unsigned patches, const Patches& dims, unsigned* fault,
+                                             unsigned code) {
+    constexpr unsigned PIXELS = sizeof(Word) / sizeof(act_t);
+    const unsigned row_words = dims.patch_size / PIXELS, patch_words = dims.len() / PIXELS;
+    auto load = [&](size_t at) {
+        unsigned word = static_cast<unsigned>(at), patch = word / patch_words, within = word - patch * patch_words;
+        unsigned line = within / row_words, column = within - line * row_words;
+        unsigned channel = line / dims.patch_size, row = line - channel * dims.patch_size;
+        bool found;
+        size_t corner = dims.corner(patch, ids, found, fault, code);
+        if (!found) return Word{};
+        const act_t* pixels = images + corner + (static_cast<size_t>(channel) * dims.height + row) * dims.width;
+        return reinterpret_cast<const Word*>(pixels)[column];
+    };
+    for_each_word(static_cast<size_t>(patches) * patch_words, load, [&](size_t at, Word word) { reinterpret_cast<Word*>(out)[at] = word; });
+}
+
+/// The patches `ids` (all of them where it is null) of pictures [B, channels, height, width]: out [B, taken, channels, patch_size, patch_size].
+///
+/// Any grid of blocks of 256 threads; a thread copies words as long as rows of a patch allow. `patches` is B * taken, and there are fewer than 2^32
+/// elements. Reads the pixels of the patches and writes as much. An id that is no patch is reported as `code`, and its patch is zero.
+extern "C" __global__ void __launch_bounds__(256)
+    gather_patches(act_t* out, const act_t* images, const unsigned* ids, unsigned patches, unsigned channels, unsigned height, unsigned width,
+                   unsigned patch_size, unsigned taken, unsigned* fault, unsigned code) {
+    const Patches dims = {channels, height, width, patch_size, taken};
+    // Every row of a patch starts at a multiple of its length, in either tensor.
+    const size_t places = reinterpret_cast<size_t>(out) | reinterpret_cast<size_t>(images) | patch_size * sizeof(act_t);
+    if (places % 16 == 0) {
+        copy_patches<uint4>(out, images, ids, patches, dims, fault, code);
+    } else if (places % 8 == 0) {
+        copy_patches<unsigned long long>(out, images, ids, patches, dims, fault, code);
+    } else if (places % 4 == 0) {
+        copy_patches<unsigned>(out, images, ids, patches, dims, fault, code);
+    } else {
+        copy_patches<act_t>(out, images, ids, patches, dims, fault, code);
+    }
+}
+
+/// Collects `N` elements at a time.
+template <unsigned N>
+__device__ __forceinline__ void collect_pixels(act_t* out, const act_t* images, const unsigned* ids, unsigned patches, const Patches& dims, unsigned* fault,
+                                               unsigned code) {
+    const unsigned len = dims.len();
+    auto load = [&](size_t at) {
+        unsigned element = static_cast<unsigned>(at) * N, patch = element / len, within = element - patch * len;
+        unsigned pixel = within / dims.channels, channel = within - pixel * dims.channels;
+        unsigned row = pixel / dims.patch_size, column = pixel - row * dims.patch_size;
+        bool found;
+        const act_t* corner = images + dims.corner(patch, ids, found, fault, code);
+        Floats<N> values;
+#pragma unroll
+        for (unsigned i = 0; i < N; ++i) {
+            values.v[i] = found ? to_float(corner[(static_cast<size_t>(channel) * dims.height + row) * dims.width + column]) : 0.0f;
+            if (++channel == dims.channels) {
+                channel = 0;
+                if (++column == dims.patch_size) {
+                    column = 0;
+                    ++row;
+                }
+            }
+        }
+        return values;
+    };
+    for_each_word(static_cast<size_t>(patches) * len / N, load, [&](size_t at, const Floats<N>& values) { store_floats(out + at * N, values); });
+}
+
+/// Pixels of the patches `ids` in the order of MAE's target: out [B, taken, patch_size, patch_size, channels].
+///
+/// Any grid of blocks of 256 threads; a thread collects the 16 bytes that it writes pixel by pixel, its neighbours from the same lines of cache.
+/// Otherwise as `gather_patches`.
+extern "C" __global__ void __launch_bounds__(256)
+    pixel_targets(act_t* out, const act_t* images, const unsigned* ids, unsigned patches, unsigned channels, unsigned height, unsigned width,
+                  unsigned patch_size, unsigned taken, unsigned* fault, unsigned code) {
+    const Patches dims = {channels, height, width, patch_size, taken};
+    if (dims.len() % Vec<act_t>::SIZE == 0 && aligned_16(out)) {
+        collect_pixels<Vec<act_t>::SIZE>(out, images, ids, patches, dims, fault, code);
+    } else {
+        collect_pixels<1>(out, images, ids, patches, dims, fault, code);
+    }
+}

@@ -1,0 +1,101 @@
+//! The backend and its construction.
+
+use core::fmt;
+
+use crate::driver::{self, Context};
+use crate::error::Error;
+use crate::optimizer::Pieces;
+use crate::queue::{Queue, Runs};
+
+/// The format of activations, and of what products read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// f32 in all, multiplied in f32 and not in TF32.
+    F32,
+    /// Activations in bf16, products of bf16 summed in f32; norms, softmax and losses computed in f32; trained
+    /// parameters, gradients and moments f32.
+    Bf16,
+}
+
+impl Precision {
+    /// Bytes of an activation.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// The CUDA backend: one device, one stream.
+///
+/// Operations are noted and run later, at the latest when something is read: see the crate's documentation. Buffers belong to the
+/// backend that made them.
+pub struct Cuda {
+    pub(crate) queue: Queue,
+    pub(crate) precision: Precision,
+    /// What the optimizer treats alike.
+    pub(crate) pieces: Option<Pieces>,
+    warning: Option<String>,
+}
+
+impl Cuda {
+    /// Device number `device`, counted from 0. The first time on a machine this compiles the kernels, for some seconds.
+    ///
+    /// # Errors
+    /// If a library or the device is missing or too old, its memory is used up, or the compiler refuses a kernel.
+    pub fn new(device: usize, precision: Precision) -> Result<Self, Error> {
+        driver::libraries()?;
+        let (queue, warning) = Queue::new(Context::new(device)?, precision)?;
+        Ok(Self {
+            queue,
+            precision,
+            pieces: None,
+            warning,
+        })
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &str {
+        &self.queue.context.name
+    }
+
+    /// The device's compute capability, as (9, 0).
+    pub fn capability(&self) -> (u32, u32) {
+        let capability = self.queue.context.capability;
+        (capability / 10, capability % 10)
+    }
+
+    /// The format of activations and products.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// What is not as it should be, though everything works: a cache that cannot be used.
+    pub fn warning(&self) -> Option<&str> {
+        self.warning.as_deref()
+    }
+
+    /// Bytes of the device's memory that are taken: by buffers, those too that were dropped since the last one was made, and
+    /// by working memory.
+    pub fn taken(&self) -> usize {
+        self.queue.taken()
+    }
+
+    /// How work has run so far.
+    pub fn runs(&self) -> Runs {
+        self.queue.runs
+    }
+}
+
+impl fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Cuda({}, {:?}, {:?})",
+            self.name(),
+            self.precision,
+            self.runs()
+        )
+    }
+}

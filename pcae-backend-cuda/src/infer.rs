@@ -1,0 +1,416 @@
+//! What inference needs: `impl Backend for Cuda`.
+
+use pcae_kernel::backend::{
+    AttentionDims, Backend, EmbedParams, Epilogue, Linear, LinearDims, Norm, PatchDims, RowDims,
+    TokenDims,
+};
+use pcae_kernel::error::{Error as KernelError, expect_len, product};
+
+use crate::Cuda;
+use crate::buffers::{Buf, Ids, Params, Scores};
+use crate::driver::DevicePtr;
+use crate::error::Error;
+use crate::gemm::Matmul;
+use crate::kernels;
+use crate::queue::Shape;
+use crate::tokens::{BLOCK, check_span, positions, small};
+
+/// Columns of a token that a warp of `mean_similarity` keeps in registers, and its warps.
+const SLAB: usize = 1024;
+const SCORE_WARPS: usize = 16;
+
+/// Up to so many tokens are selected by counting; a sort takes fewer comparisons, one after the other.
+const COUNTED: usize = 1024;
+
+impl Cuda {
+    /// `out = x @ weight^T + bias (+ add)`, all of them checked.
+    pub(crate) fn forward_product(
+        &mut self,
+        op: &'static str,
+        dims: LinearDims,
+        out: &mut Buf,
+        x: &Buf,
+        params: &Params,
+        layer: Linear,
+        add: Option<DevicePtr>,
+    ) -> Result<(), Error> {
+        expect_len(op, "out", out.len, dims.out_len())?;
+        expect_len(op, "x", x.len, dims.in_len())?;
+        check_span(op, "weight", params.len, layer.weight, dims.weight_len())?;
+        check_span(op, "bias", params.len, layer.bias, dims.out_features)?;
+        self.queue.matmul(Matmul {
+            m: dims.rows,
+            n: dims.out_features,
+            k: dims.in_features,
+            a: x.at(0),
+            a_transposed: false,
+            b: params.product(layer.weight.start),
+            b_transposed: true,
+            bias: Some(params.product(layer.bias.start)),
+            add,
+            out: out.at(0),
+            out_f32: false,
+        })
+    }
+}
+
+impl Backend for Cuda {
+    type Error = Error;
+    type Buf = Buf;
+    type Ids = Ids;
+    type Scores = Scores;
+    type Params = Params;
+
+    fn buf(&mut self, len: usize) -> Result<Buf, Error> {
+        Buf::new(&mut self.queue, self.precision, len)
+    }
+
+    fn ids(&mut self, len: usize) -> Result<Ids, Error> {
+        Ids::new(&mut self.queue, len)
+    }
+
+    fn scores(&mut self, len: usize) -> Result<Scores, Error> {
+        Scores::new(&mut self.queue, len)
+    }
+
+    fn write(&mut self, to: &mut Buf, from: &[f32]) -> Result<(), Error> {
+        expect_len("write", "to", to.len, from.len())?;
+        self.queue.write_act(to.at(0), from)
+    }
+
+    fn read(&mut self, to: &mut [f32], from: &Buf) -> Result<(), Error> {
+        expect_len("read", "from", from.len, to.len())?;
+        self.queue.read_act(to, from.at(0))
+    }
+
+    fn write_ids(&mut self, to: &mut Ids, from: &[u32]) -> Result<(), Error> {
+        expect_len("write_ids", "to", to.len, from.len())?;
+        self.queue.write_u32(to.at(0), from)
+    }
+
+    fn read_ids(&mut self, to: &mut [u32], from: &Ids) -> Result<(), Error> {
+        expect_len("read_ids", "from", from.len, to.len())?;
+        self.queue.read_u32(to, from.at(0))
+    }
+
+    fn write_scores(&mut self, to: &mut Scores, from: &[f32]) -> Result<(), Error> {
+        expect_len("write_scores", "to", to.len, from.len())?;
+        self.queue.write_f32(to.at(0), from)
+    }
+
+    fn read_scores(&mut self, to: &mut [f32], from: &Scores) -> Result<(), Error> {
+        expect_len("read_scores", "from", from.len, to.len())?;
+        self.queue.read_f32(to, from.at(0))
+    }
+
+    fn gather_patches(
+        &mut self,
+        dims: PatchDims,
+        out: &mut Buf,
+        images: &Buf,
+        ids: Option<&Ids>,
+    ) -> Result<(), Error> {
+        let kernel = kernels::GATHER_PATCHES;
+        self.cut_patches("gather_patches", kernel, dims, out, images, ids)
+    }
+
+    fn embed_tokens(
+        &mut self,
+        dims: TokenDims,
+        out: &mut Buf,
+        x: &Buf,
+        ids: Option<&Ids>,
+        params: &Params,
+        embed: EmbedParams,
+    ) -> Result<(), Error> {
+        const OP: &str = "embed_tokens";
+        if dims.prefix != usize::from(embed.cls_token.is_some()) {
+            return Err(Error::Kernel(KernelError::Dimensions {
+                op: OP,
+                expected: "a prefix of 1 with a class token, of 0 without",
+                found: dims.prefix,
+            }));
+        }
+        expect_len(OP, "out", out.len, dims.len())?;
+        expect_len(OP, "x", x.len, TokenDims { prefix: 0, ..dims }.len())?;
+        let positions = positions(OP, params, embed.pos_embed, dims.dim)?;
+        if let Some(cls_token) = embed.cls_token {
+            expect_len(OP, "pos_embed", embed.pos_embed.len, dims.dim)?;
+            check_span(OP, "cls_token", params.len, cls_token, dims.dim)?;
+        }
+        let code = match ids {
+            Some(ids) => {
+                let count = product(&[dims.batch, dims.tokens]);
+                expect_len(OP, "ids", ids.len, count)?;
+                self.index_code(OP, "ids", count, positions)?
+            }
+            None => {
+                expect_len(OP, "pos_embed", positions, dims.tokens)?;
+                0
+            }
+        };
+        if dims.is_empty() {
+            return Ok(());
+        }
+        let shape = self.blocks(small(OP, dims.len())?, dims.dim);
+        let cls_token = embed.cls_token.map(|span| params.at(span.start));
+        self.queue.launch(
+            kernels::EMBED_TOKENS,
+            shape,
+            &[
+                out.at(0).into(),
+                x.at(0).into(),
+                ids.map(|ids| ids.at(0)).into(),
+                cls_token.into(),
+                params.at(embed.pos_embed.start).into(),
+                small(OP, dims.batch)?.into(),
+                small(OP, dims.tokens)?.into(),
+                small(OP, dims.dim)?.into(),
+                small(OP, positions)?.into(),
+                self.queue.fault().into(),
+                code.into(),
+            ],
+        )
+    }
+
+    fn linear(
+        &mut self,
+        dims: LinearDims,
+        out: &mut Buf,
+        x: &Buf,
+        params: &Params,
+        layer: Linear,
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        const OP: &str = "linear";
+        let add = (epilogue == Epilogue::BiasResidual).then(|| out.at(0));
+        self.forward_product(OP, dims, out, x, params, layer, add)?;
+        if epilogue == Epilogue::BiasGelu {
+            let len = dims.out_len();
+            let args = [out.at(0).into(), (len as u64).into()];
+            let shape = self.queue.elements(len);
+            self.queue.launch(kernels::GELU_IN_PLACE, shape, &args)?;
+        }
+        Ok(())
+    }
+
+    fn layer_norm(
+        &mut self,
+        dims: RowDims,
+        out: &mut Buf,
+        x: &Buf,
+        params: &Params,
+        norm: Norm,
+    ) -> Result<(), Error> {
+        self.layer_norm_rows("layer_norm", dims, out, None, x, params, norm)
+    }
+
+    fn attention(&mut self, dims: AttentionDims, out: &mut Buf, qkv: &Buf) -> Result<(), Error> {
+        self.attention_forward("attention", dims, out, None, qkv)
+    }
+
+    fn mean_similarity(
+        &mut self,
+        dims: TokenDims,
+        scores: &mut Scores,
+        x: &Buf,
+    ) -> Result<(), Error> {
+        const OP: &str = "mean_similarity";
+        let count = product(&[dims.batch, dims.tokens]);
+        expect_len(OP, "scores", scores.len, count)?;
+        expect_len(OP, "x", x.len, dims.len())?;
+        if count == 0 {
+            return Ok(());
+        }
+        small(OP, dims.len())?;
+        // The sum of the tokens, and each warp's part of a slab of it.
+        let floats = dims.dim.saturating_add(SCORE_WARPS * dims.dim.min(SLAB));
+        let shape = Shape {
+            grid: [small(OP, dims.batch)?, 1, 1],
+            block: kernels::MEAN_SIMILARITY.threads,
+            shared: small(OP, product(&[floats, size_of::<f32>()]))?,
+        };
+        self.queue.launch(
+            kernels::MEAN_SIMILARITY,
+            shape,
+            &[
+                scores.at(0).into(),
+                x.at(0).into(),
+                small(OP, dims.prefix)?.into(),
+                small(OP, dims.tokens)?.into(),
+                small(OP, dims.dim)?.into(),
+            ],
+        )
+    }
+
+    fn select(
+        &mut self,
+        batch: usize,
+        tokens: usize,
+        keep: usize,
+        picked: &mut Ids,
+        scores: &Scores,
+    ) -> Result<(), Error> {
+        const OP: &str = "select";
+        if keep > tokens {
+            return Err(Error::Kernel(KernelError::Dimensions {
+                op: OP,
+                expected: "at most as many tokens kept as there are",
+                found: keep,
+            }));
+        }
+        let count = product(&[batch, tokens]);
+        expect_len(OP, "scores", scores.len, count)?;
+        expect_len(OP, "picked", picked.len, product(&[batch, keep]))?;
+        if count == 0 {
+            return Ok(());
+        }
+        small(OP, count)?;
+        let code = self.queue.code(KernelError::NotANumber {
+            op: OP,
+            what: "scores",
+            at: 0,
+        });
+        let (x, n, keep) = (small(OP, batch)?, small(OP, tokens)?, small(OP, keep)?);
+        let (picked, scores, fault) = (picked.at(0), scores.at(0), self.queue.fault());
+        let padded = n.checked_next_power_of_two();
+        let pairs = padded.map_or(u32::MAX, |padded| padded.saturating_mul(8));
+        match padded {
+            Some(padded) if tokens > COUNTED && pairs <= self.queue.context.shared => {
+                let shape = Shape {
+                    grid: [x, 1, 1],
+                    block: kernels::SELECT_BY_SORT.threads,
+                    shared: pairs,
+                };
+                self.queue.launch(
+                    kernels::SELECT_BY_SORT,
+                    shape,
+                    &[
+                        picked.into(),
+                        scores.into(),
+                        n.into(),
+                        keep.into(),
+                        padded.into(),
+                        fault.into(),
+                        code.into(),
+                    ],
+                )
+            }
+            _ => {
+                let shape = self.grid(x, n.div_ceil(BLOCK));
+                self.queue.launch(
+                    kernels::SELECT_BY_RANK,
+                    shape,
+                    &[
+                        picked.into(),
+                        scores.into(),
+                        n.into(),
+                        keep.into(),
+                        fault.into(),
+                        code.into(),
+                    ],
+                )
+            }
+        }
+    }
+
+    fn gather_tokens(
+        &mut self,
+        dims: TokenDims,
+        keep: usize,
+        out: &mut Buf,
+        x: &Buf,
+        picked: &Ids,
+    ) -> Result<(), Error> {
+        const OP: &str = "gather_tokens";
+        let kept = dims.with_tokens(keep);
+        expect_len(OP, "x", x.len, dims.len())?;
+        expect_len(OP, "out", out.len, kept.len())?;
+        let count = product(&[dims.batch, keep]);
+        expect_len(OP, "picked", picked.len, count)?;
+        let code = self.index_code(OP, "picked", count, dims.tokens)?;
+        if kept.is_empty() {
+            return Ok(());
+        }
+        let shape = self.blocks(small(OP, kept.len())?, dims.dim);
+        self.queue.launch(
+            kernels::GATHER_TOKENS,
+            shape,
+            &[
+                out.at(0).into(),
+                x.at(0).into(),
+                picked.at(0).into(),
+                small(OP, dims.batch)?.into(),
+                small(OP, dims.prefix)?.into(),
+                small(OP, dims.tokens)?.into(),
+                small(OP, keep)?.into(),
+                small(OP, dims.dim)?.into(),
+                self.queue.fault().into(),
+                code.into(),
+            ],
+        )
+    }
+
+    fn gather_ids(
+        &mut self,
+        batch: usize,
+        tokens: usize,
+        keep: usize,
+        out: &mut Ids,
+        ids: Option<&Ids>,
+        picked: &Ids,
+    ) -> Result<(), Error> {
+        const OP: &str = "gather_ids";
+        let count = product(&[batch, keep]);
+        expect_len(OP, "out", out.len, count)?;
+        expect_len(OP, "picked", picked.len, count)?;
+        if let Some(ids) = ids {
+            expect_len(OP, "ids", ids.len, product(&[batch, tokens]))?;
+        }
+        let code = self.index_code(OP, "picked", count, tokens)?;
+        let len = small(OP, count)?;
+        let shape = self.grid(len.div_ceil(BLOCK), 1);
+        self.queue.launch(
+            kernels::GATHER_IDS,
+            shape,
+            &[
+                out.at(0).into(),
+                ids.map(|ids| ids.at(0)).into(),
+                picked.at(0).into(),
+                len.into(),
+                small(OP, tokens)?.into(),
+                small(OP, keep)?.into(),
+                self.queue.fault().into(),
+                code.into(),
+            ],
+        )
+    }
+
+    fn mean_pool(&mut self, dims: TokenDims, out: &mut Buf, x: &Buf) -> Result<(), Error> {
+        const OP: &str = "mean_pool";
+        if dims.tokens == 0 {
+            return Err(Error::Kernel(KernelError::Dimensions {
+                op: OP,
+                expected: "at least one patch token",
+                found: 0,
+            }));
+        }
+        expect_len(OP, "out", out.len, product(&[dims.batch, dims.dim]))?;
+        expect_len(OP, "x", x.len, dims.len())?;
+        if dims.is_empty() {
+            return Ok(());
+        }
+        let shape = self.grid(small(OP, dims.batch)?, self.columns(OP, dims.dim)?);
+        self.queue.launch(
+            kernels::MEAN_POOL,
+            shape,
+            &[
+                out.at(0).into(),
+                x.at(0).into(),
+                small(OP, dims.prefix)?.into(),
+                small(OP, dims.tokens)?.into(),
+                small(OP, dims.dim)?.into(),
+            ],
+        )
+    }
+}

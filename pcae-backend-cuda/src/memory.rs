@@ -1,0 +1,92 @@
+//! How much memory a task takes on the device, before it takes any.
+
+use pcae_kernel::error::product;
+use pcae_kernel::op::Op;
+use pcae_kernel::sizing::Sizing;
+
+use crate::Precision;
+use crate::gemm;
+use crate::queue;
+
+/// Bytes that a task takes from the device. The driver's own are not counted: its context, the kernels and the graphs, some
+/// hundred megabytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// In activations, indices and scores.
+    pub activations: usize,
+    /// In parameters, gradients and moments, and what else is kept in vectors.
+    pub state: usize,
+    /// In working memory, which grows during the first step: at most so many.
+    pub scratch: usize,
+}
+
+impl Memory {
+    /// What the task that `sizing` has seen takes.
+    pub fn of(sizing: &Sizing, precision: Precision) -> Self {
+        let sizes = &sizing.sizes;
+        // Parameters lie there in f32 and, for products, in bf16 too.
+        let parameter = match precision {
+            Precision::F32 => size_of::<f32>(),
+            Precision::Bf16 => size_of::<f32>() + precision.size(),
+        };
+        let words = sizes.ids.saturating_add(sizes.scores);
+        let parameters = sizes.params.saturating_add(sizes.frozen);
+        Self {
+            activations: product(&[sizes.bufs, precision.size()])
+                .saturating_add(product(&[words, size_of::<u32>()])),
+            state: product(&[sizes.vectors, size_of::<f32>()])
+                .saturating_add(product(&[parameters, parameter])),
+            scratch: scratch(sizing.ops()),
+        }
+    }
+
+    /// All of it.
+    pub const fn total(&self) -> usize {
+        self.activations
+            .saturating_add(self.state)
+            .saturating_add(self.scratch)
+    }
+}
+
+/// One workspace, as large as the largest that an operation has asked for, beside what every backend has.
+fn scratch(ops: &[Op]) -> usize {
+    /// Groups of rows that are summed each by itself, at most, in whichever kernel of `rows.rs` and `tokens.rs`.
+    const GROUPS: usize = 3 * 132;
+    /// Blocks of a sum over all elements, at most.
+    const BLOCKS: usize = 8 * 132;
+    const F32: usize = size_of::<f32>();
+
+    let mut workspace = 0;
+    let mut table = 0;
+    for op in ops {
+        workspace = workspace.max(match *op {
+            Op::LayerNormBackward(dims) => product(&[GROUPS, 2, dims.dim, F32]),
+            // The gradient of the bias.
+            Op::LinearParams(dims) => product(&[GROUPS, dims.out_features, F32]),
+            Op::Target(dims) => product(&[GROUPS, 3, dims.dim, F32]),
+            Op::Loss(dims) => product(&[dims.rows.max(BLOCKS), F32]),
+            Op::Vector { .. } => product(&[BLOCKS, F32]),
+            Op::PivotedQr(dims) => product(&[dims.batch, dims.tokens, dims.dim, size_of::<f64>()]),
+            Op::AdamW { elements, .. } => {
+                // Five words for each 4096 of them, and where segments begin.
+                table = table.max(product(&[elements.div_ceil(4096), 2, 5 * F32]));
+                0
+            }
+            // The sums of class and mask tokens have fewer groups than a layer norm's backward of the same width, which comes with
+            // them.
+            Op::Tokens { .. }
+            | Op::Linear(_)
+            | Op::LinearInput(_)
+            | Op::LayerNorm(_)
+            | Op::Attention(_)
+            | Op::AttentionBackward(_)
+            | Op::MeanSimilarity(_)
+            | Op::Select { .. }
+            | Op::Transfer { .. } => 0,
+        });
+    }
+    workspace
+        .saturating_add(table)
+        .saturating_add(gemm::WORKSPACE)
+        .saturating_add(queue::OWN)
+}

@@ -1,0 +1,563 @@
+//! What training adds: `impl TrainBackend for Cuda`.
+
+use pcae_kernel::backend::{
+    Accum, AdamW, AttentionDims, Clip, DecoderDims, EmbedParams, Linear, LinearDims, Norm,
+    PatchDims, RowDims, Segment, Span, TokenDims, TrainBackend,
+};
+use pcae_kernel::error::{Error as KernelError, expect_len, product};
+use pcae_kernel::layout::Layout;
+
+use crate::Cuda;
+use crate::buffers::{Buf, Ids, Params, Scores, Vector};
+use crate::error::Error;
+use crate::gemm::Matmul;
+use crate::rows::Affine;
+use crate::tokens::check_span;
+
+impl TrainBackend for Cuda {
+    type Vector = Vector;
+
+    fn vector(&mut self, len: usize) -> Result<Vector, Error> {
+        Vector::new(&mut self.queue, len)
+    }
+
+    fn is_queued(&self) -> bool {
+        true
+    }
+
+    fn write_vector(&mut self, to: &mut Vector, at: usize, from: &[f32]) -> Result<(), Error> {
+        expect_len("write_vector", "to", to.len, at.saturating_add(from.len()))?;
+        self.queue.write_f32(to.at(at), from)
+    }
+
+    fn read_vector(&mut self, to: &mut [f32], from: &Vector, at: usize) -> Result<(), Error> {
+        expect_len("read_vector", "from", from.len, at.saturating_add(to.len()))?;
+        self.queue.read_f32(to, from.at(at))
+    }
+
+    fn params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
+        expect_len("params", "values", values.len(), layout.len())?;
+        Params::new(&mut self.queue, self.precision, &values[..layout.len()])
+    }
+
+    fn read_params(&mut self, to: &mut [f32], from: &Params, span: Span) -> Result<(), Error> {
+        const OP: &str = "read_params";
+        check_span(OP, "span", from.len, span, span.len)?;
+        expect_len(OP, "to", to.len(), span.len)?;
+        self.queue
+            .read_f32(&mut to[..span.len], from.at(span.start))
+    }
+
+    fn linear_gelu_saving(
+        &mut self,
+        dims: LinearDims,
+        out: &mut Buf,
+        pre_gelu: &mut Buf,
+        x: &Buf,
+        params: &Params,
+        layer: Linear,
+    ) -> Result<(), Error> {
+        const OP: &str = "linear_gelu_saving";
+        expect_len(OP, "out", out.len, dims.out_len())?;
+        expect_len(OP, "pre_gelu", pre_gelu.len, dims.out_len())?;
+        self.forward_product(OP, dims, pre_gelu, x, params, layer, None)?;
+        self.queue.gelu(dims.out_len(), out.at(0), pre_gelu.at(0))
+    }
+
+    fn linear_residual(
+        &mut self,
+        dims: LinearDims,
+        out: &mut Buf,
+        residual: &Buf,
+        x: &Buf,
+        params: &Params,
+        layer: Linear,
+        scale: Option<(&Buf, usize)>,
+    ) -> Result<(), Error> {
+        const OP: &str = "linear_residual";
+        let len = dims.out_len();
+        expect_len(OP, "out", out.len, len)?;
+        expect_len(OP, "residual", residual.len, len)?;
+        let Some((scale, per)) = scale else {
+            let add = Some(residual.at(0));
+            return self.forward_product(OP, dims, out, x, params, layer, add);
+        };
+        check_scale(OP, dims.rows, scale, per)?;
+        self.forward_product(OP, dims, out, x, params, layer, None)?;
+        let scale = (scale.at(0), per * dims.out_features);
+        self.queue.add_scaled(len, out.at(0), residual.at(0), scale)
+    }
+
+    fn scale_rows(
+        &mut self,
+        dims: RowDims,
+        out: &mut Buf,
+        x: &Buf,
+        scale: &Buf,
+        rows_per_scale: usize,
+    ) -> Result<(), Error> {
+        const OP: &str = "scale_rows";
+        expect_len(OP, "out", out.len, dims.len())?;
+        expect_len(OP, "x", x.len, dims.len())?;
+        check_scale(OP, dims.rows, scale, rows_per_scale)?;
+        let scale = (scale.at(0), product(&[rows_per_scale, dims.dim]));
+        self.queue.scale(dims.len(), out.at(0), x.at(0), scale)
+    }
+
+    fn linear_backward_input(
+        &mut self,
+        dims: LinearDims,
+        d_x: &mut Buf,
+        d_y: &Buf,
+        params: &Params,
+        layer: Linear,
+        pre_gelu: Option<&Buf>,
+    ) -> Result<(), Error> {
+        const OP: &str = "linear_backward_input";
+        expect_len(OP, "d_x", d_x.len, dims.in_len())?;
+        expect_len(OP, "d_y", d_y.len, dims.out_len())?;
+        check_span(OP, "weight", params.len, layer.weight, dims.weight_len())?;
+        if let Some(pre_gelu) = pre_gelu {
+            expect_len(OP, "pre_gelu", pre_gelu.len, dims.in_len())?;
+        }
+        self.queue.matmul(Matmul {
+            m: dims.rows,
+            n: dims.in_features,
+            k: dims.out_features,
+            a: d_y.at(0),
+            a_transposed: false,
+            b: params.product(layer.weight.start),
+            b_transposed: false,
+            bias: None,
+            add: None,
+            out: d_x.at(0),
+            out_f32: false,
+        })?;
+        match pre_gelu {
+            Some(pre_gelu) => self
+                .queue
+                .gelu_backward(dims.in_len(), d_x.at(0), pre_gelu.at(0)),
+            None => Ok(()),
+        }
+    }
+
+    fn linear_backward_params(
+        &mut self,
+        dims: LinearDims,
+        grads: &mut Vector,
+        layer: Linear,
+        d_y: &Buf,
+        x: &Buf,
+    ) -> Result<(), Error> {
+        const OP: &str = "linear_backward_params";
+        check_span(OP, "weight", grads.len, layer.weight, dims.weight_len())?;
+        check_span(OP, "bias", grads.len, layer.bias, dims.out_features)?;
+        expect_len(OP, "d_y", d_y.len, dims.out_len())?;
+        expect_len(OP, "x", x.len, dims.in_len())?;
+        if dims.rows == 0 {
+            return Ok(());
+        }
+        let d_weight = grads.at(layer.weight.start);
+        self.queue.matmul(Matmul {
+            m: dims.out_features,
+            n: dims.in_features,
+            k: dims.rows,
+            a: d_y.at(0),
+            a_transposed: true,
+            b: x.at(0),
+            b_transposed: false,
+            bias: None,
+            add: Some(d_weight),
+            out: d_weight,
+            out_f32: true,
+        })?;
+        let rows = RowDims {
+            rows: dims.rows,
+            dim: dims.out_features,
+        };
+        let d_bias = grads.at(layer.bias.start);
+        self.queue.add_rows(OP, rows, d_bias, d_y.at(0))
+    }
+
+    fn layer_norm_saving(
+        &mut self,
+        dims: RowDims,
+        out: &mut Buf,
+        stats: &mut Vector,
+        x: &Buf,
+        params: &Params,
+        norm: Norm,
+    ) -> Result<(), Error> {
+        self.layer_norm_rows("layer_norm_saving", dims, out, Some(stats), x, params, norm)
+    }
+
+    fn layer_norm_backward(
+        &mut self,
+        dims: RowDims,
+        d_x: &mut Buf,
+        accum: Accum,
+        grads: &mut Vector,
+        d_y: &Buf,
+        x: &Buf,
+        stats: &Vector,
+        params: &Params,
+        norm: Norm,
+    ) -> Result<(), Error> {
+        const OP: &str = "layer_norm_backward";
+        expect_len(OP, "d_x", d_x.len, dims.len())?;
+        expect_len(OP, "d_y", d_y.len, dims.len())?;
+        expect_len(OP, "x", x.len, dims.len())?;
+        expect_len(OP, "stats", stats.len, product(&[dims.rows, 2]))?;
+        check_span(OP, "weight", params.len, norm.weight, dims.dim)?;
+        check_span(OP, "grads of weight", grads.len, norm.weight, dims.dim)?;
+        check_span(OP, "grads of bias", grads.len, norm.bias, dims.dim)?;
+        self.queue.layer_norm_backward(
+            OP,
+            dims,
+            (d_x.at(0), accum == Accum::Add),
+            Affine {
+                weight: grads.at(norm.weight.start),
+                bias: grads.at(norm.bias.start),
+            },
+            [d_y.at(0), x.at(0), stats.at(0)],
+            params.at(norm.weight.start),
+        )
+    }
+
+    fn attention_saving(
+        &mut self,
+        dims: AttentionDims,
+        out: &mut Buf,
+        lse: &mut Vector,
+        qkv: &Buf,
+    ) -> Result<(), Error> {
+        Cuda::attention_forward(self, "attention_saving", dims, out, Some(lse), qkv)
+    }
+
+    fn attention_backward(
+        &mut self,
+        dims: AttentionDims,
+        d_qkv: &mut Buf,
+        d_out: &Buf,
+        qkv: &Buf,
+        out: &Buf,
+        lse: &Vector,
+    ) -> Result<(), Error> {
+        Cuda::attention_backward(self, dims, d_qkv, d_out, qkv, out, lse)
+    }
+
+    fn embed_tokens_backward(
+        &mut self,
+        dims: TokenDims,
+        d_x: &mut Buf,
+        grads: &mut Vector,
+        d_out: &Buf,
+        embed: EmbedParams,
+    ) -> Result<(), Error> {
+        Cuda::embed_tokens_backward(self, dims, d_x, grads, d_out, embed)
+    }
+
+    fn decoder_tokens(
+        &mut self,
+        dims: DecoderDims,
+        out: &mut Buf,
+        x: &Buf,
+        ids_visible: &Ids,
+        ids_target: &Ids,
+        params: &Params,
+        mask_token: Span,
+        pos_embed: Span,
+    ) -> Result<(), Error> {
+        Cuda::decoder_tokens(
+            self,
+            dims,
+            out,
+            x,
+            ids_visible,
+            ids_target,
+            params,
+            mask_token,
+            pos_embed,
+        )
+    }
+
+    fn decoder_tokens_backward(
+        &mut self,
+        dims: DecoderDims,
+        d_x: &mut Buf,
+        grads: &mut Vector,
+        d_out: &Buf,
+        mask_token: Span,
+    ) -> Result<(), Error> {
+        Cuda::decoder_tokens_backward(self, dims, d_x, grads, d_out, mask_token)
+    }
+
+    fn strip_prefix(&mut self, dims: TokenDims, out: &mut Buf, x: &Buf) -> Result<(), Error> {
+        Cuda::strip_prefix(self, dims, out, x)
+    }
+
+    fn strip_prefix_backward(
+        &mut self,
+        dims: TokenDims,
+        d_x: &mut Buf,
+        d_out: &Buf,
+    ) -> Result<(), Error> {
+        Cuda::strip_prefix_backward(self, dims, d_x, d_out)
+    }
+
+    fn gather_tokens_backward(
+        &mut self,
+        dims: TokenDims,
+        keep: usize,
+        d_x: &mut Buf,
+        d_out: &Buf,
+        picked: &Ids,
+    ) -> Result<(), Error> {
+        Cuda::gather_tokens_backward(self, dims, keep, d_x, d_out, picked)
+    }
+
+    fn mean_pool_backward(
+        &mut self,
+        dims: TokenDims,
+        d_x: &mut Buf,
+        d_out: &Buf,
+    ) -> Result<(), Error> {
+        Cuda::mean_pool_backward(self, dims, d_x, d_out)
+    }
+
+    fn pivoted_qr_scores(
+        &mut self,
+        dims: TokenDims,
+        scores: &mut Scores,
+        x: &Buf,
+    ) -> Result<(), Error> {
+        Cuda::pivoted_qr_scores(self, dims, scores, x)
+    }
+
+    fn standardise(&mut self, dims: RowDims, out: &mut Buf, x: &Buf) -> Result<(), Error> {
+        const OP: &str = "standardise";
+        if dims.dim < 2 {
+            return Err(Error::Kernel(KernelError::Dimensions {
+                op: OP,
+                expected: "rows of at least 2 elements",
+                found: dims.dim,
+            }));
+        }
+        expect_len(OP, "out", out.len, dims.len())?;
+        expect_len(OP, "x", x.len, dims.len())?;
+        self.queue
+            .layer_norm(OP, dims, out.at(0), None, x.at(0), None)
+    }
+
+    fn feature_spread(
+        &mut self,
+        dims: RowDims,
+        out: &mut Vector,
+        at: usize,
+        x: &Buf,
+    ) -> Result<(), Error> {
+        const OP: &str = "feature_spread";
+        check_loss(OP, dims, out, at)?;
+        expect_len(OP, "x", x.len, dims.len())?;
+        self.queue.spread(OP, dims, out.at(at), x.at(0))
+    }
+
+    fn cosine_loss(
+        &mut self,
+        dims: RowDims,
+        d_pred: &mut Buf,
+        losses: &mut Vector,
+        at: usize,
+        pred: &Buf,
+        target: &Buf,
+        scale: f64,
+    ) -> Result<(), Error> {
+        const OP: &str = "cosine_loss";
+        check_pair(OP, dims, d_pred, pred, target)?;
+        check_loss(OP, dims, losses, at)?;
+        let rows = [d_pred.at(0), pred.at(0), target.at(0)];
+        self.queue.cosine_loss(OP, dims, rows, losses.at(at), scale)
+    }
+
+    fn mse_loss(
+        &mut self,
+        dims: RowDims,
+        d_pred: &mut Buf,
+        losses: &mut Vector,
+        at: usize,
+        pred: &Buf,
+        target: &Buf,
+        scale: f64,
+    ) -> Result<(), Error> {
+        const OP: &str = "mse_loss";
+        check_pair(OP, dims, d_pred, pred, target)?;
+        check_loss(OP, dims, losses, at)?;
+        let rows = [d_pred.at(0), pred.at(0), target.at(0)];
+        self.queue.mse_loss(dims, rows, losses.at(at), scale)
+    }
+
+    fn cross_entropy(
+        &mut self,
+        dims: RowDims,
+        d_logits: &mut Buf,
+        losses: &mut Vector,
+        at: usize,
+        logits: &Buf,
+        target: &Buf,
+        scale: f64,
+    ) -> Result<(), Error> {
+        const OP: &str = "cross_entropy";
+        check_pair(OP, dims, d_logits, logits, target)?;
+        check_loss(OP, dims, losses, at)?;
+        let rows = [d_logits.at(0), logits.at(0), target.at(0)];
+        self.queue
+            .cross_entropy(OP, dims, rows, losses.at(at), scale)
+    }
+
+    fn pixel_targets(
+        &mut self,
+        dims: PatchDims,
+        out: &mut Buf,
+        images: &Buf,
+        ids: &Ids,
+    ) -> Result<(), Error> {
+        Cuda::pixel_targets(self, dims, out, images, ids)
+    }
+
+    fn zero(&mut self, x: &mut Vector, span: Span) -> Result<(), Error> {
+        expect_len("zero", "x", x.len, span.end())?;
+        self.queue
+            .zero(x.at(span.start), span.len * size_of::<f32>())
+    }
+
+    fn copy_vector(
+        &mut self,
+        to: &mut Vector,
+        at: usize,
+        from: &Vector,
+        span: Span,
+    ) -> Result<(), Error> {
+        expect_len("copy_vector", "from", from.len, span.end())?;
+        expect_len("copy_vector", "to", to.len, at.saturating_add(span.len))?;
+        let bytes = span.len * size_of::<f32>();
+        self.queue.copy(to.at(at), from.at(span.start), bytes)
+    }
+
+    fn norm(&mut self, out: &mut Vector, at: usize, x: &Vector) -> Result<(), Error> {
+        expect_len("norm", "out", out.len, at.saturating_add(1))?;
+        self.queue.norm(x.len, out.at(at), x.at(0))
+    }
+
+    fn adamw_ema(
+        &mut self,
+        student: &mut Params,
+        teacher: Option<&mut Params>,
+        grads: &mut Vector,
+        exp_avg: &mut Vector,
+        exp_avg_sq: &mut Vector,
+        segments: &[Segment],
+        step: &AdamW,
+        clip: Option<Clip<'_, Vector>>,
+    ) -> Result<(), Error> {
+        const OP: &str = "adamw_ema";
+        for Segment { span, ema, .. } in segments {
+            for (what, len) in [
+                ("student", student.len),
+                ("grads", grads.len),
+                ("exp_avg", exp_avg.len),
+                ("exp_avg_sq", exp_avg_sq.len),
+            ] {
+                expect_len(OP, what, len, span.end())?;
+            }
+            if let Some(teacher) = &teacher
+                && *ema
+            {
+                expect_len(OP, "teacher", teacher.len, span.end())?;
+            }
+        }
+        let clip = match clip {
+            Some(clip) => {
+                expect_len(OP, "norms", clip.norms.len, clip.at.saturating_add(1))?;
+                Some((clip.norms.at(clip.at), clip.max_norm))
+            }
+            None => None,
+        };
+        let vectors = [&*grads, &*exp_avg, &*exp_avg_sq];
+        self.adamw(student, teacher.as_deref(), vectors, segments, step, clip)
+    }
+}
+
+impl Cuda {
+    /// Layer norm, with or without `stats`.
+    pub(crate) fn layer_norm_rows(
+        &mut self,
+        op: &'static str,
+        dims: RowDims,
+        out: &mut Buf,
+        stats: Option<&mut Vector>,
+        x: &Buf,
+        params: &Params,
+        norm: Norm,
+    ) -> Result<(), Error> {
+        expect_len(op, "out", out.len, dims.len())?;
+        expect_len(op, "x", x.len, dims.len())?;
+        check_span(op, "weight", params.len, norm.weight, dims.dim)?;
+        check_span(op, "bias", params.len, norm.bias, dims.dim)?;
+        if let Some(stats) = &stats {
+            expect_len(op, "stats", stats.len, product(&[dims.rows, 2]))?;
+        }
+        let affine = Affine {
+            weight: params.at(norm.weight.start),
+            bias: params.at(norm.bias.start),
+        };
+        let stats = stats.map(|stats| stats.at(0));
+        self.queue
+            .layer_norm(op, dims, out.at(0), stats, x.at(0), Some(affine))
+    }
+}
+
+/// `rows_per_scale` divides `rows`, and there is a scale for each group.
+fn check_scale(
+    op: &'static str,
+    rows: usize,
+    scale: &Buf,
+    rows_per_scale: usize,
+) -> Result<(), KernelError> {
+    if rows_per_scale == 0 || !rows.is_multiple_of(rows_per_scale) {
+        return Err(KernelError::Dimensions {
+            op,
+            expected: "rows that `rows_per_scale` divides",
+            found: rows_per_scale,
+        });
+    }
+    expect_len(op, "scale", scale.len, rows / rows_per_scale)
+}
+
+/// There is something to take the mean of, and room for the result.
+fn check_loss(
+    op: &'static str,
+    dims: RowDims,
+    losses: &Vector,
+    at: usize,
+) -> Result<(), KernelError> {
+    if dims.is_empty() {
+        return Err(KernelError::Dimensions {
+            op,
+            expected: "at least one row and column",
+            found: 0,
+        });
+    }
+    expect_len(op, "losses", losses.len, at.saturating_add(1))
+}
+
+fn check_pair(
+    op: &'static str,
+    dims: RowDims,
+    gradient: &Buf,
+    prediction: &Buf,
+    target: &Buf,
+) -> Result<(), KernelError> {
+    expect_len(op, "gradient", gradient.len, dims.len())?;
+    expect_len(op, "prediction", prediction.len, dims.len())?;
+    expect_len(op, "target", target.len, dims.len())
+}

@@ -1,0 +1,290 @@
+// libcublasLt.so.13: products of column-major matrices in f32 and bf16, summed in f32, with a bias as the only epilogue.
+//
+// Held against what the library promises: pointers as aligned as the preference has said, an algorithm that was found for this
+// very product, a workspace as large as that algorithm wants (which is written), operands that do not overlap.
+
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "work.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+typedef int Status;   // cublasStatus_t
+
+namespace {
+
+enum : Status { SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
+enum : int { R_32F = 0, R_16BF = 14, COMPUTE_32F = 68, EPILOGUE_DEFAULT = 1, EPILOGUE_BIAS = 4 };
+
+struct Desc {
+    int transpose_a = 0, transpose_b = 0, epilogue = EPILOGUE_DEFAULT;
+    const void* bias = nullptr;
+};
+
+struct Layout {
+    int type;
+    uint64_t rows, columns;
+    int64_t leading;
+
+    size_t size() const { return type == R_32F ? 4 : 2; }
+    size_t bytes() const { return rows == 0 || columns == 0 ? 0 : ((columns - 1) * static_cast<size_t>(leading) + rows) * size(); }
+    bool operator==(const Layout& o) const { return type == o.type && rows == o.rows && columns == o.columns && leading == o.leading; }
+};
+
+struct Preference {
+    uint64_t workspace = 0;
+    uint32_t alignments[4] = {256, 256, 256, 256};
+};
+
+struct Algo {
+    uint64_t magic, product, workspace;
+    uint32_t alignments[4];
+    uint64_t unused[3];
+};
+static_assert(sizeof(Algo) == 64, "cublasLtMatmulAlgo_t");
+
+struct Found {   // cublasLtMatmulHeuristicResult_t
+    Algo algo;
+    size_t workspace;
+    Status state;
+    float waves;
+    int reserved[4];
+};
+
+constexpr uint64_t MAGIC = 0x70636165656d75ULL;
+
+Status refuse(Status status, const std::string& reason) {
+    emulated_complain("cuBLASLt: %s", reason.c_str());
+    return status;
+}
+
+uint64_t sum(const Desc& desc, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
+    uint64_t hash = 0xcbf29ce484222325ULL;
+    auto add = [&](uint64_t word) { hash = (hash ^ word) * 0x100000001b3ULL; };
+    for (int each : {desc.transpose_a, desc.transpose_b, desc.epilogue}) add(static_cast<uint64_t>(each));
+    for (const Layout* each : {&a, &b, &c, &d}) {
+        add(static_cast<uint64_t>(each->type));
+        add(each->rows);
+        add(each->columns);
+        add(static_cast<uint64_t>(each->leading));
+    }
+    return hash;
+}
+
+/// Whether the four are a product; its m, n, k.
+Status check(const Desc& desc, const Layout& a, const Layout& b, const Layout& c, const Layout& d, size_t& m, size_t& n, size_t& k) {
+    size_t a_rows = desc.transpose_a ? a.columns : a.rows, a_columns = desc.transpose_a ? a.rows : a.columns;
+    size_t b_rows = desc.transpose_b ? b.columns : b.rows, b_columns = desc.transpose_b ? b.rows : b.columns;
+    m = d.rows;
+    n = d.columns;
+    k = a_columns;
+    if (a_rows != m || b_columns != n || b_rows != k || c.rows != m || c.columns != n || m == 0 || n == 0 || k == 0)
+        return refuse(INVALID_VALUE, "[" + std::to_string(a_rows) + ", " + std::to_string(a_columns) + "] @ [" + std::to_string(b_rows) + ", " + std::to_string(b_columns) + "] is not [" +
+                                         std::to_string(m) + ", " + std::to_string(n) + "]");
+    if (a.type != b.type || c.type != d.type || (a.type == R_32F && d.type != R_32F)) return refuse(NOT_SUPPORTED, "this combination of types");
+    return SUCCESS;
+}
+
+float load(const void* at, size_t i, int type) {
+    if (type == R_32F) return static_cast<const float*>(at)[i];
+    uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(at)[i]) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+void store(void* at, size_t i, int type, float value) {
+    if (type == R_32F) {
+        static_cast<float*>(at)[i] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    static_cast<uint16_t*>(at)[i] = value != value ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+constexpr size_t ROWS = 32, COLUMNS = 4;
+
+/// sums[j][i] = sum over k of a[k][i] * b[j][k], for one tile.
+#if defined(__x86_64__)
+__attribute__((target_clones("default", "arch=haswell")))
+#endif
+void
+tile(float (&sums)[COLUMNS][ROWS], const float* a, size_t a_step, const float* b, size_t b_step, size_t k) {
+    float local[COLUMNS][ROWS] = {};
+    for (size_t p = 0; p < k; p++)
+        for (size_t j = 0; j < COLUMNS; j++)
+            for (size_t i = 0; i < ROWS; i++) local[j][i] += a[p * a_step + i] * b[j * b_step + p];
+    memcpy(sums, local, sizeof local);
+}
+
+}  // namespace
+
+EXPORT Status cublasLtCreate(void** handle) {
+    *handle = new int(0);
+    return SUCCESS;
+}
+
+EXPORT Status cublasLtDestroy(void* handle) {
+    delete static_cast<int*>(handle);
+    return SUCCESS;
+}
+
+EXPORT Status cublasLtMatmulDescCreate(void** desc, int compute, int scale) {
+    // TF32 and the like round operands: `f32` means f32 here.
+    if (compute != COMPUTE_32F || scale != R_32F) return refuse(NOT_SUPPORTED, "a product computed as " + std::to_string(compute) + ", scaled as " + std::to_string(scale));
+    *desc = new Desc();
+    return SUCCESS;
+}
+
+EXPORT Status cublasLtMatmulDescDestroy(void* desc) {
+    delete static_cast<Desc*>(desc);
+    return SUCCESS;
+}
+
+EXPORT Status cublasLtMatmulDescSetAttribute(void* handle, int attribute, const void* value, size_t size) {
+    Desc* desc = static_cast<Desc*>(handle);
+    int number = 0;
+    if (attribute == 8 ? size != sizeof(void*) : size != sizeof(int)) return refuse(INVALID_VALUE, "attribute " + std::to_string(attribute) + " of a product in " + std::to_string(size) + " bytes");
+    if (attribute == 8) {
+        memcpy(&desc->bias, value, sizeof desc->bias);
+        return SUCCESS;
+    }
+    memcpy(&number, value, sizeof number);
+    if (attribute == 3 && (number == 0 || number == 1))
+        desc->transpose_a = number;
+    else if (attribute == 4 && (number == 0 || number == 1))
+        desc->transpose_b = number;
+    else if (attribute == 7 && (number == EPILOGUE_DEFAULT || number == EPILOGUE_BIAS))
+        desc->epilogue = number;
+    else
+        return refuse(NOT_SUPPORTED, "attribute " + std::to_string(attribute) + " of a product with value " + std::to_string(number) + " is not emulated");
+    return SUCCESS;
+}
+
+EXPORT Status cublasLtMatrixLayoutCreate(void** layout, int type, uint64_t rows, uint64_t columns, int64_t leading) {
+    if (type != R_32F && type != R_16BF) return refuse(NOT_SUPPORTED, "a matrix of type " + std::to_string(type));
+    if (leading < static_cast<int64_t>(rows) || leading < 1) return refuse(INVALID_VALUE, "columns of " + std::to_string(rows) + " elements " + std::to_string(leading) + " apart");
+    *layout = new Layout{type, rows, columns, leading};
+    return SUCCESS;
+}
+
+EXPORT Status cublasLtMatrixLayoutDestroy(void* layout) {
+    delete static_cast<Layout*>(layout);
+    return SUCCESS;
+}
+
+EXPORT Status cublasLtMatmulPreferenceCreate(void** preference) {
+    *preference = new Preference();
+    return SUCCESS;
+}
+
+EXPORT Status cublasLtMatmulPreferenceDestroy(void* preference) {
+    delete static_cast<Preference*>(preference);
+    return SUCCESS;
+}
+
+EXPORT Status cublasLtMatmulPreferenceSetAttribute(void* handle, int attribute, const void* value, size_t size) {
+    Preference* preference = static_cast<Preference*>(handle);
+    if (attribute == 1 && size == 8) {
+        memcpy(&preference->workspace, value, 8);
+        return SUCCESS;
+    }
+    if (attribute >= 5 && attribute <= 8 && size == 4) {
+        memcpy(&preference->alignments[attribute - 5], value, 4);
+        return SUCCESS;
+    }
+    return refuse(NOT_SUPPORTED, "attribute " + std::to_string(attribute) + " of a preference in " + std::to_string(size) + " bytes is not emulated");
+}
+
+EXPORT Status cublasLtMatmulAlgoGetHeuristic(void*, const void* desc, const void* a, const void* b, const void* c, const void* d, const void* wanted, int asked, void* results, int* found) {
+    *found = 0;
+    const Layout &la = *static_cast<const Layout*>(a), &lb = *static_cast<const Layout*>(b), &lc = *static_cast<const Layout*>(c), &ld = *static_cast<const Layout*>(d);
+    const Preference& preference = *static_cast<const Preference*>(wanted);
+    size_t m, n, k;
+    if (Status status = check(*static_cast<const Desc*>(desc), la, lb, lc, ld, m, n, k)) return status;
+    if (asked < 1) return refuse(INVALID_VALUE, "no algorithm is asked for");
+    size_t workspace = k >= 32 ? std::min<size_t>(preference.workspace, 4096) : 0;
+    Algo algo = {MAGIC, sum(*static_cast<const Desc*>(desc), la, lb, lc, ld), workspace, {}, {}};
+    memcpy(algo.alignments, preference.alignments, sizeof algo.alignments);
+    *static_cast<Found*>(results) = {algo, workspace, SUCCESS, 1.0f, {}};
+    *found = 1;
+    return SUCCESS;
+}
+
+EXPORT Status cublasLtMatmul(void*, const void* desc_handle, const void* alpha_at, const void* a, const void* a_layout, const void* b, const void* b_layout, const void* beta_at, const void* c,
+                             const void* c_layout, void* d, const void* d_layout, const void* algo_at, void* workspace, size_t workspace_bytes, void* stream) {
+    const Desc desc = *static_cast<const Desc*>(desc_handle);
+    const Layout la = *static_cast<const Layout*>(a_layout), lb = *static_cast<const Layout*>(b_layout), lc = *static_cast<const Layout*>(c_layout), ld = *static_cast<const Layout*>(d_layout);
+    size_t m, n, k;
+    if (Status status = check(desc, la, lb, lc, ld, m, n, k)) return status;
+    if (algo_at == nullptr) return refuse(NOT_SUPPORTED, "a product without an algorithm");
+    const Algo algo = *static_cast<const Algo*>(algo_at);
+    if (algo.magic != MAGIC || algo.product != sum(desc, la, lb, lc, ld)) return refuse(INVALID_VALUE, "the algorithm was found for another product");
+    if (algo.workspace > workspace_bytes) return refuse(INVALID_VALUE, "the algorithm wants " + std::to_string(algo.workspace) + " bytes and gets " + std::to_string(workspace_bytes));
+    if (algo.workspace > 0 && reinterpret_cast<uintptr_t>(workspace) % 256 != 0) return refuse(INVALID_VALUE, "the workspace is no multiple of 256");
+    const void* operands[] = {a, b, c, d};
+    for (int i = 0; i < 4; i++)
+        if (reinterpret_cast<uintptr_t>(operands[i]) % algo.alignments[i] != 0)
+            return refuse(INVALID_VALUE, std::string("operand ") + "ABCD"[i] + " is no multiple of " + std::to_string(algo.alignments[i]) + ", for which the algorithm was found");
+    const void* bias = desc.epilogue == EPILOGUE_BIAS ? desc.bias : nullptr;
+    if (desc.epilogue == EPILOGUE_BIAS && bias == nullptr) return refuse(INVALID_VALUE, "no bias");
+    // By value, as they are now: both are in host memory.
+    const float alpha = *static_cast<const float*>(alpha_at), beta = *static_cast<const float*>(beta_at);
+
+    auto run = [=](std::string& error) {
+        const struct {
+            const char* name;
+            const void* at;
+            size_t bytes;
+        } pieces[] = {{"A", a, la.bytes()}, {"B", b, lb.bytes()}, {"C", beta != 0 ? c : d, lc.bytes()}, {"D", d, ld.bytes()}, {"bias", bias, bias != nullptr ? m * ld.size() : 0},
+                      {"workspace", workspace, algo.workspace}};
+        std::string product = "cublasLtMatmul [" + std::to_string(m) + ", " + std::to_string(k) + "] @ [" + std::to_string(k) + ", " + std::to_string(n) + "]";
+        auto overlap = [](const void* p, size_t p_bytes, const void* q, size_t q_bytes) {
+            uintptr_t x = reinterpret_cast<uintptr_t>(p), y = reinterpret_cast<uintptr_t>(q);
+            return p_bytes > 0 && q_bytes > 0 && x < y + q_bytes && y < x + p_bytes;
+        };
+        for (const auto& piece : pieces) {
+            if (piece.bytes > 0 && !emulated_is_device(piece.at, piece.bytes)) {
+                error = product + ": " + piece.name + " is no memory of the device";
+                return;
+            }
+            bool in_place = piece.at == d && lc == ld && piece.name[0] == 'C';
+            if (piece.at != d && !in_place && overlap(piece.at, piece.bytes, d, ld.bytes())) {
+                error = product + ": " + piece.name + " overlaps with D";
+                return;
+            }
+        }
+        if (a == d || b == d || bias == d) {
+            error = product + ": an operand is D";
+            return;
+        }
+        memset(workspace, 0xff, algo.workspace);
+        // In f32, op(A) as [k][m] and op(B) as [n][k], filled up to whole tiles.
+        size_t rows = (m + ROWS - 1) / ROWS * ROWS, columns = (n + COLUMNS - 1) / COLUMNS * COLUMNS;
+        std::vector<float> left(rows * k), right(columns * k);
+        for (size_t p = 0; p < k; p++)
+            for (size_t i = 0; i < m; i++) left[p * rows + i] = load(a, desc.transpose_a ? i * static_cast<size_t>(la.leading) + p : p * static_cast<size_t>(la.leading) + i, la.type);
+        for (size_t j = 0; j < n; j++)
+            for (size_t p = 0; p < k; p++) right[j * k + p] = load(b, desc.transpose_b ? p * static_cast<size_t>(lb.leading) + j : j * static_cast<size_t>(lb.leading) + p, lb.type);
+        for (size_t j0 = 0; j0 < n; j0 += COLUMNS)
+            for (size_t i0 = 0; i0 < m; i0 += ROWS) {
+                float sums[COLUMNS][ROWS];
+                tile(sums, &left[i0], rows, &right[j0 * k], k, k);
+                for (size_t j = j0; j < std::min(n, j0 + COLUMNS); j++)
+                    for (size_t i = i0; i < std::min(m, i0 + ROWS); i++) {
+                        float value = alpha * sums[j - j0][i - i0];
+                        if (beta != 0) value += beta * load(c, j * static_cast<size_t>(lc.leading) + i, lc.type);
+                        if (bias != nullptr) value += load(bias, i, ld.type);
+                        store(d, j * static_cast<size_t>(ld.leading) + i, ld.type, value);
+                    }
+            }
+    };
+    return emulated_enqueue(stream, "cublasLtMatmul", run) == 0 ? SUCCESS : INVALID_VALUE;
+}
