@@ -173,9 +173,9 @@ fn killed_between_evaluations() {
     let place = Place::new();
     let out = place.path("run");
     let metrics = Path::new(&out).join("metrics.jsonl");
-    // An evaluation every 120 steps, a checkpoint at each.
-    let mut args = place.args("run", &["--epochs", "60", "--set", "eval_every=10"]);
-    args.extend(["--set", "save_every=1"].map(str::to_owned));
+    // An evaluation every 480 steps, a checkpoint at each.
+    let mut args = place.args("run", &["--epochs", "240", "--set", "eval_every=40"]);
+    args.extend(["--set", "save_every=100000"].map(str::to_owned));
     let mut child = Command::new(BINARY)
         .args(&args)
         .stdout(Stdio::null())
@@ -184,8 +184,8 @@ fn killed_between_evaluations() {
         .unwrap();
     let began = Instant::now();
     let records = || fs::read_to_string(&metrics).unwrap_or_default();
-    // A little after the first evaluation, whose figures must be on disk with a checkpoint.
-    while records().lines().count() < 125 {
+    // A little after the first evaluation, whose figures are on disk with a checkpoint by then.
+    while records().lines().count() < 490 {
         assert!(began.elapsed() < Duration::from_secs(120));
         assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
         std::thread::sleep(Duration::from_millis(1));

@@ -7,7 +7,7 @@ use super::exchange::{HintArgs, refuse_same};
 use super::{program, write_out};
 use crate::checkpoint::export::Storage;
 use crate::checkpoint::{Which, locate};
-use crate::deploy::{self, Goal, Latency, Plan, Progress, Report, STEP, Tried};
+use crate::deploy::{self, Goal, Latency, Plan, Progress, RATIOS, Report, Tried};
 use crate::error::Error;
 use crate::network::arrows;
 use crate::settings::{BackendKind, DropLayersSpec, Machine, Precision};
@@ -131,7 +131,8 @@ fn begun(plan: &Plan, origin: &str, backend: &str, budgets: Option<usize>) -> St
     );
     if let Some(budgets) = budgets {
         text += &format!(
-            "budgets    {budgets}: drop ratios from 0 in steps of {STEP}, but for those that leave the same tokens\n"
+            "budgets    {budgets}: drop ratios from 0 in steps of {}, but for those that leave the same tokens\n",
+            1.0 / f64::from(RATIOS)
         );
     }
     text
