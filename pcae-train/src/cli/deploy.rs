@@ -84,6 +84,9 @@ impl GoalArgs {
     }
 }
 
+/// Quartiles further apart than this part of the median are a sign of other programs.
+const NOISY: f64 = 0.25;
+
 impl DeployArgs {
     pub(super) fn run(&self) -> Result<ExitCode, Error> {
         refuse_same(&locate(&self.source)?, &self.out)?;
@@ -164,8 +167,13 @@ fn round(tried: &[Tried]) -> String {
 
 fn closing(report: &Report) -> String {
     let (out, program) = (report.out.display(), program());
+    let noise = if report.deployment.measured_on.spread > NOISY {
+        "note       the runs differ much, as where other programs run beside; on a quiet machine more tokens may fit\n"
+    } else {
+        ""
+    };
     format!(
-        "\nchosen     {}\nwrote {out}: {}\nnext:\n  {program} inspect {out}\n  {program} onnx {out} --out model.onnx\n",
+        "\nchosen     {}\n{noise}wrote {out}: {}\nnext:\n  {program} inspect {out}\n  {program} onnx {out} --out model.onnx\n",
         report.deployment, report.written
     )
 }
