@@ -282,7 +282,7 @@ fn encoders() {
     let args = ["embed", &out, "--which", "teacher", "--data", &data];
     let shape =
         json(&[&args[..], &["--pool", "tokens", "--out", &features]].concat())["shape"].clone();
-    assert_eq!(shape, json!([60, 19, 16]));
+    assert_eq!(shape, json!([260, 19, 16]));
     let json_file = place.path("bench.json");
     let args = ["bench", &out, "--which", "teacher", "--repeats", "1"];
     succeeds(&[&args[..], &["--batch-size", "1", "--json", &json_file]].concat());

@@ -388,7 +388,7 @@ fn knn_of_every_layer() {
     let text = stdout(&output);
     assert!(text.contains("weighted") && text.contains("k=20"), "{text}");
     assert!(
-        stderr(&output).contains(" of 42 tensors loaded"),
+        stderr(&output).contains(": pcae names: 62 of 62 tensors loaded"),
         "{}",
         stderr(&output)
     );

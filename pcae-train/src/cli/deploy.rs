@@ -7,7 +7,7 @@ use super::exchange::{HintArgs, refuse_same};
 use super::{program, write_out};
 use crate::checkpoint::export::Storage;
 use crate::checkpoint::{Which, locate};
-use crate::deploy::{self, Goal, Latency, Plan, Progress, Report, STEP, Tried};
+use crate::deploy::{self, Goal, Latency, Plan, Progress, RATIOS, Report, Tried};
 use crate::error::Error;
 use crate::network::arrows;
 use crate::settings::{BackendKind, DropLayersSpec, Machine, Precision};
@@ -84,6 +84,9 @@ impl GoalArgs {
     }
 }
 
+/// Quartiles further apart than this part of the median are a sign of other programs.
+const NOISY: f64 = 0.25;
+
 impl DeployArgs {
     pub(super) fn run(&self) -> Result<ExitCode, Error> {
         refuse_same(&locate(&self.source)?, &self.out)?;
@@ -131,7 +134,8 @@ fn begun(plan: &Plan, origin: &str, backend: &str, budgets: Option<usize>) -> St
     );
     if let Some(budgets) = budgets {
         text += &format!(
-            "budgets    {budgets}: drop ratios from 0 in steps of {STEP}, but for those that leave the same tokens\n"
+            "budgets    {budgets}: drop ratios from 0 in steps of {}, but for those that leave the same tokens\n",
+            1.0 / f64::from(RATIOS)
         );
     }
     text
@@ -163,8 +167,13 @@ fn round(tried: &[Tried]) -> String {
 
 fn closing(report: &Report) -> String {
     let (out, program) = (report.out.display(), program());
+    let noise = if report.deployment.measured_on.spread > NOISY {
+        "note       the runs differ much, as where other programs run beside; on a quiet machine more tokens may fit\n"
+    } else {
+        ""
+    };
     format!(
-        "\nchosen     {}\nwrote {out}: {}\nnext:\n  {program} inspect {out}\n  {program} onnx {out} --out model.onnx\n",
+        "\nchosen     {}\n{noise}wrote {out}: {}\nnext:\n  {program} inspect {out}\n  {program} onnx {out} --out model.onnx\n",
         report.deployment, report.written
     )
 }

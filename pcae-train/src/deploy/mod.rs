@@ -23,8 +23,8 @@ use crate::settings::{DropLayersSpec, Machine};
 use crate::trained::Trained;
 use search::{Found, Timing, search};
 
-/// Drop ratios that are looked at, to the next: 0, 0.01, 0.02 and so on.
-pub const STEP: f64 = 0.01;
+/// Drop ratios that are looked at: 0, 0.01, 0.02 and so on.
+pub const RATIOS: u32 = 100;
 /// Pictures at a time, and repeats: far more than a machine can do.
 const MOST: usize = 1 << 16;
 /// Each budget is run for as long in all, and more often than asked for if that takes less.
@@ -153,7 +153,7 @@ pub enum Progress<'a> {
 
 /// Chooses the largest token budget that meets the goal, measures it, and writes the network with it.
 ///
-/// Budgets are drop ratios in steps of [`STEP`], but for those that leave the same tokens as a smaller one.
+/// Budgets are drop ratios of 0 to 0.99 in hundredths, [`RATIOS`] of them, but for those that leave the same tokens as a smaller one.
 ///
 /// # Errors
 /// [`Error::Unreachable`] naming the least that can be had, if no budget meets the goal; else as [`Trained::load`] and of the
@@ -201,6 +201,7 @@ pub fn run(
             }
             (budgets, found)
         }
+        Goal::DropRatio(0.0) => (vec![network.at(0.0)?], Some(0)),
         Goal::DropRatio(drop_ratio) => (vec![network.at(0.0)?, network.at(drop_ratio)?], Some(1)),
     };
     let job = Choose {
@@ -243,9 +244,9 @@ pub fn run(
 /// The budgets of `network` that differ, the largest first.
 fn budgets(network: Network) -> Result<Vec<Network>, Error> {
     let mut budgets: Vec<Network> = Vec::new();
-    for step in 0..(1.0 / STEP).round() as u32 {
-        // Not a multiple of 0.01, which in binary would be 0.29000000000000004.
-        let candidate = network.at(f64::from(step) / (1.0 / STEP).round())?;
+    for hundredths in 0..RATIOS {
+        // Divided, since a multiple of 0.01 would be 0.29000000000000004 in binary.
+        let candidate = network.at(f64::from(hundredths) / f64::from(RATIOS))?;
         let same = budgets.last().is_some_and(|last| {
             let (left, before) = (candidate.tokens(), last.tokens());
             // The stages of a dense network are none rather than many that keep everything.
