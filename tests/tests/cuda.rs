@@ -1,0 +1,195 @@
+//! The command on CUDA: golden fixtures, and runs that go on with another backend.
+//!
+//! On a device where there is one, and on the emulator of the backend's own tests where there is a C++ compiler.
+
+#![cfg(target_os = "linux")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use pcae_tests::{FIXTURES, TINY, fixture, idx_folder, stderr, stdout};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_pcae-under-test");
+
+/// Where the command finds a device.
+struct Place {
+    name: &'static str,
+    environment: Vec<(&'static str, OsString)>,
+}
+
+impl Place {
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command.args(args).envs(self.environment.iter().cloned());
+        command
+    }
+
+    fn pcae(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        let output = self.pcae(args);
+        assert!(
+            output.status.success(),
+            "{}: {args:?}: {}",
+            self.name,
+            stderr(&output)
+        );
+        output
+    }
+}
+
+/// Every place there is; says what is missing.
+fn places() -> Vec<Place> {
+    let real = Place {
+        name: "the device",
+        environment: Vec::new(),
+    };
+    let encode = fixture("encode");
+    let tried = real.pcae(&["parity", encode.to_str().unwrap(), "--backend", "cuda"]);
+    let mut places = Vec::new();
+    if stderr(&tried).contains("backend cuda: no CUDA") {
+        println!("skipped: no CUDA device ({})", stderr(&tried).trim_end());
+    } else {
+        places.push(real);
+    }
+    let into = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
+    let built = Command::new("sh")
+        .arg(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../pcae-backend-cuda/tests/emulator/build"
+        ))
+        .arg(into)
+        .output()
+        .unwrap();
+    if built.status.code() == Some(3) {
+        println!("skipped: the emulator needs a C++ compiler");
+        return places;
+    }
+    assert!(built.status.success(), "{}", stderr(&built));
+    let folder = PathBuf::from(stdout(&built).trim_end());
+    places.push(Place {
+        name: "the emulator",
+        environment: vec![
+            ("PCAE_CACHE", folder.join("images").into()),
+            ("LD_LIBRARY_PATH", folder.into()),
+        ],
+    });
+    places
+}
+
+#[test]
+fn golden_fixtures() {
+    for place in places() {
+        for name in FIXTURES {
+            for precision in ["f32", "bf16"] {
+                let path = fixture(name);
+                let args = ["parity", path.to_str().unwrap(), "--backend", "cuda"];
+                let output = place.pcae(&[&args[..], &["--precision", precision]].concat());
+                assert!(
+                    output.status.success(),
+                    "{}, {name}, {precision}:\n{}{}",
+                    place.name,
+                    stdout(&output),
+                    stderr(&output)
+                );
+                let last = stdout(&output);
+                println!(
+                    "{}, {precision}: {}",
+                    place.name,
+                    last.trim_end().lines().last().unwrap()
+                );
+            }
+        }
+    }
+}
+
+fn losses(out: &Path) -> Vec<f64> {
+    let text = fs::read_to_string(out.join("metrics.jsonl")).unwrap_or_default();
+    let records = text
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    records
+        .filter_map(|record| record["loss"].as_f64())
+        .collect()
+}
+
+/// A run that another backend began goes on: same checkpoint, same losses but for rounding. The scalars of several steps
+/// are read together on CUDA, and none is lost.
+#[test]
+fn runs_go_on_with_another_backend() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let data = path("data");
+    idx_folder(Path::new(&data), 40, 10);
+    let arguments = |out: &str, backend: &str| {
+        let mut args = vec![
+            "pretrain",
+            "--data",
+            &data,
+            "--out",
+            out,
+            "--backend",
+            backend,
+        ];
+        let fixed = ["--batch-size", "2", "--steps", "40", "--precision", "f32"];
+        args.extend_from_slice(&fixed);
+        args.extend_from_slice(&["--set", "eval_every=0", "--set", "save_every=3"]);
+        args.extend_from_slice(TINY);
+        args.into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    for place in places() {
+        let whole = path("whole");
+        if !Path::new(&whole).exists() {
+            let args = arguments(&whole, "cpu");
+            place.run(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        }
+        let want = losses(Path::new(&whole));
+        assert_eq!(want.len(), 40);
+        for (first, second) in [("cuda", "cpu"), ("reference", "cuda")] {
+            let out = path(&format!("{}-{first}-{second}", place.name));
+            let args = arguments(&out, first);
+            let child = place
+                .command(&args.iter().map(String::as_str).collect::<Vec<_>>())
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let began = Instant::now();
+            while losses(Path::new(&out)).is_empty() {
+                assert!(began.elapsed() < Duration::from_secs(300), "no step yet");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Command::new("kill")
+                .args(["-INT", &child.id().to_string()])
+                .status()
+                .unwrap();
+            let output = child.wait_with_output().unwrap();
+            let when = losses(Path::new(&out)).len();
+            println!(
+                "{}: {first} did {when} steps, {second} the others",
+                place.name
+            );
+            // It may have been quicker than the signal, which then tests the end alone.
+            let code = output.status.code();
+            assert!(code == Some(130) || code == Some(0), "{}", stderr(&output));
+            place.run(&["pretrain", "--resume", &out, "--backend", second]);
+            let got = losses(Path::new(&out));
+            assert_eq!(got.len(), want.len());
+            for (step, (got, want)) in got.iter().zip(&want).enumerate() {
+                // Ten steps of the fixtures agree to 1e-6; rounding grows with the steps.
+                assert!(
+                    (got - want).abs() <= 1e-4 * want.abs(),
+                    "{}: {first}, {second}, step {}: {got}, expected {want}",
+                    place.name,
+                    step + 1
+                );
+            }
+        }
+    }
+}
