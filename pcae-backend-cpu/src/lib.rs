@@ -5,7 +5,7 @@
 //! - Matrix products of linear layers keep their sums in registers and read packed operands; bias, GELU and residual are
 //!   applied to each tile before it is stored. Attention works through blocks of queries, head by head, without an N by N matrix.
 //! - bf16 is multiplied by AMX or AVX512-BF16 where the processor has them, else by f32 multiply-adds ([`Bf16Unit`]).
-//! - [`Memory`] says what a task will take, before it takes it.
+//! - [`memory`] says what a task will take, before it takes it.
 //! - The same input gives the same bits for any number of threads.
 //!
 //! ```
@@ -55,4 +55,4 @@ pub use error::Error;
 pub use gemm::{Bf16Unit, Precision};
 pub use isa::Isa;
 pub use peak::Bandwidth;
-pub use plan::Memory;
+pub use plan::memory;

@@ -3,7 +3,7 @@
 use pcae_kernel::backend::{AttentionDims, LinearDims};
 use pcae_kernel::error::product;
 use pcae_kernel::op::Op;
-use pcae_kernel::sizing::Sizing;
+use pcae_kernel::sizing::{Memory, Sizing};
 
 use crate::attention::Attention;
 use crate::cpu::LINE;
@@ -12,50 +12,30 @@ use crate::isa::Isa;
 use crate::threads::Threads;
 use crate::train::{COLUMNS, INNER, PIECE};
 
-/// Bytes that a task takes from the CPU backend.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Memory {
-    /// In activations and indices.
-    pub activations: usize,
-    /// In parameters, gradients and moments, and what else is kept in vectors.
-    pub state: usize,
-    /// In working memory, which grows during the first step.
-    pub scratch: usize,
-}
-
-impl Memory {
-    /// What the task that `sizing` has seen takes, from a backend with this instruction set, number of threads, and
-    /// precisions of trained parameters and a teacher's.
-    pub fn of(
-        sizing: &Sizing,
-        isa: Isa,
-        threads: usize,
-        precisions: (Precision, Precision),
-    ) -> Self {
-        let sizes = &sizing.sizes;
-        // Frozen weights in bf16, two to an element, lie beside those in f32.
-        let pairs = sizing
-            .frozen_weights()
-            .iter()
-            .map(|&[n, inner]| match precisions.0 {
-                Precision::F32 => 0,
-                Precision::Bf16(unit) => packed_len_bf16(isa, unit, n, inner),
-            });
-        let frozen = bytes::<f32>(sizes.frozen.saturating_add(pairs.sum()));
-        Self {
-            activations: bytes::<f32>(sizes.bufs)
-                .saturating_add(bytes::<f32>(sizes.scores))
-                .saturating_add(bytes::<u32>(sizes.ids)),
-            state: bytes::<f32>(sizes.vectors.saturating_add(sizes.params)).saturating_add(frozen),
-            scratch: scratch(sizing.ops(), isa, threads, precisions),
-        }
-    }
-
-    /// All of it.
-    pub const fn total(&self) -> usize {
-        self.activations
-            .saturating_add(self.state)
-            .saturating_add(self.scratch)
+/// What the task that `sizing` has seen takes, from a backend with this instruction set, number of threads, and
+/// precisions of trained parameters and a teacher's.
+pub fn memory(
+    sizing: &Sizing,
+    isa: Isa,
+    threads: usize,
+    precisions: (Precision, Precision),
+) -> Memory {
+    let sizes = &sizing.sizes;
+    // Frozen weights in bf16, two to an element, lie beside those in f32.
+    let pairs = sizing
+        .frozen_weights()
+        .iter()
+        .map(|&[n, inner]| match precisions.0 {
+            Precision::F32 => 0,
+            Precision::Bf16(unit) => packed_len_bf16(isa, unit, n, inner),
+        });
+    let frozen = bytes::<f32>(sizes.frozen.saturating_add(pairs.sum()));
+    Memory {
+        activations: bytes::<f32>(sizes.bufs)
+            .saturating_add(bytes::<f32>(sizes.scores))
+            .saturating_add(bytes::<u32>(sizes.ids)),
+        state: bytes::<f32>(sizes.vectors.saturating_add(sizes.params)).saturating_add(frozen),
+        scratch: scratch(sizing.ops(), isa, threads, precisions),
     }
 }
 

@@ -7,7 +7,7 @@
 use std::alloc::{GlobalAlloc, Layout as MemoryLayout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Memory, Precision};
+use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Precision, memory};
 use pcae_kernel::backend::{AdamW, TrainBackend};
 use pcae_kernel::config::{
     Budget, ClassifierConfig, Criterion, DecoderConfig, DropLayers, Place, Pool, PretrainConfig,
@@ -175,7 +175,7 @@ fn watched<T>(work: impl FnOnce() -> T) -> (T, usize, usize) {
 fn train(target: Target, isa: Isa, threads: usize, precision: Precision) {
     let training = Training::new(target);
     let sizing = training.sizing();
-    let plan = Memory::of(&sizing, isa, threads, (precision, precision)).total();
+    let plan = memory(&sizing, isa, threads, (precision, precision)).total();
     let (run, _, peak) = watched(|| {
         let mut cpu = Cpu::with(isa, threads).unwrap().precision(precision);
         let (mut state, mut model) = training.build(&mut cpu);
@@ -239,7 +239,7 @@ fn infer(isa: Isa, threads: usize, precision: Precision) {
     let mut sizing = Sizing::default();
     let mut counted = Inference::new(&mut sizing, &config, &layout, &values);
     counted.forward(&mut sizing);
-    let plan = Memory::of(&sizing, isa, threads, (precision, precision)).total();
+    let plan = memory(&sizing, isa, threads, (precision, precision)).total();
     let ((mut cpu, mut run), _, peak) = watched(|| {
         let mut cpu = Cpu::with(isa, threads).unwrap().precision(precision);
         let mut run = Inference::new(&mut cpu, &config, &layout, &values);

@@ -9,7 +9,7 @@
 //!   buffers are read, written and dropped as on any backend, and a training step costs one launch.
 //! - Indices out of range and scores that are no numbers are found on the device; the next read returns the error.
 //! - The same input gives the same bits in every run on the same kind of device: no kernel here adds with atomics.
-//! - [`Memory`] says what a task will take, before it takes it; after the first steps nothing is allocated.
+//! - [`memory()`] says what a task will take, before it takes it; after the first steps nothing is allocated.
 //!
 //! ```no_run
 //! use pcae_backend_cuda::{Cuda, Precision};
@@ -50,5 +50,5 @@ pub use compile::Compiler;
 pub use cuda::{Cuda, Precision};
 pub use driver::device_count;
 pub use error::Error;
-pub use memory::Memory;
+pub use memory::memory;
 pub use queue::Runs;

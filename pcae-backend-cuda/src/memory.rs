@@ -2,49 +2,29 @@
 
 use pcae_kernel::error::product;
 use pcae_kernel::op::Op;
-use pcae_kernel::sizing::Sizing;
+use pcae_kernel::sizing::{Memory, Sizing};
 
 use crate::Precision;
 use crate::gemm;
 use crate::queue;
 
-/// Bytes that a task takes from the device. The driver's own are not counted: its context, the kernels and the graphs, some
-/// hundred megabytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Memory {
-    /// In activations, indices and scores.
-    pub activations: usize,
-    /// In parameters, gradients and moments, and what else is kept in vectors.
-    pub state: usize,
-    /// In working memory, which grows during the first step: at most so many.
-    pub scratch: usize,
-}
-
-impl Memory {
-    /// What the task that `sizing` has seen takes.
-    pub fn of(sizing: &Sizing, precision: Precision) -> Self {
-        let sizes = &sizing.sizes;
-        // Parameters lie there in f32 and, for products, in bf16 too.
-        let parameter = match precision {
-            Precision::F32 => size_of::<f32>(),
-            Precision::Bf16 => size_of::<f32>() + precision.size(),
-        };
-        let words = sizes.ids.saturating_add(sizes.scores);
-        let parameters = sizes.params.saturating_add(sizes.frozen);
-        Self {
-            activations: product(&[sizes.bufs, precision.size()])
-                .saturating_add(product(&[words, size_of::<u32>()])),
-            state: product(&[sizes.vectors, size_of::<f32>()])
-                .saturating_add(product(&[parameters, parameter])),
-            scratch: scratch(sizing.ops()),
-        }
-    }
-
-    /// All of it.
-    pub const fn total(&self) -> usize {
-        self.activations
-            .saturating_add(self.state)
-            .saturating_add(self.scratch)
+/// What the task that `sizing` has seen takes from the device. The driver's own is not counted: its context, the kernels and the
+/// graphs, some hundred megabytes. Working memory is at most as said.
+pub fn memory(sizing: &Sizing, precision: Precision) -> Memory {
+    let sizes = &sizing.sizes;
+    // Parameters lie there in f32 and, for products, in bf16 too.
+    let parameter = match precision {
+        Precision::F32 => size_of::<f32>(),
+        Precision::Bf16 => size_of::<f32>() + precision.size(),
+    };
+    let words = sizes.ids.saturating_add(sizes.scores);
+    let parameters = sizes.params.saturating_add(sizes.frozen);
+    Memory {
+        activations: product(&[sizes.bufs, precision.size()])
+            .saturating_add(product(&[words, size_of::<u32>()])),
+        state: product(&[sizes.vectors, size_of::<f32>()])
+            .saturating_add(product(&[parameters, parameter])),
+        scratch: scratch(sizing.ops()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a task takes from the device is what was planned.
 
-use pcae_backend_cuda::{Cuda, Memory, Precision};
+use pcae_backend_cuda::{Cuda, Precision, memory};
 use pcae_kernel::backend::{AdamW, TrainBackend};
 use pcae_kernel::config::{
     Budget, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig, Reduction, Target,
@@ -94,7 +94,7 @@ fn memory_is_planned_before_it_is_taken() {
         let mut sizing = Sizing::default();
         let mut training = Training::new(&mut sizing).unwrap();
         training.step(&mut sizing).unwrap();
-        let plan = Memory::of(&sizing, precision);
+        let plan = memory(&sizing, precision);
 
         let mut cuda = Cuda::new(0, precision).unwrap();
         let own = cuda.taken();

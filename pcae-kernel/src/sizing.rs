@@ -51,6 +51,26 @@ pub struct Sizes {
     pub frozen: usize,
 }
 
+/// Bytes that a task takes from a backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// In activations, indices and scores.
+    pub activations: usize,
+    /// In parameters, gradients and moments, and what else is kept in vectors.
+    pub state: usize,
+    /// In working memory, which grows during the first step.
+    pub scratch: usize,
+}
+
+impl Memory {
+    /// All of it.
+    pub const fn total(&self) -> usize {
+        self.activations
+            .saturating_add(self.state)
+            .saturating_add(self.scratch)
+    }
+}
+
 impl Sizing {
     /// The different operations that ran.
     pub fn ops(&self) -> &[Op] {

@@ -1,11 +1,11 @@
 //! From a name to a backend.
 
-use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Memory, Precision as CpuPrecision};
-use pcae_backend_cuda::{Cuda, Memory as CudaMemory, Precision as CudaPrecision};
+use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Precision as CpuPrecision};
+use pcae_backend_cuda::{Cuda, Precision as CudaPrecision};
 use pcae_kernel::backend::TrainBackend;
 use pcae_kernel::op::Op;
 use pcae_kernel::reference::Reference;
-use pcae_kernel::sizing::{Sizes, Sizing};
+use pcae_kernel::sizing::{Memory, Sizes, Sizing};
 
 use crate::error::Error;
 use crate::settings::{BackendKind, Machine, Precision};
@@ -130,21 +130,14 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
         BackendKind::Cpu => {
             let (student, teacher) = cpu_precisions(machine)?;
             let threads = cpu_threads(machine)?;
-            Ok(Memory::of(
+            Ok(pcae_backend_cpu::memory(
                 sizing,
                 isa(machine)?,
                 threads,
                 (student, teacher),
             ))
         }
-        BackendKind::Cuda => {
-            let planned = CudaMemory::of(sizing, cuda_precision(machine)?);
-            Ok(Memory {
-                activations: planned.activations,
-                state: planned.state,
-                scratch: planned.scratch,
-            })
-        }
+        BackendKind::Cuda => Ok(pcae_backend_cuda::memory(sizing, cuda_precision(machine)?)),
         BackendKind::Reference => {
             let Sizes {
                 bufs,

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
-use pcae_backend_cpu::Memory;
 use pcae_kernel::backend::{AdamW, TrainBackend};
 use pcae_kernel::config::{PretrainConfig, Reduction, Target};
 use pcae_kernel::init::init;
@@ -11,7 +10,7 @@ use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{CriterionScorer, MeanSimilarity, Pretrainer, Scalars, TrainState, Vit};
 use pcae_kernel::rng::{Purpose, Stream};
 use pcae_kernel::schedule::{momentum, random_masking};
-use pcae_kernel::sizing::Sizing;
+use pcae_kernel::sizing::{Memory, Sizing};
 
 use crate::backends::Job;
 use crate::bench::describe;

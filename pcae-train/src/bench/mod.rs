@@ -11,9 +11,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use pcae_backend_cpu::{Bandwidth, Bf16Unit, Cpu, Isa, Memory, Precision as CpuPrecision};
+use pcae_backend_cpu::{Bandwidth, Bf16Unit, Cpu, Isa, Precision as CpuPrecision};
 use pcae_kernel::config::{ClassifierConfig, Pool, PretrainConfig};
 use pcae_kernel::op::OpKind;
+use pcae_kernel::sizing::Memory;
 use serde::Serialize;
 
 pub use machine::{MachineReport, Peaks};

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use pcae_backend_cpu::Memory;
+use pcae_kernel::sizing::Memory;
 
 use super::{MachineReport, Measurement, Part};
 use crate::backends::count;

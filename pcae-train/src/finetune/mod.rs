@@ -6,14 +6,13 @@ mod settings;
 
 use std::path::{Path, PathBuf};
 
-use pcae_backend_cpu::Memory;
 use pcae_kernel::backend::{AdamW, TrainBackend};
 use pcae_kernel::flops;
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{ClassifierTrainer, CriterionScorer, Scalars, TrainState};
 use pcae_kernel::rng::{Purpose, Stream};
-use pcae_kernel::sizing::Sizing;
+use pcae_kernel::sizing::{Memory, Sizing};
 
 use crate::backends::Job;
 use crate::bench::describe;
