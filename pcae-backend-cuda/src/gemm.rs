@@ -120,8 +120,8 @@ struct Key {
     bias: bool,
     add: bool,
     out_f32: bool,
-    /// Of `a`, `b`, `add`, `out`, in bytes.
-    alignments: [u32; 4],
+    /// Of `a`, `b`, `add`, `out`, `bias`, in bytes.
+    alignments: [u32; 5],
 }
 
 /// The largest power of two that a place is a multiple of, up to [`ALIGNED`].
@@ -144,8 +144,10 @@ impl Key {
             out,
             out_f32,
         } = *matmul;
-        // cuBLASLt has no alignment of the bias, and asks for the output's.
-        let store = alignment(out).min(bias.map_or(ALIGNED, alignment));
+        // cuBLASLt takes the bias's alignment from the place that the descriptor names when an algorithm is asked for; some
+        // versions go by the output's.
+        let bias_alignment = bias.map_or(ALIGNED, alignment);
+        let store = alignment(out).min(bias_alignment);
         Self {
             m,
             n,
@@ -160,6 +162,7 @@ impl Key {
                 alignment(b),
                 add.map_or(alignment(out), alignment),
                 store,
+                bias_alignment,
             ],
         }
     }
@@ -391,13 +394,22 @@ impl Gemm {
             unsafe { result::set_matmul_pref_attribute(preference.0, attribute, value, size) }
                 .map_err(fail("cublasLtMatmulPreferenceSetAttribute"))
         };
+        // Sums of a product that is cut along its inner dimension meet in the workspace, in f32 and in order: the other ways round
+        // them to the output's format, or add them in the order in which they come.
+        let reduction =
+            sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        prefer(
+            P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+            (&raw const reduction).cast(),
+            size_of::<u32>(),
+        )?;
         let most = WORKSPACE as u64;
         prefer(
             P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
             (&raw const most).cast(),
             size_of::<u64>(),
         )?;
-        let [a, b, add, store] = key.alignments;
+        let [a, b, add, store, _] = key.alignments;
         for (attribute, bytes) in [
             (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b),
             (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a),

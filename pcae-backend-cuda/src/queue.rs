@@ -47,7 +47,7 @@ const SEEN: usize = 64;
 /// Changing values that fit between two runs.
 const CHANGING: usize = 16 * 1024;
 
-/// Bytes of dynamic shared memory that a kernel may have without being asked for.
+/// Bytes of shared memory, static and dynamic, that a kernel may have without being asked for.
 const SHARED: u32 = 48 * 1024;
 
 /// Bytes on the device that a queue has for itself, beside its workspace.
@@ -178,7 +178,7 @@ pub(crate) struct Queue {
 #[derive(Clone, Copy, Debug)]
 struct Loaded {
     function: Function,
-    /// Dynamic shared memory that it may be launched with.
+    /// Shared memory, static and dynamic, that it may be launched with.
     shared: u32,
 }
 
@@ -335,16 +335,18 @@ impl Queue {
             return Err(refuse("threads within its launch bounds", block));
         }
         let loaded = &mut self.functions[usize::from(kernel.id)];
-        if shared > loaded.shared {
-            if shared > self.context.shared {
+        // Static and dynamic together.
+        let all = shared.saturating_add(kernel.shared);
+        if all > loaded.shared {
+            if all > self.context.shared {
                 return Err(refuse(
                     "as much shared memory as a block of this device can have",
-                    shared,
+                    all,
                 ));
             }
             self.context.bind()?;
             loaded.function.allow_shared(shared)?;
-            loaded.shared = shared;
+            loaded.shared = all;
         }
         self.tape.extend_from_slice(&[
             word::LAUNCH | u64::from(kernel.id) << 8 | (args.len() as u64) << 32,

@@ -39,13 +39,15 @@ struct Layout {
 
 struct Preference {
     uint64_t workspace = 0;
+    uint32_t reductions = 7;   // all, as cublasLt.h says
     uint32_t alignments[4] = {256, 256, 256, 256};
 };
 
 struct Algo {
     uint64_t magic, product, workspace;
     uint32_t alignments[4];
-    uint64_t unused[3];
+    uint64_t bias_alignment;
+    uint64_t unused[2];
 };
 static_assert(sizeof(Algo) == 64, "cublasLtMatmulAlgo_t");
 
@@ -196,6 +198,10 @@ EXPORT Status cublasLtMatmulPreferenceSetAttribute(void* handle, int attribute, 
         memcpy(&preference->workspace, value, 8);
         return SUCCESS;
     }
+    if (attribute == 3 && size == 4) {
+        memcpy(&preference->reductions, value, 4);
+        return SUCCESS;
+    }
     if (attribute >= 5 && attribute <= 8 && size == 4) {
         memcpy(&preference->alignments[attribute - 5], value, 4);
         return SUCCESS;
@@ -210,8 +216,13 @@ EXPORT Status cublasLtMatmulAlgoGetHeuristic(void*, const void* desc, const void
     size_t m, n, k;
     if (Status status = check(*static_cast<const Desc*>(desc), la, lb, lc, ld, m, n, k)) return status;
     if (asked < 1) return refuse(INVALID_VALUE, "no algorithm is asked for");
+    // Otherwise partial sums may be rounded to the output's format, or added in any order.
+    if (preference.reductions != 2) return refuse(NOT_SUPPORTED, "reduction schemes other than CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE are allowed");
     size_t workspace = k >= 32 ? std::min<size_t>(preference.workspace, 4096) : 0;
-    Algo algo = {MAGIC, sum(*static_cast<const Desc*>(desc), la, lb, lc, ld), workspace, {}, {}};
+    Algo algo = {MAGIC, sum(*static_cast<const Desc*>(desc), la, lb, lc, ld), workspace, {}, {}, {}};
+    // As cublasLt.h says: the alignment of the bias is taken from the pointer.
+    const uintptr_t bias_at = reinterpret_cast<uintptr_t>(static_cast<const Desc*>(desc)->bias);
+    algo.bias_alignment = bias_at == 0 ? 1 : std::min<uint64_t>(256, bias_at & -bias_at);
     memcpy(algo.alignments, preference.alignments, sizeof algo.alignments);
     *static_cast<Found*>(results) = {algo, workspace, SUCCESS, 1.0f, {}};
     *found = 1;
@@ -235,6 +246,8 @@ EXPORT Status cublasLtMatmul(void*, const void* desc_handle, const void* alpha_a
             return refuse(INVALID_VALUE, std::string("operand ") + "ABCD"[i] + " is no multiple of " + std::to_string(algo.alignments[i]) + ", for which the algorithm was found");
     const void* bias = desc.epilogue == EPILOGUE_BIAS ? desc.bias : nullptr;
     if (desc.epilogue == EPILOGUE_BIAS && bias == nullptr) return refuse(INVALID_VALUE, "no bias");
+    if (reinterpret_cast<uintptr_t>(bias) % algo.bias_alignment != 0)
+        return refuse(INVALID_VALUE, "the bias is no multiple of " + std::to_string(algo.bias_alignment) + ", for which the algorithm was found");
     // By value, as they are now: both are in host memory.
     const float alpha = *static_cast<const float*>(alpha_at), beta = *static_cast<const float*>(beta_at);
 
