@@ -1,5 +1,6 @@
 //! What can go wrong in a command.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use pcae_kernel::config::ConfigError;
@@ -95,7 +96,7 @@ pub enum Error {
         loss: f32,
     },
     /// Anything of the operating system without a better place.
-    #[error("{what}: {error}")]
+    #[error("{what}: {error}{}", advice(error))]
     Io {
         /// What was tried.
         what: String,
@@ -123,6 +124,20 @@ impl Error {
             backend: name.into(),
             reason: error.to_string(),
         }
+    }
+}
+
+/// What to do about an error of the operating system, where that is plain.
+pub(crate) fn advice(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "; free space there or choose another path"
+        }
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "; check its permissions or choose another path"
+        }
+        ErrorKind::NotFound => "; check the path",
+        _ => "",
     }
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use image::codecs::png::PngEncoder;
-use image::{ExtendedColorType, ImageEncoder};
+use image::{ExtendedColorType, ImageEncoder, ImageError};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -93,7 +93,10 @@ pub fn write_png(path: &Path, sheet: &Sheet) -> io::Result<()> {
     atomic_write(path, |out| {
         PngEncoder::new(out)
             .write_image(&pixels, WIDTH as u32, tall as u32, ExtendedColorType::Rgb8)
-            .map_err(io::Error::other)
+            .map_err(|error| match error {
+                ImageError::IoError(error) => error,
+                other => io::Error::other(other),
+            })
     })
 }
 
