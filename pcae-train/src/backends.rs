@@ -199,7 +199,10 @@ pub fn cuda(machine: &Machine) -> Result<Cuda, Error> {
         })
     };
     let precision = cuda_precision(machine)?;
-    if machine.teacher_precision.is_some_and(|it| it != machine.precision()) {
+    if machine
+        .teacher_precision
+        .is_some_and(|it| it != machine.precision())
+    {
         return wrong(
             "--teacher-precision",
             "expected that of the student for --backend cuda; use --backend cpu".to_owned(),

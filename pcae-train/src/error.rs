@@ -184,3 +184,28 @@ fn config_message(error: &ConfigError) -> String {
     let (field, rest) = text.split_at(end);
     format!("{}{rest}", flag(field))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of the system's own errors those that the user can mend say how.
+    #[test]
+    fn errors_of_the_system_have_advice() {
+        for (kind, advice) in [
+            (ErrorKind::StorageFull, "free space"),
+            (ErrorKind::PermissionDenied, "check its permissions"),
+            (ErrorKind::NotFound, "check the path"),
+        ] {
+            let error = Error::Io {
+                what: "--out 'x.onnx'".to_owned(),
+                error: kind.into(),
+            };
+            let error = error.to_string();
+            assert!(
+                error.starts_with("--out 'x.onnx': ") && error.contains(advice),
+                "{error}"
+            );
+        }
+    }
+}

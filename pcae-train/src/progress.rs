@@ -214,6 +214,18 @@ mod tests {
     }
 
     #[test]
+    fn slow_models_have_decimals() {
+        for (images_per_s, want) in [
+            (0.04, "0.040 images/s"),
+            (0.4, "0.400 images/s"),
+            (2.345, "2.3 images/s"),
+            (850.4, "850 images/s"),
+        ] {
+            assert_eq!(rate(images_per_s), want);
+        }
+    }
+
+    #[test]
     fn odd_values_are_shown() {
         let (out, mut progress) = progress(5, 3);
         progress.set(4, f64::NAN, f32::NAN);

@@ -556,6 +556,22 @@ mod tests {
         assert!(error.contains(&train.name(3)), "{error}");
     }
 
+    /// Of what cannot be opened nobody knows whether it is a picture: it is not to be removed.
+    #[test]
+    fn what_is_gone_is_not_called_broken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.png");
+        let mut picture = Picture::default();
+        let error = decode(&path, 3, &mut picture).unwrap_err().to_string();
+        assert!(
+            error.contains("x.png cannot be read") && error.contains("check the path"),
+            "{error}"
+        );
+        fs::write(&path, "no picture").unwrap();
+        let error = decode(&path, 3, &mut picture).unwrap_err().to_string();
+        assert!(error.contains("save it anew"), "{error}");
+    }
+
     #[test]
     fn every_kind_of_pixel() {
         let dir = tempfile::tempdir().unwrap();

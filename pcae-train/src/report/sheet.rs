@@ -270,6 +270,29 @@ mod tests {
         assert_eq!(dark(&long, 1181..1200, title), 0);
     }
 
+    /// The longest that is said of a heat map, below one of the four cells of a step of pre-training.
+    #[test]
+    fn a_caption_fits_below_one_of_four_cells() {
+        let dark = |columns| {
+            let width = cell_width(columns);
+            let cell = Cell {
+                pixels: vec![0xff; 3 * 40 * width],
+                caption: "-0.25 dark to -0.15 bright".to_owned(),
+            };
+            let picture = drawn(&Sheet {
+                title: String::new(),
+                columns: vec![String::new()],
+                cell: [40, width],
+                rows: vec![Row {
+                    label: String::new(),
+                    cells: vec![cell],
+                }],
+            });
+            picture.pixels().filter(|pixel| pixel.0[0] < 0x80).count()
+        };
+        assert_eq!(dark(4), dark(1));
+    }
+
     #[test]
     fn a_cell_of_another_size_is_an_error() {
         let mut sheet = sheet("");
