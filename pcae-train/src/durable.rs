@@ -12,7 +12,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 ///
 /// The content goes to a temporary file `.NAME.tmp-PID` in the same folder, which is synced and renamed over
 /// `path`; then the folder is synced. A reader sees the old content or the new, never a mixture, and after this
-/// returns the new content survives a power failure. A process killed half way leaves the temporary file behind;
+/// returns the new content survives a power failure. Folders on the way to it are made. A process killed half way leaves the temporary file behind;
 /// [`remove_leftovers`] deletes it.
 ///
 /// Two threads must not write the same `path` at once: they would share the temporary file.
@@ -25,6 +25,7 @@ pub fn atomic_write(
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<()> {
     let temporary = temporary_path(path)?;
+    fs::create_dir_all(folder_of(path))?;
     let written = write_and_sync(&temporary, write).and_then(|()| fs::rename(&temporary, path));
     if let Err(error) = written {
         // The first error is the one worth reporting; a temporary file that stays does no harm.
@@ -125,6 +126,14 @@ mod tests {
             assert_eq!(fs::read_to_string(&path).unwrap(), content);
         }
         assert_eq!(names_in(folder.path()), ["a.txt"]);
+    }
+
+    #[test]
+    fn folders_on_the_way_are_made() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/deep/a.txt");
+        atomic_write(&path, |out| out.write_all(b"content")).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "content");
     }
 
     #[test]

@@ -11,6 +11,8 @@ use crate::checkpoint::file::Reader;
 use crate::checkpoint::{Which, locate};
 use crate::data::augment::Transform;
 use crate::error::Error;
+use crate::run_settings::RunSettings;
+use crate::settings::shared::Crops;
 use crate::settings::{DropLayersSpec, Settings};
 
 /// An encoder and what its pictures go through.
@@ -47,7 +49,7 @@ pub fn load(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> 
         reason,
     };
     let reader = Reader::open(&path)?;
-    let run = run_settings(&reader);
+    let run = RunSettings::of(&reader);
     // The initial values have the sizes and the pictures of the trained ones, whichever of them there are.
     let there = match which {
         Which::Untrained if reader.metadata().get("weights") == Some(&"teacher") => Which::Teacher,
@@ -57,7 +59,11 @@ pub fn load(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> 
     let (read, title) = exchange::read_which(&path, there, hints)?;
     let (mut values, mut origin) = (read.values, format!("{title}: {}", read.report));
     if which == Which::Untrained {
-        let Some(settings) = run.as_ref().filter(|_| *hints == Hints::default()) else {
+        let pretrained = run.as_ref().and_then(RunSettings::pretraining);
+        // Also `convert` writes settings, but no run had them: those have crops.
+        let is_of_run =
+            |settings: &&Settings| settings.crop_scale.is_some() && *hints == Hints::default();
+        let Some(settings) = pretrained.filter(is_of_run) else {
             return Err(wrong(
                 "expected a checkpoint of `pcae pretrain`, which tells its initial values, and nothing said about it besides, found \
                  another's or more; use --which student"
@@ -84,37 +90,30 @@ pub fn load(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> 
         vit: read.vit,
         values,
         transform,
-        data: run.and_then(|settings| settings.data),
+        data: run.and_then(|run| run.data().map(Path::to_owned)),
         origin,
     })
 }
 
-/// The settings of the pre-training run that a file is of.
-fn run_settings(reader: &Reader) -> Option<Settings> {
-    let metadata = reader.metadata();
-    let ours = metadata.get("format") == Some(&"pcae");
-    let settings = metadata.get("config").filter(|_| ours)?;
-    let settings: Settings = serde_json::from_str(settings).ok()?;
-    // Also `convert` writes settings, but no run had them.
-    settings.crop_scale.is_some().then_some(settings)
-}
-
 /// What pictures go through: as in the run, or else as in this project's recipe.
 fn transform(
-    run: Option<&Settings>,
+    run: Option<&RunSettings>,
     vit: &VitConfig,
     Preprocessing { mean, std }: Preprocessing,
 ) -> Result<Transform, String> {
     let default = Settings::default();
-    let settings = run.unwrap_or(&default);
-    let scale = settings.crop_scale.unwrap_or(CROP_SCALE);
+    let crops = run.and_then(RunSettings::crops).unwrap_or(Crops {
+        scale: CROP_SCALE,
+        ratio: default.crop_ratio,
+        flip: default.flip,
+    });
     let transform = Transform {
         height: vit.img_size[0],
         width: vit.img_size[1],
         channels: vit.in_chans,
-        scale: (scale[0], scale[1]),
-        ratio: (settings.crop_ratio[0], settings.crop_ratio[1]),
-        flip: settings.flip,
+        scale: (crops.scale[0], crops.scale[1]),
+        ratio: (crops.ratio[0], crops.ratio[1]),
+        flip: crops.flip,
         mean,
         std,
     };

@@ -1,5 +1,6 @@
 //! What can go wrong in a command.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use pcae_kernel::config::ConfigError;
@@ -95,7 +96,7 @@ pub enum Error {
         loss: f32,
     },
     /// Anything of the operating system without a better place.
-    #[error("{what}: {error}")]
+    #[error("{what}: {error}{}", advice(error))]
     Io {
         /// What was tried.
         what: String,
@@ -123,6 +124,20 @@ impl Error {
             backend: name.into(),
             reason: error.to_string(),
         }
+    }
+}
+
+/// What to do about an error of the operating system, where that is plain.
+pub(crate) fn advice(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "; free space there or choose another path"
+        }
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "; check its permissions or choose another path"
+        }
+        ErrorKind::NotFound => "; check the path",
+        _ => "",
     }
 }
 
@@ -168,4 +183,29 @@ fn config_message(error: &ConfigError) -> String {
         .unwrap_or(text.len());
     let (field, rest) = text.split_at(end);
     format!("{}{rest}", flag(field))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of the system's own errors those that the user can mend say how.
+    #[test]
+    fn errors_of_the_system_have_advice() {
+        for (kind, advice) in [
+            (ErrorKind::StorageFull, "free space"),
+            (ErrorKind::PermissionDenied, "check its permissions"),
+            (ErrorKind::NotFound, "check the path"),
+        ] {
+            let error = Error::Io {
+                what: "--out 'x.onnx'".to_owned(),
+                error: kind.into(),
+            };
+            let error = error.to_string();
+            assert!(
+                error.starts_with("--out 'x.onnx': ") && error.contains(advice),
+                "{error}"
+            );
+        }
+    }
 }

@@ -11,7 +11,7 @@ use crate::backends::{self, Job};
 use crate::checkpoint::Which;
 use crate::checkpoint::exchange::Hints;
 use crate::data::augment::Transform;
-use crate::data::{self, Dataset};
+use crate::data::{self, DataError, Dataset};
 use crate::error::Error;
 use crate::finetune::evaluation::Evaluator;
 use crate::finetune::{Confusion, Score, classes};
@@ -77,6 +77,8 @@ pub struct Report {
     pub batch_size: usize,
     /// Names of the classes.
     pub classes: Vec<String>,
+    /// Pictures left out because they could not be read.
+    pub unreadable: usize,
     /// The measurements.
     pub results: Vec<Row>,
 }
@@ -155,6 +157,7 @@ pub fn run(
                 backend: String::new(),
                 batch_size: plan.batch_size,
                 classes,
+                unreadable: 0,
                 results: Vec::new(),
             },
             progress,
@@ -192,11 +195,16 @@ impl<P: FnMut(&Report, &Row, &Confusion) -> Result<(), Error>> Job for Evaluate<
         let (transform, class_map) = (&self.transform, &self.class_map);
         // Untimed: pages and caches of the buffers are touched for the first time.
         let few = self.held_out.thinned(batch);
-        evaluator.run(backend, name, &params, &few, transform, class_map)?;
+        match evaluator.run(backend, name, &params, &few, transform, class_map) {
+            // That all of these few are unreadable says nothing about the others.
+            Err(Error::Data(DataError::Unreadable { .. })) => {}
+            warm => drop(warm?),
+        }
         for (drop_ratio, task) in &self.budgets {
             evaluator.set_reduction(task.reduction);
             let score =
                 evaluator.run(backend, name, &params, self.held_out, transform, class_map)?;
+            self.report.unreadable = score.unreadable;
             let row = row(task, *drop_ratio, &score);
             (self.progress)(&self.report, &row, &score.confusion)?;
             self.report.results.push(row);

@@ -270,23 +270,15 @@ pub fn extract_all<B: TrainBackend>(
     let mut progress = Progress::of("picture", 0, dataset.len() as u64);
     let began = Instant::now();
     let (mut done, mut unreadable) = (0, 0);
-    let len = transform.output_len();
     for batch in eval_batches(dataset, transform, batch_size)? {
-        let mut batch = batch?;
-        // What took the place of an unreadable picture would count twice.
-        let mut kept = 0;
-        for (i, &sample) in batch.samples.iter().enumerate() {
-            if sample == done + i as u64 {
-                labels.push(dataset.label(sample as usize).unwrap_or_default());
-                batch.images.copy_within(i * len..(i + 1) * len, kept * len);
-                kept += 1;
-            }
-        }
-        unreadable += batch.samples.len() - kept;
-        done += batch.samples.len() as u64;
-        if kept > 0 {
+        let batch = batch?;
+        let count = batch.samples.len();
+        labels.extend(batch.labels.unwrap_or_default());
+        unreadable += batch.unreadable;
+        done += (count + batch.unreadable) as u64;
+        if count > 0 {
             extractor
-                .extract(backend, &batch.images[..kept * len], kept, taps, &mut out)
+                .extract(backend, &batch.images, count, taps, &mut out)
                 .map_err(|error| Error::backend(name, error))?;
         }
         progress.count(done, done as f64 / began.elapsed().as_secs_f64());
@@ -322,7 +314,7 @@ pub fn matrix(rows: usize, x: Vec<f32>) -> Result<Array2<f32>, Error> {
 /// pictures of `val` held out and all of `data` for training. Without `data` it is what the encoder was trained on.
 ///
 /// # Errors
-/// [`Error::Data`], or [`Error::Setting`] where there are no two classes to tell apart or one cannot be learned.
+/// [`Error::Data`], or [`Error::Labels`] where there are no two classes to tell apart or one cannot be learned.
 pub fn open_labelled(
     encoder: &Encoder,
     data: Option<&Path>,
@@ -347,8 +339,8 @@ pub fn open_labelled(
 }
 
 fn check_classes(splits: &Splits) -> Result<(), Error> {
-    let wrong = |reason: String| Error::Setting {
-        name: "--data".to_owned(),
+    let wrong = |part: &Dataset, reason: String| Error::Labels {
+        data: part.describe(),
         reason,
     };
     let count = |part: &Dataset| {
@@ -362,27 +354,34 @@ fn check_classes(splits: &Splits) -> Result<(), Error> {
     let mut counts = Vec::new();
     for (name, part) in parts {
         counts.push(count(part).ok_or_else(|| {
-            wrong(format!(
-                "expected a class for every picture, found none in the {name} part, {}; give class folders, or IDX files with \
-                 their labels",
-                part.describe()
-            ))
+            wrong(
+                part,
+                format!(
+                    "expected a class for every picture, found none in the {name} part; give class folders, or IDX files \
+                     with their labels"
+                ),
+            )
         })?);
     }
     let trained = counts[0].iter().filter(|&&count| count > 0).count();
     if trained < 2 {
-        return Err(wrong(format!(
-            "expected pictures of at least 2 classes to tell apart, found {trained} in {}; add a class",
-            splits.train.describe()
-        )));
+        return Err(wrong(
+            &splits.train,
+            format!(
+                "expected pictures of at least 2 classes to tell apart, found {trained}; add a class"
+            ),
+        ));
     }
     for (class, (&train, &held_out)) in counts[0].iter().zip(&counts[1]).enumerate() {
         if train == 0 && held_out > 0 {
-            return Err(wrong(format!(
-                "expected training pictures of every class, found none of {:?} beside {held_out} held-out ones; add some, or \
-                 take the class out of both",
-                class_name(&splits.train, class)
-            )));
+            return Err(wrong(
+                &splits.train,
+                format!(
+                    "expected training pictures of every class, found none of {:?} beside {held_out} held-out ones; add some, \
+                     or take the class out of both",
+                    class_name(&splits.train, class)
+                ),
+            ));
         }
     }
     Ok(())
@@ -580,6 +579,8 @@ mod tests {
             ),
         ] {
             let error = open(data, val).unwrap_err();
+            // The data is at fault, not the command.
+            assert!(!error.is_usage(), "{error}");
             for part in parts {
                 assert!(error.to_string().contains(part), "{data} {val:?}: {error}");
             }

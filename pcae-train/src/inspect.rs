@@ -5,12 +5,14 @@ use std::path::Path;
 
 use crate::checkpoint::exchange;
 use crate::checkpoint::file::Reader;
+use crate::checkpoint::locate;
 use crate::checkpoint::weights::Weights;
 use crate::data;
 use crate::error::Error;
 use crate::metrics::read_metrics;
 
-/// Describes what is at `path`: a run directory, a safetensors file, or else a data set.
+/// Describes what is at `path`: a run directory, a safetensors file, a folder that holds one as the other commands read it, or else
+/// a data set.
 ///
 /// # Errors
 /// [`Error`] if it cannot be read as that.
@@ -19,6 +21,8 @@ pub fn inspect(path: &Path) -> Result<String, Error> {
         run(path)
     } else if path.is_file() {
         tensors(path)
+    } else if let Ok(file) = locate(path) {
+        tensors(&file)
     } else {
         data_set(path)
     }
@@ -37,12 +41,19 @@ fn run(path: &Path) -> Result<String, Error> {
             let _ = writeln!(text, "  {name:<24} {value:.6}");
         }
     }
-    let checkpoint = path.join("checkpoints").join("last.safetensors");
-    if checkpoint.is_file() {
-        text.push_str(&tensors(&checkpoint)?);
-    } else {
+    let checkpoints = path.join("checkpoints");
+    let last = checkpoints.join("last.safetensors");
+    let best = checkpoints.join("best.safetensors");
+    if !last.is_file() {
         text.push_str("no checkpoint yet\n");
+        return Ok(text);
     }
+    if best.is_file() {
+        text.push_str("its best, which other commands read: ");
+        text.push_str(&tensors(&best)?);
+        text.push_str("its newest, to resume it: ");
+    }
+    text.push_str(&tensors(&last)?);
     Ok(text)
 }
 

@@ -574,6 +574,9 @@ impl<B: TrainBackend> Evaluation<B> {
         let mut labels = Vec::with_capacity(dataset.len());
         for batch in eval_batches(dataset, &self.transform, EVAL_BATCH)? {
             let batch = batch?;
+            if batch.samples.is_empty() {
+                continue;
+            }
             x.extend(encode(&batch.images, batch.samples.len())?);
             labels.extend(batch.labels.unwrap_or_default());
         }

@@ -64,9 +64,7 @@ impl Progress {
     }
 
     fn set_at(&mut self, now: Instant, step: u64, images_per_s: f64, loss: Option<f32>) {
-        // Slow models need the decimal, fast ones would only flicker in it.
-        let decimals = usize::from(images_per_s < 100.0);
-        let mut message = format!("{images_per_s:.decimals$} images/s");
+        let mut message = rate(images_per_s);
         if let Some(loss) = loss {
             message += &format!("  loss {loss:.4}");
         }
@@ -109,6 +107,16 @@ impl Progress {
             Output::Lines(lines) => lines.finish(),
         }
     }
+}
+
+/// Images per second in words. Slow models need decimals, fast ones would only flicker in them.
+pub(crate) fn rate(images_per_s: f64) -> String {
+    let decimals = match images_per_s {
+        slow if slow < 1.0 => 3,
+        medium if medium < 100.0 => 1,
+        _ => 0,
+    };
+    format!("{images_per_s:.decimals$} images/s")
 }
 
 struct Lines {
@@ -203,6 +211,18 @@ mod tests {
         progress.set(3, 2.345, 1.0);
         progress.finish();
         assert_eq!(text(&out), "step 3/3  2.3 images/s  loss 1.0000\n");
+    }
+
+    #[test]
+    fn slow_models_have_decimals() {
+        for (images_per_s, want) in [
+            (0.04, "0.040 images/s"),
+            (0.4, "0.400 images/s"),
+            (2.345, "2.3 images/s"),
+            (850.4, "850 images/s"),
+        ] {
+            assert_eq!(rate(images_per_s), want);
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! A process may be killed at any moment. Before `config.toml` is there, `OUT` counts as empty and can be created
 //! again; afterwards it can be resumed, from step 0 if the first checkpoint was not saved yet.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,9 @@ const CHECKPOINTS: &str = "checkpoints";
 const LAST_CHECKPOINT: &str = "last.safetensors";
 const BEST_CHECKPOINT: &str = "best.safetensors";
 const TENSORBOARD: &str = "tensorboard";
+const METRICS: &str = "metrics.jsonl";
+const CONFUSION: &str = "confusion.csv";
+const CURVES: &str = "curves.png";
 
 /// Why a run directory cannot be used. Every message is one line and says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +105,24 @@ pub struct RunDir {
     path: PathBuf,
     /// The lock goes when the file is closed, also by `kill -9`: no stale locks.
     _lock: File,
+}
+
+/// Whether `path` is, or would be, one of the files that a run directory holds of its run.
+pub(crate) fn is_own(path: &Path) -> bool {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let (Ok(folder), Some(name)) = (folder.canonicalize(), path.file_name()) else {
+        return false;
+    };
+    let is_run = |folder: &Path| folder.join(CONFIG).is_file();
+    let own = [CONFIG, METRICS, CONFUSION, CURVES].map(OsStr::new);
+    let checkpoints = [LAST_CHECKPOINT, BEST_CHECKPOINT].map(OsStr::new);
+    (own.contains(&name) && is_run(&folder))
+        || (checkpoints.contains(&name)
+            && folder.ends_with(CHECKPOINTS)
+            && folder.parent().is_some_and(is_run))
 }
 
 impl RunDir {
@@ -180,7 +202,7 @@ impl RunDir {
 
     /// `metrics.jsonl`
     pub fn metrics(&self) -> PathBuf {
-        self.path.join("metrics.jsonl")
+        self.path.join(METRICS)
     }
 
     /// `checkpoints`, the folder
@@ -200,7 +222,7 @@ impl RunDir {
 
     /// `confusion.csv`
     pub fn confusion(&self) -> PathBuf {
-        self.path.join("confusion.csv")
+        self.path.join(CONFUSION)
     }
 
     /// `tensorboard`, the folder of the event files
@@ -210,7 +232,7 @@ impl RunDir {
 
     /// `curves.png`
     pub fn curves(&self) -> PathBuf {
-        self.path.join("curves.png")
+        self.path.join(CURVES)
     }
 }
 

@@ -207,7 +207,7 @@ pub fn own_reduction(path: &Path, depth: usize) -> Result<Option<Reduction>, Err
 }
 
 /// `own` with the sizes of `read` in it, which hints may have changed.
-fn merged(mut own: Value, read: Value) -> Value {
+pub(crate) fn merged(mut own: Value, read: Value) -> Value {
     if let (Some(own), Value::Object(read)) = (own.as_object_mut(), read) {
         for (key, value) in read {
             // The decoder is left behind, and with it what was predicted.
@@ -220,7 +220,7 @@ fn merged(mut own: Value, read: Value) -> Value {
 }
 
 /// A path of the machine that trained it tells nothing to others.
-fn forget_data(config: &mut Value) {
+pub(crate) fn forget_data(config: &mut Value) {
     if let Some(config) = config.as_object_mut() {
         config.remove("data");
     }

@@ -700,8 +700,11 @@ fn the_commands() {
             &[&["convert", &source, "--out", &out], more].concat(),
         )
     };
-    let cases: [(&[&str], i32, &str); 6] = [
+    let cases: [(&[&str], i32, &str); 8] = [
         (&[], 2, "--num-heads"),
+        // Half of a normalisation is none.
+        (&["--num-heads", "2", "--mean", "0,0,0"], 2, "--std"),
+        (&["--num-heads", "2", "--std", "1,1,1"], 2, "--mean"),
         (&["--num-heads", "3"], 2, "--num-heads"),
         (&["--num-heads", "2", "--img-size", "21"], 2, "--img-size"),
         (&["--num-heads", "2", "--img-size", "x"], 2, "--img-size"),

@@ -584,7 +584,7 @@ fn what_cannot_be_trained_on_or_evaluated() {
     checks(
         1,
         &["evaluate", &run_dir, "--data", &many],
-        &["at most 10 classes", "12"],
+        &["expected 10 classes", "12 (class0, "],
     );
     checks(
         1,

@@ -60,6 +60,7 @@ fn encoder() -> Encoder {
             bias: normal(3, CLASSES, 0.3),
             pooling: Pooling::MeanThenNorm,
         }),
+        classifier: None,
         decoder: None,
         report: Report::default(),
     }

@@ -31,13 +31,15 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 use file::{FileError, Reader};
 
-const FORMAT: &str = "pcae";
+pub(crate) const FORMAT: &str = "pcae";
 const VERSION: &str = "1";
 const TEACHER: &str = "teacher.";
 /// The metadata `task` of a classifier.
 pub(crate) const TASK_CLASSIFY: &str = "classify";
 /// The metadata `task` of an encoder alone.
 pub(crate) const TASK_ENCODE: &str = "encode";
+/// The metadata `weights` of the best of a fine-tuned run, if that was the moving average.
+pub(crate) const AVERAGE: &str = "average";
 const EXP_AVG: &str = "adamw.exp_avg.";
 const EXP_AVG_SQ: &str = "adamw.exp_avg_sq.";
 
@@ -92,8 +94,9 @@ pub fn locate(path: &Path) -> Result<PathBuf, Error> {
     })
 }
 
-/// What stands before the names of the weights that are asked for in the file at `path`. One that was exported or deployed holds
-/// those of its metadata `weights` alone, under plain names.
+/// What stands before the names of the weights that are asked for in the file at `path`. One that was exported or deployed, and
+/// the best of a fine-tuned run, holds those of its metadata `weights` alone, under plain names. The best of a run stands for
+/// it whichever weights it has: for [`Which::Student`] it may be the average.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if it has not those.
@@ -104,14 +107,20 @@ fn prefix(path: &Path, reader: &Reader, which: Which) -> Result<&'static str, Er
             reason: reason.to_owned(),
         })
     };
-    let is_teacher_alone = reader.metadata().get("weights") == Some(&"teacher");
+    let alone = reader.metadata().get("weights").copied();
     match which {
-        Which::Student if is_teacher_alone => wrong(
+        Which::Student if alone == Some("teacher") => wrong(
             "expected the student, found the teacher alone; give --which teacher, or the run's checkpoint",
         ),
-        Which::Teacher if !is_teacher_alone => {
+        Which::Teacher if !matches!(alone, Some("teacher" | AVERAGE)) => {
             if reader.names().iter().any(|name| name.starts_with(TEACHER)) {
                 return Ok(TEACHER);
+            }
+            if alone.is_some() {
+                return wrong(
+                    "expected a moving average, found none: it holds the student alone, as the best of a run does if that was \
+                     the student's; use --which student, or give the run's checkpoints/last.safetensors if it has --set ema",
+                );
             }
             wrong(
                 "expected a moving average (teacher.…), found none, as in a run of --method mae or one of others; use --which \
@@ -132,6 +141,12 @@ fn title(path: &Path, reader: &Reader, which: Which) -> String {
         .metadata()
         .get("step")
         .map(|step| step.escape_default());
+    let average = reader.metadata().get("weights") == Some(&AVERAGE);
+    let which = if average {
+        AVERAGE.to_owned()
+    } else {
+        which.to_string()
+    };
     let step = step.map_or_else(String::new, |step| format!(", the {which} of step {step}"));
     format!("{}{step}", path.display())
 }

@@ -10,8 +10,8 @@ use super::export::ExportArgs;
 use super::features::{EmbedArgs, KnnArgs, ProbeArgs};
 use super::finetune::{EvaluateArgs, FinetuneArgs};
 use crate::bench::{Accuracy, Plan, What};
-use crate::checkpoint::Which;
 use crate::checkpoint::exchange::Hints;
+use crate::checkpoint::{Which, locate};
 use crate::error::Error;
 use crate::settings::{BackendKind, Machine, Precision, Settings};
 use crate::trained::Trained;
@@ -258,7 +258,7 @@ impl ParityArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct InspectArgs {
-    /// A run directory, a safetensors file, or a folder of pictures
+    /// A run directory, a safetensors file, a folder with model.safetensors in it, or a folder of pictures
     pub(super) path: PathBuf,
 }
 
@@ -333,6 +333,12 @@ pub(super) struct BenchArgs {
 const MOST: usize = 1 << 16;
 
 impl BenchArgs {
+    /// What is read.
+    pub(super) fn inputs(&self) -> Result<Vec<PathBuf>, Error> {
+        let checkpoint = self.checkpoint.as_deref().map(locate).transpose()?;
+        Ok(checkpoint.into_iter().chain(self.data.clone()).collect())
+    }
+
     pub(super) fn plan(&self) -> Result<Plan, Error> {
         let mut overrides = key_values("--set", &self.set)?;
         let flags = [

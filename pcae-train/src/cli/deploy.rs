@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::exchange::{HintArgs, refuse_same};
+use super::exchange::HintArgs;
 use super::{program, write_out};
 use crate::checkpoint::export::Storage;
 use crate::checkpoint::{Which, locate};
 use crate::deploy::{self, Goal, Latency, Plan, Progress, RATIOS, Report, Tried};
 use crate::error::Error;
 use crate::network::arrows;
+use crate::output::{self, Kind};
 use crate::settings::{BackendKind, DropLayersSpec, Machine, Precision};
 
 #[derive(Debug, clap::Args)]
@@ -89,7 +90,8 @@ const NOISY: f64 = 0.25;
 
 impl DeployArgs {
     pub(super) fn run(&self) -> Result<ExitCode, Error> {
-        refuse_same(&locate(&self.source)?, &self.out)?;
+        let source = locate(&self.source)?;
+        output::check("--out", &self.out, Kind::Safetensors, &[&source])?;
         let plan = Plan {
             source: self.source.clone(),
             which: self.which,

@@ -1,6 +1,6 @@
 //! Commands that read encoders of others, or write encoders for others.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use pcae_kernel::config::{Budget, Criterion, Place, Reduction};
@@ -10,6 +10,7 @@ use crate::checkpoint::exchange::{self, Hints};
 use crate::error::Error;
 use crate::network::{Network, arrows, drop_ratio};
 use crate::onnx::{self, Batch};
+use crate::output::{self, Kind};
 use crate::settings::{BackendKind, CriterionSpec, DropLayersSpec, Machine, PlaceSpec};
 use crate::trained::own_reduction;
 use crate::{backends, encoder, visualize};
@@ -66,7 +67,7 @@ fn size(text: &str) -> Result<[usize; 2], String> {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ConvertArgs {
-    /// A safetensors file, a folder with model.safetensors in it, or a run directory
+    /// A safetensors file, a folder with model.safetensors in it, or a run directory (its best checkpoint, else its newest)
     source: PathBuf,
     /// The file to write
     #[arg(long, value_name = "FILE")]
@@ -89,7 +90,7 @@ impl ConvertArgs {
             ..self.hints.hints()
         };
         let encoder = exchange::read(&self.source, &hints)?;
-        refuse_same(&encoder.path, &self.out)?;
+        output::check("--out", &self.out, Kind::Safetensors, &[&encoder.path])?;
         write_out(&format!("{}\n", encoder.report))?;
         exchange::write(&self.out, &encoder)?;
         let vit = &encoder.vit;
@@ -120,7 +121,7 @@ impl ConvertArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct OnnxArgs {
-    /// A run directory, a safetensors file, or a folder with model.safetensors in it
+    /// A run directory (its best checkpoint, else its newest), a safetensors file, or a folder with model.safetensors in it
     source: PathBuf,
     /// The file to write
     #[arg(long, value_name = "FILE")]
@@ -155,7 +156,7 @@ fn batch(text: &str) -> Result<Batch, String> {
 impl OnnxArgs {
     pub(super) fn run(&self) -> Result<ExitCode, Error> {
         let encoder = exchange::read(&self.source, &self.hints.hints())?;
-        refuse_same(&encoder.path, &self.out)?;
+        output::check("--out", &self.out, Kind::Onnx, &[&encoder.path])?;
         let vit = encoder.vit;
         let reduction = self.reduction(&encoder)?;
         onnx::export(&self.out, &encoder, &reduction, self.batch, !self.encoder)?;
@@ -200,7 +201,7 @@ impl OnnxArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct VisualizeArgs {
-    /// A run directory, a safetensors file, or a folder with model.safetensors in it
+    /// A run directory (its best checkpoint, else its newest), a safetensors file, or a folder with model.safetensors in it
     source: PathBuf,
     /// Files and folders of pictures [default: held-out pictures of --data]
     pictures: Vec<PathBuf>,
@@ -210,13 +211,13 @@ pub(super) struct VisualizeArgs {
     /// At most as many pictures
     #[arg(long, default_value = "4")]
     count: usize,
-    /// Part of the tokens that each stage keeps, as the teacher of pre-training does [default: the run's, else 0.5]
+    /// Part of the tokens that each stage keeps, as the teacher of pre-training does [default: as a run's teacher, else 0.5]
     #[arg(long, conflicts_with = "drop_ratio")]
     keep_ratio: Option<f64>,
-    /// Part of the tokens that each stage drops, as a classifier does
+    /// Part of the tokens that each stage drops, as a classifier does [default: as a classifier was trained or deployed]
     #[arg(long)]
     drop_ratio: Option<f64>,
-    /// After which blocks tokens are dropped [default: the run's, else starts:3]
+    /// After which blocks tokens are dropped [default: the run's, else starts:3, or 0,7,10 of 12 for --drop-ratio]
     #[arg(long)]
     drop_layers: Option<DropLayersSpec>,
     /// Also draw 1 - similarity of each token
@@ -268,22 +269,4 @@ impl VisualizeArgs {
         ))?;
         Ok(ExitCode::SUCCESS)
     }
-}
-
-/// A file must not be overwritten by what was read from it.
-pub(super) fn refuse_same(source: &Path, out: &Path) -> Result<(), Error> {
-    let same = match (source.canonicalize(), out.canonicalize()) {
-        (Ok(source), Ok(out)) => source == out,
-        _ => false,
-    };
-    if same {
-        return Err(Error::Setting {
-            name: "--out".to_owned(),
-            reason: format!(
-                "expected another file than the one that is read, found '{}'",
-                out.display()
-            ),
-        });
-    }
-    Ok(())
 }

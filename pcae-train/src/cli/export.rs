@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::exchange::refuse_same;
 use super::write_out;
 use crate::checkpoint::Which;
 use crate::checkpoint::exchange::Hints;
 use crate::checkpoint::export::Storage;
 use crate::error::Error;
+use crate::output::{self, Kind};
 use crate::trained::Trained;
 
 #[derive(Debug, clap::Args)]
@@ -29,7 +29,7 @@ pub(super) struct ExportArgs {
 impl ExportArgs {
     pub(super) fn run(&self) -> Result<ExitCode, Error> {
         let trained = Trained::load(&self.source, self.which, &Hints::default())?;
-        refuse_same(&trained.path, &self.out)?;
+        output::check("--out", &self.out, Kind::Safetensors, &[&trained.path])?;
         write_out(&format!("{}\n", trained.origin))?;
         let deployment = trained.deployment.as_ref();
         let written = trained.write(&self.out, self.dtype, deployment)?;

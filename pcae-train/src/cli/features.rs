@@ -20,7 +20,7 @@ const BATCH_SIZE: usize = 64;
 
 #[derive(Debug, clap::Args)]
 struct FrozenArgs {
-    /// A run directory, a safetensors file, or a folder with model.safetensors in it
+    /// A run directory (its best checkpoint, else its newest), a safetensors file, or a folder with model.safetensors in it
     encoder: PathBuf,
     /// Which parameters of it
     #[arg(long, value_enum, default_value = "student")]
@@ -187,8 +187,8 @@ pub(super) fn probe(args: &ProbeArgs) -> Result<ExitCode, Error> {
 pub(super) struct EmbedArgs {
     #[command(flatten)]
     frozen: FrozenArgs,
-    /// Folder of pictures, of tar files or of IDX files, a tar file, or a list of files [default: what the encoder was
-    /// trained on]
+    /// Folder of pictures, of tar files or of IDX files, a tar file, or a list with a path in each line, from the working folder on
+    /// unless absolute [default: what the encoder was trained on]
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
     /// Block after which features are taken, from 0 [default: the last]

@@ -5,11 +5,14 @@ use std::process::ExitCode;
 
 use super::args::{is_machine_alone, key_values};
 use super::{percent, program, write_out};
-use crate::checkpoint::Which;
+use crate::backends::count;
+use crate::checkpoint::{Which, locate};
 use crate::error::Error;
 use crate::evaluate::{self, Plan, Report, Row};
 use crate::finetune::{self, FinetuneSettings};
 use crate::network::arrows;
+use crate::output::{self, Kind};
+use crate::progress::rate;
 use crate::settings::{BackendKind, CriterionSpec, DropLayersSpec, Machine, Precision};
 
 #[derive(Debug, clap::Args)]
@@ -39,7 +42,7 @@ pub(super) struct FinetuneArgs {
     /// Optimizer steps, instead of --epochs
     #[arg(long)]
     steps: Option<String>,
-    /// Pictures in a micro-batch [default: 64]
+    /// Pictures in a micro-batch [default: 64, or all of fewer]
     #[arg(long)]
     batch_size: Option<String>,
     /// Micro-batches in an optimizer step [default: 1]
@@ -150,13 +153,14 @@ fn closing(summary: &finetune::Summary) -> String {
     }
     let mut text = format!("done: {steps} steps, last loss {loss:.4}");
     if let Some(images_per_s) = images_per_s {
-        text += &format!(", {images_per_s:.0} images/s");
+        text += &format!(", {}", rate(images_per_s));
     }
     text += &format!(
         "\ntop-1 {}, top-5 {}",
         percent(summary.top1),
         percent(summary.top5)
     );
+    text += &left_out(summary.unreadable);
     if summary.ema_top1.is_some() {
         text += &format!("; average {}", percent(summary.ema_top1));
     }
@@ -257,6 +261,11 @@ impl EvaluateArgs {
 }
 
 pub(super) fn evaluate_command(args: &EvaluateArgs) -> Result<ExitCode, Error> {
+    if let Some(path) = &args.confusion {
+        let checkpoint = locate(&args.checkpoint)?;
+        let inputs: Vec<PathBuf> = [checkpoint].into_iter().chain(args.data.clone()).collect();
+        output::check("--confusion", path, Kind::Csv, &inputs)?;
+    }
     let mut is_first = true;
     let report = evaluate::run(&args.plan()?, |report, row, confusion| {
         if is_first {
@@ -280,11 +289,23 @@ pub(super) fn evaluate_command(args: &EvaluateArgs) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// `; 2 pictures left out, which could not be read`, if there are any.
+fn left_out(unreadable: usize) -> String {
+    match unreadable {
+        0 => String::new(),
+        unreadable => format!(
+            "; {} left out, which could not be read",
+            count(unreadable, "picture")
+        ),
+    }
+}
+
 fn heading(report: &Report) -> String {
     format!(
-        "checkpoint {}\ndata       {}\nbackend    {}, {} images at a time\n{:<15} {:>5}  {:<24} {:>12} {:>9} {:>9} {:>10}\n",
+        "checkpoint {}\ndata       {}{}\nbackend    {}, {} images at a time\n{:<15} {:>5}  {:<24} {:>12} {:>9} {:>9} {:>10}\n",
         report.checkpoint.display(),
         report.data,
+        left_out(report.unreadable),
         report.backend,
         report.batch_size,
         "criterion",

@@ -14,7 +14,9 @@ use clap::Parser;
 
 use crate::bench::What;
 use crate::error::Error;
+use crate::output::{self, Kind};
 use crate::parity::Tolerance;
+use crate::progress::rate;
 use crate::report::roofline;
 use crate::settings::{Method, Precision, Settings};
 use crate::{backends, bench, inspect, pretrain};
@@ -136,7 +138,7 @@ fn closing(summary: &pretrain::Summary) -> String {
     }
     let mut text = format!("done: {steps} steps, last loss {loss:.4}");
     if let Some(images_per_s) = images_per_s {
-        text += &format!(", {images_per_s:.0} images/s");
+        text += &format!(", {}", rate(images_per_s));
     }
     text.push('\n');
     if summary.knn_top1.is_some() {
@@ -161,6 +163,15 @@ fn closing(summary: &pretrain::Summary) -> String {
 }
 
 fn bench_command(args: &BenchArgs) -> Result<ExitCode, Error> {
+    let outputs = [
+        ("--roofline", &args.roofline, Kind::Png),
+        ("--json", &args.json, Kind::Json),
+    ];
+    for (flag, path, kind) in outputs {
+        if let Some(path) = path {
+            output::check(flag, path, kind, &args.inputs()?)?;
+        }
+    }
     let plan = args.plan()?;
     let is_trained = plan.trained.is_some();
     if let Some(trained) = &plan.trained {

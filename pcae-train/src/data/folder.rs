@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Cursor, Read, Seek, SeekFrom};
+use std::io::ErrorKind::{NotFound, PermissionDenied};
+use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -128,6 +129,7 @@ fn label<const N: usize>(listings: [Listing; N]) -> ([Files; N], Classes) {
 struct Entries {
     folders: Vec<PathBuf>,
     pictures: Vec<PathBuf>,
+    archives: Vec<PathBuf>,
 }
 
 fn entries(folder: &Path) -> Result<Entries, DataError> {
@@ -138,6 +140,7 @@ fn entries(folder: &Path) -> Result<Entries, DataError> {
     let mut found = Entries {
         folders: Vec::new(),
         pictures: Vec::new(),
+        archives: Vec::new(),
     };
     for entry in fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
@@ -157,8 +160,11 @@ fn entries(folder: &Path) -> Result<Entries, DataError> {
             found.folders.push(path);
         } else if kind.is_file() && has_picture_extension(&path) {
             found.pictures.push(path);
+        } else if kind.is_file() && Archive::of(&path).is_some() {
+            found.archives.push(path);
         }
     }
+    found.archives.sort_unstable();
     found.folders.sort_unstable();
     found.pictures.sort_unstable();
     Ok(found)
@@ -170,6 +176,28 @@ pub(crate) fn has_picture_extension(path: &Path) -> bool {
             .iter()
             .any(|known| extension.eq_ignore_ascii_case(known))
     })
+}
+
+/// A file that holds others, by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Archive {
+    /// As it is: what is in it can be read where it lies.
+    Tar,
+    /// Compressed.
+    Packed,
+}
+
+impl Archive {
+    pub(crate) fn of(path: &Path) -> Option<Self> {
+        let name = path.file_name()?.to_string_lossy().to_ascii_lowercase();
+        let (stem, extension) = name.rsplit_once('.')?;
+        match extension {
+            "tar" => Some(Self::Tar),
+            "tgz" | "tbz" | "tbz2" | "txz" | "tzst" => Some(Self::Packed),
+            "gz" | "bz2" | "xz" | "zst" if stem.ends_with(".tar") => Some(Self::Packed),
+            _ => None,
+        }
+    }
 }
 
 fn list(root: &Path) -> Result<Listing, DataError> {
@@ -235,10 +263,16 @@ pub(super) fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
 }
 
 /// Appends the pictures at any depth below `folder`.
-pub(crate) fn collect(
+fn collect(folder: &Path, depth: usize, pictures: &mut Vec<PathBuf>) -> Result<(), DataError> {
+    collect_all(folder, depth, pictures, &mut Vec::new())
+}
+
+/// Appends the pictures and the archives at any depth below `folder`.
+pub(crate) fn collect_all(
     folder: &Path,
     depth: usize,
     pictures: &mut Vec<PathBuf>,
+    archives: &mut Vec<PathBuf>,
 ) -> Result<(), DataError> {
     if depth > MAX_DEPTH {
         return Err(DataError::Layout {
@@ -250,8 +284,9 @@ pub(crate) fn collect(
     }
     let mut found = entries(folder)?;
     pictures.append(&mut found.pictures);
+    archives.append(&mut found.archives);
     for folder in found.folders {
-        collect(&folder, depth + 1, pictures)?;
+        collect_all(&folder, depth + 1, pictures, archives)?;
     }
     Ok(())
 }
@@ -290,7 +325,17 @@ fn guarded(
     let decoded = catch_unwind(AssertUnwindSafe(decode));
     let reason = match decoded {
         Ok(Ok(())) => return Ok(()),
-        Ok(Err(error)) => error.to_string().replace(['\n', '\r'], " "),
+        Ok(Err(error)) => match error.downcast::<io::Error>() {
+            // It may be a good picture: nothing was seen of it.
+            Ok(error) if matches!(error.kind(), NotFound | PermissionDenied) => {
+                return Err(DataError::Read {
+                    path: path.to_owned(),
+                    error: *error,
+                });
+            }
+            Ok(error) => error.to_string(),
+            Err(error) => error.to_string().replace(['\n', '\r'], " "),
+        },
         Err(_) => "a picture that makes the decoder panic".to_owned(),
     };
     Err(DataError::Picture {
@@ -509,6 +554,22 @@ mod tests {
         let error = train.load(3, &mut picture).unwrap_err().to_string();
         assert!(error.contains("found 7 in a row"), "{error}");
         assert!(error.contains(&train.name(3)), "{error}");
+    }
+
+    /// Of what cannot be opened nobody knows whether it is a picture: it is not to be removed.
+    #[test]
+    fn what_is_gone_is_not_called_broken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.png");
+        let mut picture = Picture::default();
+        let error = decode(&path, 3, &mut picture).unwrap_err().to_string();
+        assert!(
+            error.contains("x.png cannot be read") && error.contains("check the path"),
+            "{error}"
+        );
+        fs::write(&path, "no picture").unwrap();
+        let error = decode(&path, 3, &mut picture).unwrap_err().to_string();
+        assert!(error.contains("save it anew"), "{error}");
     }
 
     #[test]

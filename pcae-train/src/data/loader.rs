@@ -13,7 +13,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::augment::{Scratch, Transform};
 use super::regularize::Augmentation;
-use super::{DataError, Dataset, Picture};
+use super::{DataError, Dataset, MAX_SUBSTITUTIONS, Picture};
 
 /// Finished batches that wait for the training loop; with the one being filled and the one in use, four exist.
 const QUEUE: usize = 2;
@@ -355,10 +355,12 @@ fn check(dataset: &Dataset, transform: &Transform) -> Result<(), DataError> {
 pub struct EvalBatch {
     /// `[samples.len(), channels, height, width]`, normalised.
     pub images: Vec<f32>,
-    /// Which samples of the data set these are; those that took the place of a broken one appear more than once.
+    /// Which samples of the data set these are.
     pub samples: Vec<u64>,
     /// The class of each, if the data set has labels.
     pub labels: Option<Vec<u32>>,
+    /// Pictures between these that could not be read, and that nothing takes the place of.
+    pub unreadable: usize,
 }
 
 /// A data set from its first sample to its last, see [`eval_batches`].
@@ -368,14 +370,20 @@ pub struct EvalBatches<'a> {
     transform: &'a Transform,
     batch_size: usize,
     next: usize,
+    /// Unreadable pictures just before `next`, and why the first of them is.
+    in_a_row: usize,
+    first: Option<DataError>,
 }
 
 /// Goes through the whole of `dataset` in order, with [`Transform::eval`], in batches of `batch_size`; the last one may be
 /// shorter. Each batch is prepared when it is asked for, in the threads of the current rayon pool.
 ///
+/// Pictures that cannot be read are left out and counted: unlike in training, where another one takes the place, each picture
+/// counts once in a figure. A batch may so be shorter, or empty.
+///
 /// # Errors
 /// If a field of `transform` is out of range or does not fit the pictures, or `batch_size` is 0. The iterator gives an
-/// error, and ends, if a hundred pictures in a row are unreadable.
+/// error, and ends, if a hundred pictures in a row, or all, are unreadable.
 pub fn eval_batches<'a>(
     dataset: &'a Dataset,
     transform: &'a Transform,
@@ -394,21 +402,49 @@ pub fn eval_batches<'a>(
         transform,
         batch_size,
         next: 0,
+        in_a_row: 0,
+        first: None,
     })
 }
 
 impl EvalBatches<'_> {
-    fn fill(&self, end: usize) -> Result<EvalBatch, DataError> {
-        let mut samples: Vec<u64> = (self.next as u64..end as u64).collect();
-        let mut images = vec![0.0; samples.len() * self.transform.output_len()];
-        images
-            .par_chunks_exact_mut(self.transform.output_len())
-            .zip(&mut samples)
-            .try_for_each_init(Slot::default, |slot, (out, sample)| {
+    fn fill(&mut self, end: usize) -> Result<EvalBatch, DataError> {
+        let (dataset, transform) = (self.dataset, self.transform);
+        let len = transform.output_len();
+        let mut images = vec![0.0; (end - self.next) * len];
+        let errors: Vec<Option<DataError>> = images
+            .par_chunks_exact_mut(len)
+            .zip(self.next..end)
+            .map_init(Slot::default, |slot, (out, i)| {
                 let Slot { picture, scratch } = slot;
-                *sample = self.dataset.load(*sample as usize, picture)? as u64;
-                self.transform.eval(picture, scratch, out)
-            })?;
+                match dataset.picture(i, picture) {
+                    Ok(()) => transform.eval(picture, scratch, out).map(|()| None),
+                    Err(error) => Ok(Some(error)),
+                }
+            })
+            .collect::<Result<_, DataError>>()?;
+        let mut samples: Vec<u64> = Vec::with_capacity(errors.len());
+        let most = MAX_SUBSTITUTIONS.min(dataset.len());
+        for (at, (i, error)) in (self.next..end).zip(errors).enumerate() {
+            let Some(error) = error else {
+                images.copy_within(at * len..(at + 1) * len, samples.len() * len);
+                samples.push(i as u64);
+                (self.in_a_row, self.first) = (0, None);
+                continue;
+            };
+            dataset.note_broken(i, &error, "left out");
+            self.in_a_row += 1;
+            let first = self.first.take().unwrap_or(error);
+            if self.in_a_row == most {
+                return Err(DataError::Unreadable {
+                    tried: most,
+                    first: Box::new(first),
+                });
+            }
+            self.first = Some(first);
+        }
+        let unreadable = end - self.next - samples.len();
+        images.truncate(samples.len() * len);
         let labels = samples
             .iter()
             .map(|&sample| self.dataset.label(sample as usize))
@@ -417,6 +453,7 @@ impl EvalBatches<'_> {
             images,
             samples,
             labels,
+            unreadable,
         })
     }
 }
@@ -604,6 +641,53 @@ mod tests {
         }
         for workers in [0, 2] {
             let error = run(workers).unwrap_err().to_string();
+            assert!(error.contains("9 in a row"), "{error}");
+        }
+    }
+
+    /// Nothing takes the place of what cannot be read, whatever the batches; nothing left is an error.
+    #[test]
+    fn evaluation_leaves_out_what_cannot_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        for i in 0..10 {
+            image::RgbImage::from_pixel(9, 9, image::Rgb([20 * i; 3]))
+                .save(dir.path().join(format!("{i}.png")))
+                .unwrap();
+        }
+        let train = open(Some(dir.path()), None).unwrap().train;
+        let transform = transform(3);
+        let all = |batch_size| {
+            let (mut samples, mut images, mut unreadable) = (Vec::new(), Vec::new(), 0);
+            for batch in eval_batches(&train, &transform, batch_size).unwrap() {
+                let batch = batch.unwrap();
+                samples.extend(batch.samples);
+                images.extend(batch.images);
+                unreadable += batch.unreadable;
+            }
+            (samples, images, unreadable)
+        };
+        let (samples, images, unreadable) = all(4);
+        assert_eq!((samples.len(), unreadable), (9, 0));
+        for i in [2, 3, 8] {
+            std::fs::write(train.name(i), "").unwrap();
+        }
+        let len = transform.output_len();
+        let left = [0, 1, 4, 5, 6, 7_u64];
+        let want: Vec<f32> = left
+            .iter()
+            .flat_map(|&i| &images[i as usize * len..][..len])
+            .copied()
+            .collect();
+        for batch_size in [1, 2, 4, 9] {
+            assert_eq!(all(batch_size), (left.to_vec(), want.clone(), 3));
+        }
+        assert_eq!(train.num_broken(), 3);
+        for i in left {
+            std::fs::write(train.name(i as usize), "").unwrap();
+        }
+        for batch_size in [2, 9] {
+            let batches = eval_batches(&train, &transform, batch_size).unwrap();
+            let error = batches.last().unwrap().unwrap_err().to_string();
             assert!(error.contains("9 in a row"), "{error}");
         }
     }

@@ -25,6 +25,9 @@ pub use error::DataError;
 /// Splits do not follow a run's seed: figures of runs with different seeds are about the same held-out pictures.
 const SPLIT_SEED: u64 = 0;
 
+/// What [`Dataset::load`] does with an unreadable picture, in words.
+const REPLACED: &str = "the next readable picture takes its place";
+
 /// How many pictures in a row may be unreadable before [`Dataset::load`] gives up.
 const MAX_SUBSTITUTIONS: usize = 100;
 
@@ -216,7 +219,7 @@ impl Dataset {
         )
     }
 
-    /// How many different samples could not be decoded so far and were replaced by [`Self::load`].
+    /// How many different samples could not be decoded so far, and were replaced or left out.
     pub fn num_broken(&self) -> usize {
         self.broken
             .lock()
@@ -259,12 +262,12 @@ impl Dataset {
             Ok(()) => return Ok(i),
             Err(error) => error,
         };
-        self.note_broken(i, &first);
+        self.note_broken(i, &first, REPLACED);
         for step in 1..tried {
             let substitute = (i + step) % self.len();
             match self.picture(substitute, picture) {
                 Ok(()) => return Ok(substitute),
-                Err(error) => self.note_broken(substitute, &error),
+                Err(error) => self.note_broken(substitute, &error, REPLACED),
             }
         }
         Err(DataError::Unreadable {
@@ -273,14 +276,15 @@ impl Dataset {
         })
     }
 
-    fn note_broken(&self, i: usize, error: &DataError) {
+    /// Logs an unreadable sample, once, with what becomes of it.
+    fn note_broken(&self, i: usize, error: &DataError, what: &str) {
         let new = self
             .broken
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(i);
         if new {
-            log::warn!("{error} (the next readable picture takes its place)");
+            log::warn!("{error} ({what})");
         }
     }
 }

@@ -30,11 +30,15 @@ use crate::features::{Extractor, Frozen, Pool, Tap, layer};
 use crate::inspect::plain;
 use crate::interrupt;
 use crate::network::drop_ratio;
-use crate::progress::Progress;
+use crate::output as output_files;
+use crate::progress::{Progress, rate};
 use output::{Format, Raw};
 use partial::Partial;
 use source::Source;
 
+/// What follows the name of the output in those of the files beside it.
+const NAMES: &str = ".names.txt";
+const UNREADABLE: &str = ".unreadable.txt";
 /// Time between two savings of what is done.
 const SAVE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -110,6 +114,10 @@ pub fn run(plan: &Plan) -> Result<Report, Error> {
         ));
     }
     let data = plan.data.as_deref().or(encoder.data.as_deref());
+    let inputs: Vec<&Path> = data.into_iter().collect();
+    for ending in [NAMES, UNREADABLE] {
+        output_files::refuse_inputs("--out", &beside(&plan.out, ending), &inputs)?;
+    }
     let source = Source::open(data, encoder.vit.in_chans)?;
     let embedding = Embedding {
         plan,
@@ -160,7 +168,7 @@ impl Job for Embedding<'_> {
             error,
         })?;
         let folder = Partial::folder_of(out);
-        let job = self.job();
+        let job = self.job()?;
         let mut partial = Partial::open(folder.clone(), &job).map_err(failed)?;
         if partial.state.job != job {
             return Err(Error::Setting {
@@ -199,7 +207,7 @@ impl Job for Embedding<'_> {
 
 impl Embedding<'_> {
     /// What is computed, from what: an interrupted job must be the same to go on.
-    fn job(&self) -> String {
+    fn job(&self) -> Result<String, Error> {
         let values = self.encoder.values.iter();
         let sum = values.fold(0, |sum, value| {
             crc32c::crc32c_append(sum, &value.to_le_bytes())
@@ -212,14 +220,14 @@ impl Embedding<'_> {
             std,
             ..
         } = &self.encoder.transform;
-        format!(
+        Ok(format!(
             "{}; encoder crc32c {sum:08x}, {channels}x{height}x{width}, mean {mean:?}, std {std:?}; layer {}, {}; {:?}; {:?}",
-            self.source.fingerprint(),
+            self.source.fingerprint()?,
             self.tap.layer,
             self.tap.pool,
             self.reduction,
             self.plan.frozen.machine.precision()
-        )
+        ))
     }
 
     /// Embeds what is not done, until the end or a signal.
@@ -406,10 +414,10 @@ impl Embedding<'_> {
             let output = partial.path("output");
             raw.write(self.format, &output)?;
             if self.format == Format::Npy {
-                copy(&partial.path("names"), &beside(out, ".names.txt"))?;
+                copy(&partial.path("names"), &beside(out, NAMES))?;
             }
             if partial.state.unreadable > 0 {
-                let list = beside(out, ".unreadable.txt");
+                let list = beside(out, UNREADABLE);
                 copy(&partial.path("unreadable"), &list)?;
                 report.unreadable_list = Some(list);
             }
@@ -448,7 +456,7 @@ impl fmt::Display for Report {
         }
         write!(f, "features  {out}, {:?} f32", self.shape)?;
         if let Some(images_per_s) = self.images_per_s {
-            write!(f, ", {images_per_s:.0} images/s")?;
+            write!(f, ", {}", rate(images_per_s))?;
         }
         writeln!(f)?;
         if let Some(list) = &self.unreadable_list {

@@ -1,11 +1,12 @@
 //! What is embedded: pictures of a folder, of a list, of tar shards, or of a data set in IDX files.
 
 use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
-use tar::Archive;
-
-use crate::data::{self, DataError, Picture, Splits, folder};
+use crate::data::folder::{self, Archive};
+use crate::data::{self, DataError, Picture, Splits};
 use crate::inspect::plain;
 
 /// Pictures in a fixed order, each with a name. Only the names are in memory.
@@ -15,8 +16,9 @@ pub(super) enum Source {
     Folder { root: PathBuf, paths: Vec<PathBuf> },
     /// In the order of a list.
     List(Vec<PathBuf>),
-    /// In the order of shards and of what is in them.
+    /// In the order of shards, below `root`, and of what is in them.
     Shards {
+        root: PathBuf,
         shards: Vec<PathBuf>,
         members: Vec<Member>,
     },
@@ -45,36 +47,37 @@ impl Source {
             error,
         };
         let source = if !fs::metadata(path).map_err(read_error)?.is_dir() {
-            if is_tar(path) {
-                Self::shards(vec![path.to_owned()])?
-            } else {
-                let text = fs::read_to_string(path).map_err(read_error)?;
-                let lines = text.lines().map(str::trim_end);
-                Self::List(
-                    lines
-                        .filter(|line| !line.is_empty())
-                        .map(PathBuf::from)
-                        .collect(),
-                )
+            match Archive::of(path) {
+                Some(_) => {
+                    let root = path.parent().unwrap_or(path).to_owned();
+                    Self::shards(root, vec![path.to_owned()])?
+                }
+                None => Self::list(path)?,
             }
         } else if data::is_idx_folder(path) {
             Self::Parts(data::open(Some(path), Some(channels))?)
         } else {
-            let mut shards = Vec::new();
-            for entry in fs::read_dir(path).map_err(read_error)? {
-                let file = entry.map_err(read_error)?.path();
-                if is_tar(&file) {
-                    shards.push(file);
+            let (mut paths, mut shards) = (Vec::new(), Vec::new());
+            folder::collect_all(path, 1, &mut paths, &mut shards)?;
+            let root = path.to_owned();
+            match (&paths[..], &shards[..]) {
+                (_, []) => Self::Folder { root, paths },
+                ([], _) => Self::shards(root, shards)?,
+                // Which of them are meant, or whether both, is not for us to guess.
+                ([picture, ..], [shard, ..]) => {
+                    return Err(DataError::Layout {
+                        path: path.to_owned(),
+                        expected: "either pictures or tar files of pictures".to_owned(),
+                        found: format!(
+                            "{} pictures, the first {}, beside {} tar files, the first {}",
+                            paths.len(),
+                            picture.display(),
+                            shards.len(),
+                            shard.display()
+                        ),
+                        advice: "give a folder of either, or move the others out of it",
+                    });
                 }
-            }
-            shards.sort_unstable();
-            if shards.is_empty() {
-                let mut paths = Vec::new();
-                folder::collect(path, 1, &mut paths)?;
-                let root = path.to_owned();
-                Self::Folder { root, paths }
-            } else {
-                Self::shards(shards)?
             }
         };
         if source.len() == 0 {
@@ -89,16 +92,51 @@ impl Source {
         Ok(source)
     }
 
+    /// A list with the path of a picture in each line.
+    fn list(path: &Path) -> Result<Self, DataError> {
+        let text = fs::read_to_string(path).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => DataError::Layout {
+                path: path.to_owned(),
+                expected: "a folder, a tar file, or a list with the path of a picture in each line"
+                    .to_owned(),
+                found: "a file that is no text".to_owned(),
+                advice: "for one picture give its folder, or a list with its path",
+            },
+            _ => DataError::Read {
+                path: path.to_owned(),
+                error,
+            },
+        })?;
+        let lines = text
+            .lines()
+            .map(str::trim_end)
+            .filter(|line| !line.is_empty());
+        Ok(Self::List(lines.map(PathBuf::from).collect()))
+    }
+
     /// Reads the headers alone; the pictures are read where they lie.
-    fn shards(shards: Vec<PathBuf>) -> Result<Self, DataError> {
+    fn shards(root: PathBuf, shards: Vec<PathBuf>) -> Result<Self, DataError> {
         let mut members = Vec::new();
         for (shard, path) in shards.iter().enumerate() {
+            if Archive::of(path) == Some(Archive::Packed) {
+                return Err(DataError::Layout {
+                    path: path.clone(),
+                    expected: "a tar file as it is, in which pictures can be read where they lie"
+                        .to_owned(),
+                    found: "a compressed one".to_owned(),
+                    advice: "decompress it to .tar: pictures in it hardly shrink",
+                });
+            }
             list_members(shard, path, &mut members).map_err(|error| DataError::Read {
                 path: path.clone(),
                 error,
             })?;
         }
-        Ok(Self::Shards { shards, members })
+        Ok(Self::Shards {
+            root,
+            shards,
+            members,
+        })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -116,10 +154,15 @@ impl Source {
                 paths[i].strip_prefix(root).unwrap_or(&paths[i]).to_owned()
             }
             Self::List(paths) => paths[i].clone(),
-            Self::Shards { shards, members } => {
+            Self::Shards {
+                root,
+                shards,
+                members,
+            } => {
                 let member = &members[i];
-                let shard = shards[member.shard].file_name().unwrap_or_default();
-                Path::new(shard).join(&member.path)
+                let shard = &shards[member.shard];
+                let shard = shard.strip_prefix(root).unwrap_or(shard);
+                shard.join(&member.path)
             }
             Self::Parts(splits) => {
                 let (part, i) = part(splits, i);
@@ -140,7 +183,9 @@ impl Source {
             Self::Folder { paths, .. } | Self::List(paths) => {
                 folder::decode(&paths[i], channels, picture)
             }
-            Self::Shards { shards, members } => {
+            Self::Shards {
+                shards, members, ..
+            } => {
                 let Member { shard, place, path } = &members[i];
                 folder::decode_within(&shards[*shard], *place, path, channels, picture)
             }
@@ -151,15 +196,54 @@ impl Source {
         }
     }
 
-    /// Tells sources apart by their names.
-    pub(super) fn fingerprint(&self) -> String {
+    /// Tells sources apart: by where they are, by the names of the pictures, and by size and time of the files; data sets by all
+    /// that is in them.
+    pub(super) fn fingerprint(&self) -> Result<String, DataError> {
         let mut sum = 0;
+        let mut add = |bytes: &[u8]| sum = crc32c::crc32c_append(sum, bytes);
         for i in 0..self.len() {
-            sum = crc32c::crc32c_append(sum, self.name(i).as_bytes());
-            sum = crc32c::crc32c_append(sum, b"\n");
+            add(self.name(i).as_bytes());
+            add(b"\n");
         }
-        format!("{} pictures, crc32c {sum:08x}", self.len())
+        let files = match self {
+            Self::Folder { root, paths } => {
+                add(place(root).as_os_str().as_encoded_bytes());
+                &paths[..]
+            }
+            Self::Shards { root, shards, .. } => {
+                add(place(root).as_os_str().as_encoded_bytes());
+                &shards[..]
+            }
+            Self::List(paths) => {
+                add(place(Path::new(".")).as_os_str().as_encoded_bytes());
+                &paths[..]
+            }
+            Self::Parts(splits) => {
+                add(splits.train.fingerprint()?.as_bytes());
+                add(splits.held_out.fingerprint()?.as_bytes());
+                &[]
+            }
+        };
+        for path in files {
+            // What is gone will be found unreadable, then and now.
+            let Ok(metadata) = fs::metadata(path) else {
+                add(b"gone");
+                continue;
+            };
+            add(&metadata.len().to_le_bytes());
+            let modified = metadata.modified().ok();
+            let since = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+            add(&since.unwrap_or_default().as_nanos().to_le_bytes());
+        }
+        Ok(format!("{} pictures, crc32c {sum:08x}", self.len()))
     }
+}
+
+/// The one name of a folder that has many.
+fn place(folder: &Path) -> PathBuf {
+    let is_here = folder.as_os_str().is_empty();
+    let folder = if is_here { Path::new(".") } else { folder };
+    folder.canonicalize().unwrap_or_else(|_| folder.to_owned())
 }
 
 fn part(splits: &Splits, i: usize) -> (&data::Dataset, usize) {
@@ -169,17 +253,20 @@ fn part(splits: &Splits, i: usize) -> (&data::Dataset, usize) {
     }
 }
 
-fn is_tar(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|extension| extension.eq_ignore_ascii_case("tar"))
-}
+/// What a tar file is made of, and what of it at least ends one, all zeros.
+const TAR_BLOCK: u64 = 512;
 
-fn list_members(shard: usize, path: &Path, members: &mut Vec<Member>) -> std::io::Result<()> {
+fn list_members(shard: usize, path: &Path, members: &mut Vec<Member>) -> io::Result<()> {
     let file = File::open(path)?;
     let size = file.metadata()?.len();
-    for entry in Archive::new(file).entries_with_seek()? {
+    let mut end = 0;
+    for entry in tar::Archive::new(&file).entries_with_seek()? {
         let entry = entry?;
         let path = entry.path()?.into_owned();
+        let blocks = entry.size().div_ceil(TAR_BLOCK);
+        end = blocks
+            .saturating_mul(TAR_BLOCK)
+            .saturating_add(entry.raw_file_position());
         let hidden = path
             .file_name()
             .is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
@@ -189,14 +276,24 @@ fn list_members(shard: usize, path: &Path, members: &mut Vec<Member>) -> std::io
         }
         let place = (entry.raw_file_position(), entry.size());
         if place.0.checked_add(place.1).is_none_or(|end| end > size) {
-            return Err(std::io::Error::new(
-                std::io::ErrorKind::UnexpectedEof,
-                format!("it ends within {}", path.display()),
-            ));
+            return Err(cut(&format!("within {}", path.display())));
         }
         members.push(Member { shard, place, path });
     }
+    // One that was cut between two files, or in one of no interest, looks whole but for this.
+    let mut mark = Vec::new();
+    (&file).seek(SeekFrom::Start(end))?;
+    (&file).take(TAR_BLOCK).read_to_end(&mut mark)?;
+    if mark.len() < TAR_BLOCK as usize || mark.iter().any(|&byte| byte != 0) {
+        return Err(cut("without the mark that ends a tar file"));
+    }
     Ok(())
+}
+
+/// A tar file of which a part is missing.
+fn cut(how: &str) -> io::Error {
+    let reason = format!("it ends {how}: it is cut short, copy it again");
+    io::Error::new(io::ErrorKind::UnexpectedEof, reason)
 }
 
 #[cfg(test)]
@@ -251,9 +348,52 @@ mod tests {
         assert_eq!(names(&source), lines);
         assert_eq!(pictures(&source), [Some((2, 10)), None, Some((2, 10))]);
         assert_ne!(
-            source.fingerprint(),
-            Source::open(Some(&root), 3).unwrap().fingerprint()
+            source.fingerprint().unwrap(),
+            Source::open(Some(&root), 3).unwrap().fingerprint().unwrap()
         );
+    }
+
+    /// An embedding that was interrupted goes on with the same pictures alone: others of the same names are others.
+    #[test]
+    fn equal_names_are_not_equal_pictures() {
+        let place = tempfile::tempdir().unwrap();
+        let fingerprint = |path: &Path| {
+            let source = Source::open(Some(path), 3).unwrap();
+            source.fingerprint().unwrap()
+        };
+        let (one, other) = (place.path().join("one"), place.path().join("other"));
+        for (root, red) in [(&one, 1), (&other, 2)] {
+            fs::create_dir(root).unwrap();
+            fs::write(root.join("a.png"), png(4, red)).unwrap();
+            shard(&root.join("a.tar.part"), &[("a.png", png(4, red))]);
+        }
+        let before = fingerprint(&one);
+        assert_eq!(fingerprint(&one), before);
+        assert_eq!(fingerprint(&place.path().join("other/../one")), before);
+        assert_ne!(fingerprint(&other), before);
+        // Of the same place, name and size.
+        let file = File::options()
+            .append(true)
+            .open(one.join("a.png"))
+            .unwrap();
+        file.set_modified(UNIX_EPOCH).unwrap();
+        let later = fingerprint(&one);
+        assert_ne!(later, before);
+        fs::write(one.join("a.png"), png(9, 1)).unwrap();
+        file.set_modified(UNIX_EPOCH).unwrap();
+        assert_ne!(fingerprint(&one), later);
+        let shards = [&one, &other].map(|root| {
+            fs::rename(root.join("a.tar.part"), root.join("a.tar")).unwrap();
+            fingerprint(&root.join("a.tar"))
+        });
+        assert_ne!(shards[0], shards[1]);
+        let list = place.path().join("list.txt");
+        fs::write(&list, one.join("a.png").display().to_string()).unwrap();
+        let before = fingerprint(&list);
+        fs::write(one.join("a.png"), png(5, 1)).unwrap();
+        assert_ne!(fingerprint(&list), before);
+        fs::remove_file(one.join("a.png")).unwrap();
+        assert_ne!(fingerprint(&list), before);
     }
 
     fn shard(path: &Path, members: &[(&str, Vec<u8>)]) {
@@ -298,12 +438,46 @@ mod tests {
         let one = Source::open(Some(&place.path().join("a.tar")), 3).unwrap();
         assert_eq!(pictures(&one), [Some((6, 3))]);
 
-        // Cut within a picture.
-        let path = place.path().join("a.tar");
+        // Cut within a picture, within another file, within a header, and where a header or the end would be.
+        let path = place.path().join("b.tar");
         let bytes = fs::read(&path).unwrap();
-        fs::write(&path, &bytes[..560]).unwrap();
-        let error = Source::open(Some(place.path()), 3).unwrap_err().to_string();
-        assert!(error.contains("a.tar"), "{error}");
+        let json = bytes.windows(6).position(|at| at == b"1.json").unwrap();
+        for length in [0, 560, json + 520, json, json + 160, bytes.len() - 1024] {
+            fs::write(&path, &bytes[..length]).unwrap();
+            let error = Source::open(Some(place.path()), 3).unwrap_err().to_string();
+            assert!(error.contains("b.tar"), "{length}: {error}");
+        }
+        fs::write(&path, bytes).unwrap();
+        assert_eq!(Source::open(Some(place.path()), 3).unwrap().len(), 4);
+    }
+
+    /// What would be left out is named instead.
+    #[test]
+    fn nothing_is_left_out_silently() {
+        let place = tempfile::tempdir().unwrap();
+        let root = place.path();
+        fs::create_dir(root.join("deep")).unwrap();
+        shard(&root.join("a.tar"), &[("1.png", png(4, 1))]);
+        shard(&root.join("deep/b.tar"), &[("1.png", png(5, 2))]);
+        let source = Source::open(Some(root), 3).unwrap();
+        assert_eq!(names(&source), ["a.tar/1.png", "deep/b.tar/1.png"]);
+        assert_eq!(pictures(&source), [Some((4, 1)), Some((5, 2))]);
+        let says = |path: &Path, parts: &[&str]| {
+            let error = Source::open(Some(path), 3).unwrap_err().to_string();
+            for part in parts {
+                assert!(error.contains(part), "{part} in {error}");
+            }
+        };
+        for packed in ["c.tar.gz", "deep/d.TGZ"] {
+            fs::write(root.join(packed), [0x1f, 0x8b, 8, 0]).unwrap();
+            for path in [root, &root.join(packed)] {
+                says(path, &[packed, "found a compressed one", "decompress"]);
+            }
+            fs::remove_file(root.join(packed)).unwrap();
+        }
+        fs::write(root.join("deep/x.png"), png(3, 3)).unwrap();
+        says(root, &["1 pictures", "x.png", "2 tar files", "a.tar"]);
+        says(&root.join("deep/x.png"), &["no text", "list"]);
     }
 
     #[test]

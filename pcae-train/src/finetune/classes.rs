@@ -53,10 +53,11 @@ fn names(dataset: &Dataset) -> Vec<String> {
         .collect()
 }
 
-/// For each class of `dataset` its number among a classifier's `classes`: by name, or by number where either has none.
+/// For each class of `dataset` its number among a classifier's `classes`: by name, or by number where one of them has numbers for
+/// names and there are as many of either.
 ///
 /// # Errors
-/// [`Error::Labels`] if pictures have no labels, or the classifier does not know a class.
+/// [`Error::Labels`] if pictures have no labels, the classifier does not know a class, or there are others in number.
 pub(crate) fn map(dataset: &Dataset, classes: &[String]) -> Result<Vec<u32>, Error> {
     let wrong = |expected: String, found: String, advice: &str| {
         Err(Error::Labels {
@@ -76,13 +77,15 @@ pub(crate) fn map(dataset: &Dataset, classes: &[String]) -> Result<Vec<u32>, Err
             .enumerate()
             .all(|(i, name)| *name == i.to_string())
     };
-    if numbers(&names) || numbers(classes) {
-        if names.len() > classes.len() {
+    let is_known = |name: &String| classes.contains(name);
+    if !names.iter().all(is_known) && (numbers(&names) || numbers(classes)) {
+        if names.len() != classes.len() {
             let (expected, found) = (
-                format!("at most {} classes, as the classifier has", classes.len()),
-                names.len().to_string(),
+                format!("{} classes, as the classifier has", classes.len()),
+                format!("{} ({})", names.len(), short(&names)),
             );
-            return wrong(expected, found, "give the data that it was fine-tuned for");
+            let advice = "give the data that it was fine-tuned for";
+            return wrong(expected, found, advice);
         }
         return Ok((0..names.len() as u32).collect());
     }
@@ -103,4 +106,53 @@ fn short(classes: &[String]) -> String {
     const SHOWN: usize = 10;
     let more = if classes.len() > SHOWN { ", …" } else { "" };
     format!("{}{more}", classes[..classes.len().min(SHOWN)].join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::data;
+
+    fn folders(root: &Path, names: &[&str]) -> Splits {
+        for name in names {
+            std::fs::create_dir_all(root.join(name)).unwrap();
+            for i in 0..2 {
+                std::fs::write(root.join(name).join(format!("{i}.png")), "").unwrap();
+            }
+        }
+        data::open(Some(root), None).unwrap()
+    }
+
+    /// Numbers stand for names only where there are as many of either.
+    #[test]
+    fn by_name_else_by_number() {
+        type Names = &'static [&'static str];
+        let texts =
+            |names: Names| -> Vec<String> { names.iter().map(|&name| name.to_owned()).collect() };
+        let named: Names = &["cat", "cow", "dog"];
+        let cases: [(Names, Names, Option<&[u32]>); 8] = [
+            (&["cow", "dog"], named, Some(&[1, 2])),
+            (&["0", "2"], &["0", "1", "2"], Some(&[0, 2])),
+            (named, &["0", "1", "2"], Some(&[0, 1, 2])),
+            (&["0", "1", "2"], named, Some(&[0, 1, 2])),
+            (&["0", "1"], named, None),
+            (&["cow", "dog"], &["0", "1", "2"], None),
+            (&["0", "1", "2", "3"], &["0", "1", "2"], None),
+            (&["cow", "owl"], named, None),
+        ];
+        for (names, classes, want) in cases {
+            let folder = tempfile::tempdir().unwrap();
+            let splits = folders(folder.path(), names);
+            let found = map(&splits.held_out, &texts(classes));
+            match want {
+                Some(want) => assert_eq!(found.unwrap(), want, "{names:?} {classes:?}"),
+                None => {
+                    let error = found.unwrap_err().to_string();
+                    assert!(error.contains("expected"), "{names:?} {classes:?}: {error}");
+                }
+            }
+        }
+    }
 }

@@ -66,6 +66,8 @@ impl Confusion {
 pub struct Score {
     /// Pictures.
     pub pictures: usize,
+    /// Pictures left out because they could not be read.
+    pub unreadable: usize,
     /// Part of them whose class has the greatest score.
     pub top1: f64,
     /// Part of them whose class is among the five greatest.
@@ -129,7 +131,7 @@ impl<B: TrainBackend> Evaluator<B> {
             .map(|_| ())
     }
 
-    /// Classifies all of `dataset`, whose class `i` is the classifier's class `classes[i]`.
+    /// Classifies all of `dataset` that can be read, whose class `i` is the classifier's class `classes[i]`.
     ///
     /// # Errors
     /// [`Error::Data`] or [`Error::Backend`].
@@ -158,6 +160,10 @@ impl<B: TrainBackend> Evaluator<B> {
         for batch in eval_batches(dataset, transform, self.batch)? {
             let batch = batch?;
             let count = batch.samples.len();
+            tally.unreadable += batch.unreadable;
+            if count == 0 {
+                continue;
+            }
             logits.resize(count * num_classes, 0.0);
             backend
                 .write(&mut self.images, &batch.images)
@@ -189,6 +195,7 @@ impl<B: TrainBackend> Evaluator<B> {
 struct Tally {
     confusion: Confusion,
     pictures: usize,
+    unreadable: usize,
     top1: usize,
     top5: usize,
     loss: f64,
@@ -199,6 +206,7 @@ impl Tally {
         Self {
             confusion: Confusion::new(classes),
             pictures: 0,
+            unreadable: 0,
             top1: 0,
             top5: 0,
             loss: 0.0,
@@ -241,6 +249,7 @@ impl Tally {
         let count = self.pictures as f64;
         Score {
             pictures: self.pictures,
+            unreadable: self.unreadable,
             top1: self.top1 as f64 / count,
             top5: self.top5 as f64 / count,
             loss: self.loss / count,

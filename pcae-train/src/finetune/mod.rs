@@ -17,7 +17,7 @@ use pcae_kernel::sizing::{Memory, Sizing};
 use crate::backends::Job;
 use crate::bench::describe;
 use crate::checkpoint::weights::Weights;
-use crate::checkpoint::{self, Identity, TASK_CLASSIFY, Which};
+use crate::checkpoint::{self, AVERAGE, Identity, TASK_CLASSIFY, Which};
 use crate::data::loader::Batch;
 use crate::data::mix::Shape;
 use crate::data::{Dataset, Splits};
@@ -40,6 +40,8 @@ mod names {
     pub(super) const TOP1: &str = "top1";
     pub(super) const TOP5: &str = "top5";
     pub(super) const HELD_OUT_LOSS: &str = "held_out_loss";
+    /// Held-out pictures left out; not there where all could be read.
+    pub(super) const UNREADABLE: &str = "held_out_unreadable";
     pub(super) const EMA_TOP1: &str = "ema_top1";
     pub(super) const EMA_TOP5: &str = "ema_top5";
     pub(super) const EMA_HELD_OUT_LOSS: &str = "ema_held_out_loss";
@@ -65,6 +67,8 @@ pub struct Summary {
     pub top1: Option<f64>,
     /// Part of them whose class was among the five best.
     pub top5: Option<f64>,
+    /// Held-out pictures left out of the last evaluation because they could not be read.
+    pub unreadable: usize,
     /// The same as `top1` of the moving average, if there is one.
     pub ema_top1: Option<f64>,
     /// The best of all evaluations. It was chosen on the held-out pictures, and so is a little too good.
@@ -140,7 +144,7 @@ fn planned_memory(settings: &FinetuneSettings, recipe: &FinetuneRecipe) -> Resul
         .map_err(failed)?;
     let state = TrainState::with_params(&mut sizing, layout, student, average, 0.0);
     let mut state = state.map_err(failed)?;
-    let mut step = StepModel::new(&mut sizing, settings, recipe).map_err(failed)?;
+    let mut step = StepModel::new(&mut sizing, recipe).map_err(failed)?;
     let evaluator = Evaluator::new(&mut sizing, &recipe.task, EVAL_BATCH, settings.seed);
     let mut evaluator = evaluator.map_err(failed)?;
     step.model
@@ -168,12 +172,8 @@ struct StepModel<B: TrainBackend> {
 }
 
 impl<B: TrainBackend> StepModel<B> {
-    fn new(
-        backend: &mut B,
-        settings: &FinetuneSettings,
-        recipe: &FinetuneRecipe,
-    ) -> Result<Self, B::Error> {
-        let (task, batch) = (&recipe.task, settings.batch_size);
+    fn new(backend: &mut B, recipe: &FinetuneRecipe) -> Result<Self, B::Error> {
+        let (task, batch) = (&recipe.task, recipe.plan.batch_size);
         let (tokens, depth) = (task.vit.num_patches(), task.vit.depth);
         let reduction = &task.reduction;
         Ok(Self {
@@ -260,7 +260,7 @@ impl Job for Run {
             resume,
         };
         let mut finetuning = Finetuning {
-            step: StepModel::new(backend, &settings, &recipe).map_err(failed)?,
+            step: StepModel::new(backend, &recipe).map_err(failed)?,
             evaluator: Evaluator::new(backend, &task, EVAL_BATCH, settings.seed).map_err(failed)?,
             class_map: classes::map(&splits.held_out, &recipe.classes)?,
             name,
@@ -287,6 +287,12 @@ impl Job for Run {
             images_per_s: done.images_per_s,
             top1: last(names::TOP1),
             top5: last(names::TOP5),
+            unreadable: done
+                .records
+                .iter()
+                .rfind(|record| record.scalars.contains_key(names::TOP1))
+                .and_then(|record| record.scalars.get(names::UNREADABLE))
+                .map_or(0, |&count| count as usize),
             ema_top1: last(names::EMA_TOP1),
             best_top1: best.map(|(_, top1)| top1),
             best_step: best.map(|(step, _)| step),
@@ -508,13 +514,16 @@ impl<B: TrainBackend> Task<B> for Finetuning<'_, B> {
             for (name, value) in names.into_iter().zip([top1, top5, loss]) {
                 figures.insert(name.to_owned(), value);
             }
+            if score.unreadable > 0 {
+                figures.insert(names::UNREADABLE.to_owned(), score.unreadable as f64);
+            }
             let is_average = names == EMA;
             line += if is_average { "; average " } else { "" };
             line += &format!("top-1 {:.2} %, top-5 {:.2} %", 100.0 * top1, 100.0 * top5);
             if self.best.is_none_or(|best| top1 > best) {
                 self.best = Some(top1);
                 line += " (best)";
-                let source = if is_average { "average" } else { "student" };
+                let source = if is_average { AVERAGE } else { "student" };
                 let more = [
                     ("step", step.to_string()),
                     ("top1", top1.to_string()),

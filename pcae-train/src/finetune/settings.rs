@@ -85,8 +85,8 @@ pub struct FinetuneSettings {
     pub epochs: Option<u64>,
     /// Optimizer steps.
     pub steps: Option<u64>,
-    /// Pictures in a micro-batch.
-    pub batch_size: usize,
+    /// Pictures in a micro-batch; if `None` 64, or all of a smaller data set.
+    pub batch_size: Option<usize>,
     /// Micro-batches in a step.
     pub accum: u64,
     /// Peak learning rate of the head per 256 pictures of a step.
@@ -211,7 +211,7 @@ impl Default for FinetuneSettings {
             smoothing: 0.1,
             epochs: None,
             steps: None,
-            batch_size: 64,
+            batch_size: None,
             accum: 1,
             blr: None,
             lr: None,
@@ -236,6 +236,7 @@ impl Default for FinetuneSettings {
 }
 
 const DEFAULT_OUT: &str = "runs/finetune";
+const DEFAULT_BATCH_SIZE: usize = 64;
 
 /// What depends on the size of the encoder where the settings say nothing.
 struct Recipes {
@@ -410,6 +411,10 @@ impl FinetuneSettings {
             LARGE
         };
         let drop_path = *self.drop_path.get_or_insert(defaults.drop_path);
+        let pictures = splits.train.len();
+        let batch_size = *self
+            .batch_size
+            .get_or_insert(DEFAULT_BATCH_SIZE.min(pictures));
         let plan = Knobs {
             epochs: &mut self.epochs,
             steps: self.steps,
@@ -422,7 +427,7 @@ impl FinetuneSettings {
             weight_decay: self.weight_decay,
             clip_grad: self.clip_grad,
             drop_path,
-            batch_size: self.batch_size,
+            batch_size,
             accum: self.accum,
             eval_every: self.eval_every,
             save_every: &mut self.save_every,
@@ -435,7 +440,7 @@ impl FinetuneSettings {
                 blr: defaults.blr,
                 steps_per_warmup_step: 20,
             },
-            splits.train.len(),
+            pictures,
         )?;
         // Random layers all have as much to learn.
         let layer_decay = *self.layer_decay.get_or_insert(match self.weights {

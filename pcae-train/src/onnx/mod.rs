@@ -7,6 +7,8 @@
 //! | `tokens` | `[batch, 1 + patches, width]` | of an encoder: class token and patches after the last norm |
 //! | `ids` | `[batch, patches]` | of an encoder with token reduction: which patches are left, in the order of `tokens` |
 //!
+//! Among the metadata are also the `drop_ratio`, and the names of a classifier's `classes` as JSON, in the order of `logits`.
+//!
 //! The number of tokens is static, as it is here: a reduction really leaves fewer rows to compute.
 
 mod graph;
@@ -88,6 +90,10 @@ fn model(
             let values: Vec<String> = values.iter().map(f32::to_string).collect();
             metadata.push((key.to_owned(), values.join(",")));
         }
+    }
+    if let (Some(_), Some(classifier)) = (head, &encoder.classifier) {
+        let classes = serde_json::json!(classifier.classes).to_string();
+        metadata.push(("classes".to_owned(), classes));
     }
     if let Budget::Drop(drop_ratio) = reduction.budget {
         metadata.push(("drop_ratio".to_owned(), drop_ratio.to_string()));
@@ -389,9 +395,10 @@ mod tests {
     use std::collections::BTreeSet;
 
     use pcae_kernel::config::{Criterion, DropLayers, Place};
+    use serde_json::Value;
 
     use super::*;
-    use crate::checkpoint::exchange::Report;
+    use crate::checkpoint::exchange::{Classifier, Report};
 
     const VIT: VitConfig = VitConfig {
         img_size: [6, 9],
@@ -415,6 +422,10 @@ mod tests {
                 weight: vec![0.5; 40],
                 bias: vec![0.25; 5],
                 pooling,
+            }),
+            classifier: pooling.map(|_| Classifier {
+                classes: ["a", "b", "c, d", "\"", "0"].map(str::to_owned).to_vec(),
+                config: Value::Null,
             }),
             decoder: None,
             report: Report::default(),
@@ -513,11 +524,14 @@ mod tests {
         assert_eq!(shape(&reduced.output[1]), ["2", "3"]);
 
         for pooling in [Pooling::MeanThenNorm, Pooling::ClassToken] {
-            let classifier = graph(written(
-                &encoder(Some(pooling)),
-                &reduction(0.4),
-                Batch::Dynamic,
-            ));
+            let model = written(&encoder(Some(pooling)), &reduction(0.4), Batch::Dynamic);
+            let classes = model
+                .metadata_props
+                .iter()
+                .find(|entry| entry.key == "classes");
+            let classes: Vec<String> = serde_json::from_str(&classes.unwrap().value).unwrap();
+            assert_eq!(classes, ["a", "b", "c, d", "\"", "0"]);
+            let classifier = graph(model);
             assert_eq!(classifier.output[0].name, "logits");
             assert_eq!(shape(&classifier.output[0]), ["batch", "5"]);
         }

@@ -16,6 +16,8 @@ pub(super) struct Minimum {
     pub(super) x: Vec<f64>,
     pub(super) value: f64,
     pub(super) iterations: usize,
+    /// Whether it is one, as far as numbers tell, rather than the end of the iterations.
+    pub(super) converged: bool,
 }
 
 /// Minimises `f`, which returns its value at a point and writes its gradient there, from `x` on, until no element of the
@@ -29,7 +31,7 @@ pub(super) fn minimize(
     let mut gradient = vec![0.0; x.len()];
     let mut value = f(&x, &mut gradient);
     let mut history: VecDeque<Pair> = VecDeque::with_capacity(MEMORY);
-    let mut done = 0;
+    let (mut done, mut is_stuck) = (0, false);
     let (mut next, mut next_gradient) = (x.clone(), gradient.clone());
     while done < iterations && largest(&gradient) > tolerance {
         let direction = direction(&gradient, &history);
@@ -64,6 +66,7 @@ pub(super) fn minimize(
             };
         }
         let Some(next_value) = found else {
+            is_stuck = true;
             break;
         };
         let pair = Pair::new(&x, &next, &gradient, &next_gradient);
@@ -79,6 +82,7 @@ pub(super) fn minimize(
         done += 1;
     }
     Minimum {
+        converged: is_stuck || largest(&gradient) <= tolerance,
         x,
         value,
         iterations: done,
@@ -174,9 +178,13 @@ mod tests {
             value
         };
         let end = minimize(vec![0.0; 8], 500, 1e-7, bowl);
-        assert!(end.iterations < 200 && end.value < 1e-9, "{end:?}");
+        assert!(
+            end.converged && end.iterations < 200 && end.value < 1e-9,
+            "{end:?}"
+        );
         // At the minimum already: nothing to do.
         assert_eq!(minimize(vec![3.0; 8], 500, 1e-7, bowl).iterations, 0);
-        assert_eq!(minimize(vec![0.0; 8], 2, 1e-7, bowl).iterations, 2);
+        let early = minimize(vec![0.0; 8], 2, 1e-7, bowl);
+        assert!(!early.converged && early.iterations == 2);
     }
 }

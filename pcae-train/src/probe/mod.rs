@@ -1,5 +1,6 @@
 //! `pcae probe`: how well a linear classifier tells classes apart on a frozen encoder's features.
 
+mod condition;
 mod lbfgs;
 mod linear;
 mod logistic;
@@ -122,6 +123,10 @@ pub struct Report {
     pub l2: Option<f64>,
     /// The penalties that were tried for it.
     pub tried: Vec<Tried>,
+    /// Iterations of the logistic regression, at the end.
+    pub iterations: Option<usize>,
+    /// Whether it came to its minimum in them.
+    pub converged: Option<bool>,
     /// Peak learning rate of SGD and LARS.
     pub lr: Option<f64>,
     /// Each class.
@@ -243,6 +248,8 @@ struct Solved {
     loss: f64,
     l2: Option<f64>,
     tried: Vec<Tried>,
+    iterations: Option<usize>,
+    converged: Option<bool>,
     lr: Option<f64>,
 }
 
@@ -320,6 +327,8 @@ impl Job for Probing<'_> {
             loss: solved.loss,
             l2: solved.l2,
             tried: solved.tried,
+            iterations: solved.iterations,
+            converged: solved.converged,
             lr: solved.lr,
             per_class: per_class.collect(),
             seconds: began.elapsed().as_secs_f64(),
@@ -347,6 +356,8 @@ fn logistic(plan: &Plan, mut train: Part, mut held_out: Part, classes: usize) ->
         loss: fitted.loss,
         l2: Some(fitted.l2),
         tried: fitted.tried,
+        iterations: Some(fitted.iterations),
+        converged: Some(fitted.converged),
         lr: None,
     }
 }
@@ -465,6 +476,8 @@ impl Probing<'_> {
             loss,
             l2: None,
             tried: Vec::new(),
+            iterations: None,
+            converged: None,
             lr: Some(lr),
         })
     }
@@ -489,6 +502,11 @@ impl Probing<'_> {
     }
 }
 
+/// What is to be known about a fit that was ended early.
+fn unless(converged: bool) -> &'static str {
+    if converged { "" } else { ", not converged" }
+}
+
 impl fmt::Display for Report {
     /// The classes, the penalties, and the whole in the last line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -501,15 +519,25 @@ impl fmt::Display for Report {
         for tried in &self.tried {
             writeln!(
                 f,
-                "l2 {:e}: {} of the held-back training pictures, {}{}",
+                "l2 {:e}: {} of the held-back training pictures, {}{}{}",
                 tried.l2,
                 percent(tried.top1),
                 count(tried.iterations, "iteration"),
+                unless(tried.converged),
                 if self.l2 == Some(tried.l2) {
                     ", taken"
                 } else {
                     ""
                 }
+            )?;
+        }
+        if let (Some(iterations), Some(converged)) = (self.iterations, self.converged) {
+            writeln!(
+                f,
+                "on all training pictures: loss {:.5} after {}{}",
+                self.loss,
+                count(iterations, "iteration"),
+                unless(converged)
             )?;
         }
         if self.unreadable > 0 {

@@ -428,9 +428,12 @@ mod tests {
     #[test]
     fn a_failure_leaves_the_old_picture() {
         let folder = tempfile::tempdir().unwrap();
-        let error = write_png(&folder.path().join("no/curves.png"), &Curves::default());
+        let path = folder.path().join("curves.png");
+        fs::create_dir(&path).unwrap();
+        let error = write_png(&path, &Curves::default());
         assert!(matches!(error, Err(CurvesError::Write { .. })));
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert!(path.is_dir());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use image::codecs::png::PngEncoder;
-use image::{ExtendedColorType, ImageEncoder};
+use image::{ExtendedColorType, ImageEncoder, ImageError};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -93,7 +93,10 @@ pub fn write_png(path: &Path, sheet: &Sheet) -> io::Result<()> {
     atomic_write(path, |out| {
         PngEncoder::new(out)
             .write_image(&pixels, WIDTH as u32, tall as u32, ExtendedColorType::Rgb8)
-            .map_err(io::Error::other)
+            .map_err(|error| match error {
+                ImageError::IoError(error) => error,
+                other => io::Error::other(other),
+            })
     })
 }
 
@@ -265,6 +268,29 @@ mod tests {
         let long = sheet(&"long ".repeat(100));
         assert!(dark(&long, 900..1180, title.clone()) > 50);
         assert_eq!(dark(&long, 1181..1200, title), 0);
+    }
+
+    /// The longest that is said of a heat map, below one of the four cells of a step of pre-training.
+    #[test]
+    fn a_caption_fits_below_one_of_four_cells() {
+        let dark = |columns| {
+            let width = cell_width(columns);
+            let cell = Cell {
+                pixels: vec![0xff; 3 * 40 * width],
+                caption: "-0.25 dark to -0.15 bright".to_owned(),
+            };
+            let picture = drawn(&Sheet {
+                title: String::new(),
+                columns: vec![String::new()],
+                cell: [40, width],
+                rows: vec![Row {
+                    label: String::new(),
+                    cells: vec![cell],
+                }],
+            });
+            picture.pixels().filter(|pixel| pixel.0[0] < 0x80).count()
+        };
+        assert_eq!(dark(4), dark(1));
     }
 
     #[test]

@@ -196,6 +196,11 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
         workers: start.workers,
     };
     let mut loader = Loader::new(start.dataset, start.augmentation, config)?;
+    let mut first = if position.step < plan.steps {
+        Some(loader.next()?)
+    } else {
+        None
+    };
 
     let is_new = resume.is_none();
     let (run, mut metrics) = match resume {
@@ -332,7 +337,10 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
         }
         state.begin_step(backend).map_err(failed)?;
         for _ in 0..plan.accum {
-            let mut batch = loader.next()?;
+            let mut batch = match first.take() {
+                Some(batch) => batch,
+                None => loader.next()?,
+            };
             let scale = 1.0 / plan.accum as f64;
             let done = task.accumulate(backend, &mut state, &mut batch, scale);
             if let Err(error) = done {

@@ -9,7 +9,7 @@ mod step;
 use std::path::{Path, PathBuf};
 
 use pcae_kernel::backend::{Backend, TokenDims, TrainBackend};
-use pcae_kernel::config::{Budget, Criterion, Place, Reduction, VitConfig};
+use pcae_kernel::config::{Budget, Criterion, DropLayers, Place, Reduction, VitConfig};
 use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{MeanSimilarity, Scorer, Selection, Vit};
 
@@ -18,10 +18,13 @@ use crate::checkpoint::exchange::{self, Encoder, Hints, Preprocessing};
 use crate::checkpoint::file::Reader;
 use crate::checkpoint::locate;
 use crate::data::augment::{Scratch, Transform};
-use crate::data::{self, Picture};
+use crate::data::{self, DataError, Picture};
 use crate::error::Error;
+use crate::output::{self, Kind};
 use crate::report::sheet::{Cell, Row, Sheet, write_png};
+use crate::run_settings::RunSettings;
 use crate::settings::{DropLayersSpec, Machine, Settings};
+use crate::trained::own_reduction;
 use canvas::{Canvas, plain};
 
 /// Most pictures of a sheet: beyond, it would be a wall rather than a page.
@@ -40,9 +43,10 @@ pub struct Plan {
     pub data: Option<PathBuf>,
     /// At most as many pictures.
     pub count: usize,
-    /// Tokens that each stage leaves; if `None` as the run's teacher does, or half of them.
+    /// Tokens that each stage leaves; if `None` as a classifier that drops some, or as the run's teacher does, or half of them.
     pub budget: Option<Budget>,
-    /// The blocks that stages come after; if `None` those of the run, or three stages as in the paper.
+    /// The blocks that stages come after; if `None` those of the run, or else the paper's: of classifiers for a budget that drops, of
+    /// teachers for one that keeps.
     pub drop_layers: Option<DropLayersSpec>,
     /// Whether the redundancy of each token is drawn too.
     pub heat: bool,
@@ -75,12 +79,24 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
     }
     let path = locate(&plan.source)?;
     let reader = Reader::open(&path)?;
-    let settings = recipe(&reader);
+    let run = RunSettings::of(&reader);
     let mut hints = plan.hints.clone();
+    let settings = run.as_ref().and_then(RunSettings::pretraining);
     // It is the teacher that drops tokens.
-    if !plan.masked && hints.prefix.is_none() && reader.shape("teacher.cls_token").is_some() {
+    let has_teacher = settings.is_some() && reader.shape("teacher.cls_token").is_some();
+    if !plan.masked && hints.prefix.is_none() && has_teacher {
         hints.prefix = Some("teacher.".to_owned());
     }
+    let data = plan
+        .data
+        .as_deref()
+        .or(run.as_ref().and_then(RunSettings::data));
+    let mut inputs: Vec<&Path> = plan.pictures.iter().map(PathBuf::as_path).collect();
+    if inputs.is_empty() {
+        inputs.extend(data);
+    }
+    inputs.push(&path);
+    output::check("--out", &plan.out, Kind::Png, &inputs)?;
     let encoder = exchange::read(&path, &hints)?;
     let Some(preprocessing) = encoder.preprocessing.clone() else {
         return Err(Error::Setting {
@@ -92,13 +108,13 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
             ),
         });
     };
-    let pictures = pictures(plan, &encoder.vit, settings.as_ref())?;
+    let pictures = pictures(plan, &encoder.vit, data)?;
     let count = pictures.len();
     let sheet = if plan.masked {
         let job = step::Step {
             source: &plan.source,
             encoder: &encoder,
-            settings: settings.as_ref(),
+            settings,
             preprocessing: &preprocessing,
             pictures: &pictures,
             seed: plan.seed,
@@ -106,7 +122,7 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
         backends::run(&plan.machine, job)?
     } else {
         let job = Stages {
-            reduction: reduction(plan, &encoder.vit, settings.as_ref())?,
+            reduction: reduction(plan, &path, &encoder.vit, settings)?,
             title: format!(
                 "{}{}: tokens that stay",
                 hints.prefix.as_deref().map_or(String::new(), |prefix| {
@@ -128,77 +144,75 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
     Ok(count)
 }
 
-/// The settings of the run that a checkpoint is of.
-fn recipe(reader: &Reader) -> Option<Settings> {
-    let metadata = reader.metadata();
-    let ours = metadata.get("format") == Some(&"pcae");
-    serde_json::from_str(metadata.get("config").filter(|_| ours)?).ok()
-}
-
+/// What was asked for, over what the file's own is. Stages that drop a part are those of a classifier, stages that keep a part
+/// those of a teacher, as in every other command.
 fn reduction(
     plan: &Plan,
+    path: &Path,
     vit: &VitConfig,
     settings: Option<&Settings>,
 ) -> Result<Reduction, Error> {
-    let keep_ratio = settings.map_or(0.5, |settings| settings.keep_ratio);
-    let default = Settings::default().drop_layers;
-    let layers = plan
-        .drop_layers
-        .as_ref()
-        .or(settings.map(|settings| &settings.drop_layers))
-        .unwrap_or(&default);
-    let drop_layers = layers.layers(vit.depth)?;
+    let own = own_reduction(path, vit.depth)?;
+    let dropping = own.filter(|own| own.stages(vit.depth) > 0);
+    let budget = plan
+        .budget
+        .or(dropping.map(|own| own.budget))
+        .unwrap_or(Budget::Keep(
+            settings.map_or(0.5, |settings| settings.keep_ratio),
+        ));
+    let drop_layers = match (&plan.drop_layers, budget) {
+        (Some(asked), _) => asked.layers(vit.depth)?,
+        (None, Budget::Drop(_)) => match own {
+            Some(own) => own.drop_layers,
+            None => DropLayers::classification(vit.depth)?,
+        },
+        (None, Budget::Keep(_)) => {
+            let default = Settings::default().drop_layers;
+            let of_run = settings.map(|settings| &settings.drop_layers);
+            of_run.unwrap_or(&default).layers(vit.depth)?
+        }
+    };
     let reduction = Reduction {
         criterion: Criterion::MeanSimilarity,
         place: Place::Progressive,
         drop_layers,
-        budget: plan.budget.unwrap_or(Budget::Keep(keep_ratio)),
+        budget,
     };
     reduction.check(vit.num_patches(), vit.depth)?;
     Ok(reduction)
 }
 
-/// The pictures to draw. Unreadable ones are logged and left out.
-fn pictures(
-    plan: &Plan,
-    vit: &VitConfig,
-    settings: Option<&Settings>,
-) -> Result<Vec<Named>, Error> {
+/// The pictures to draw: those of the plan, or else held-out ones of `data`. Unreadable ones are logged and left out.
+fn pictures(plan: &Plan, vit: &VitConfig, data: Option<&Path>) -> Result<Vec<Named>, Error> {
     let mut found = Vec::new();
+    let mut first_error = None;
+    let mut add =
+        |found: &mut Vec<Named>, name: String, read: Result<Picture, DataError>| match read {
+            Ok(picture) => found.push(Named { name, picture }),
+            Err(error) => {
+                log::warn!("{error} (left out)");
+                first_error.get_or_insert(error);
+            }
+        };
     if plan.pictures.is_empty() {
-        let of_run = settings.and_then(|settings| settings.data.as_deref());
-        let path = plan.data.as_deref().or(of_run);
-        let dataset = data::open(path, Some(vit.in_chans))?
-            .held_out
-            .thinned(plan.count);
+        let held_out = data::open(data, Some(vit.in_chans))?.held_out;
+        let dataset = held_out.thinned(plan.count);
         for i in 0..dataset.len() {
             let mut picture = Picture::default();
-            let at = dataset.load(i, &mut picture)?;
-            let class = dataset
-                .label(at)
-                .and_then(|label| dataset.class_name(label));
-            let name = class.map_or_else(|| file_name(Path::new(&dataset.name(at))), str::to_owned);
-            found.push(Named { name, picture });
+            let read = dataset.picture(i, &mut picture).map(|()| picture);
+            let class = dataset.label(i).and_then(|label| dataset.class_name(label));
+            let name = class.map_or_else(|| file_name(Path::new(&dataset.name(i))), str::to_owned);
+            add(&mut found, name, read);
         }
-        return Ok(found);
     }
-    let mut first_error = None;
-    for path in &plan.pictures {
+    'all: for path in &plan.pictures {
         for file in data::picture_files(path)? {
             if found.len() == plan.count {
-                return Ok(found);
+                break 'all;
             }
             let mut picture = Picture::default();
-            match data::read_picture(&file, vit.in_chans, &mut picture) {
-                Ok(()) => found.push(Named {
-                    name: file_name(&file),
-                    picture,
-                }),
-                Err(error) => {
-                    log::warn!("{error} (left out)");
-                    first_error.get_or_insert(error);
-                }
-            }
+            let read = data::read_picture(&file, vit.in_chans, &mut picture).map(|()| picture);
+            add(&mut found, file_name(&file), read);
         }
     }
     match first_error {

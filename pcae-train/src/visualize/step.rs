@@ -162,6 +162,7 @@ impl Job for Step<'_> {
                 pixels,
                 caption: String::new(),
             };
+            let mut label = label.clone();
             let mut cells = vec![
                 captionless(pixels.clone()),
                 captionless(canvas.keep(&pixels, keep)),
@@ -178,9 +179,9 @@ impl Job for Step<'_> {
                         .collect();
                     let mean = cosines.iter().sum::<f32>() / targets as f32;
                     cells.push(captionless(canvas.keep(&pixels, retained)));
-                    let mut heat = canvas.heat(retained, &cosines);
-                    heat.caption = format!("mean {mean:.3}, {}", heat.caption);
-                    cells.push(heat);
+                    cells.push(canvas.heat(retained, &cosines));
+                    // Below a cell there is no room for it.
+                    label += &format!(": mean cosine {mean:.3}");
                 }
                 Target::Pixels { norm_pix } => {
                     let mut seen = Patches::new(vit.img_size, vit.patch_size, images);
@@ -192,10 +193,7 @@ impl Job for Step<'_> {
                     ));
                 }
             }
-            rows.push(Row {
-                label: label.clone(),
-                cells,
-            });
+            rows.push(Row { label, cells });
         }
         Ok(Sheet {
             title: format!(

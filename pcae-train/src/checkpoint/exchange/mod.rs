@@ -21,6 +21,7 @@ use pcae_kernel::backend::{Linear, NORM_EPS, Norm};
 use pcae_kernel::config::{ConfigError, MAX_DEPTH, VitConfig};
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
+use serde_json::Value;
 
 pub use mae::Decoder;
 pub(crate) use write::config;
@@ -70,6 +71,8 @@ pub struct Encoder {
     pub preprocessing: Option<Preprocessing>,
     /// A classifier on top of it, if there is one.
     pub head: Option<Head>,
+    /// What that says of itself, if it is one of `pcae finetune`.
+    pub classifier: Option<Classifier>,
     /// A decoder of masked pre-training, if there is one and its heads are known.
     pub decoder: Option<Decoder>,
     /// What was found in the file.
@@ -105,6 +108,25 @@ pub struct Head {
     pub bias: Vec<f32>,
     /// What it sees.
     pub pooling: Pooling,
+}
+
+/// What a classifier of `pcae finetune` says of itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Classifier {
+    /// Names of its classes.
+    pub classes: Vec<String>,
+    /// The settings of its run.
+    pub config: Value,
+}
+
+impl Classifier {
+    /// From the metadata of a file that holds `head`.
+    fn of(reader: &Reader, head: Option<&Head>) -> Option<Self> {
+        let metadata = reader.metadata();
+        let classes: Vec<String> = serde_json::from_str(metadata.get("classes")?).ok()?;
+        let config = serde_json::from_str(metadata.get("config")?).ok()?;
+        (classes.len() == head?.num_classes).then_some(Self { classes, config })
+    }
 }
 
 /// Which tensors a file gave.
@@ -506,6 +528,7 @@ pub fn read(path: &Path, hints: &Hints) -> Result<Encoder, Error> {
         vit,
         values,
         preprocessing,
+        classifier: Classifier::of(&reader, head.as_ref()),
         head,
         decoder,
         report,
@@ -646,6 +669,21 @@ fn preprocessing(
                 flag,
                 format!(
                     "expected {} finite numbers{positive}, one for each channel, found {values:?}",
+                    vit.in_chans
+                ),
+            ));
+        }
+    }
+    let both = [
+        ("--std", &hints.mean, &hints.std, &known.std),
+        ("--mean", &hints.std, &hints.mean, &known.mean),
+    ];
+    for (flag, given, other, of_file) in both {
+        if given.is_some() && other.is_none() && of_file.is_none() {
+            return Err(setting(
+                flag,
+                format!(
+                    "expected {} numbers, one for each channel, beside the other of --mean and --std, found none there nor in the file",
                     vit.in_chans
                 ),
             ));

@@ -9,11 +9,13 @@ use serde_json::{Value, json};
 
 use super::{Encoder, Pooling};
 use crate::checkpoint::file::{self, TensorData};
-use crate::checkpoint::{FORMAT, VERSION};
+use crate::checkpoint::{FORMAT, TASK_CLASSIFY, VERSION};
 use crate::error::Error;
+use crate::trained::{forget_data, merged};
 
 /// Writes `encoder`, with its head and its decoder if it has them, under timm's and MAE's names. The metadata say what
-/// [`super::read`] wants to know: under `config` the settings of the model, by their names in `config.toml`.
+/// [`super::read`] wants to know: under `config` the settings of the model, by their names in `config.toml`. A classifier of
+/// `pcae finetune` keeps its settings and its classes, and so is one for `pcae evaluate`.
 ///
 /// # Errors
 /// [`Error::File`] if the disk fails; a previous file is then intact.
@@ -61,12 +63,19 @@ pub fn write(path: &Path, encoder: &Encoder) -> Result<(), Error> {
             data: TensorData::F32(values),
         });
     }
-    let metadata = BTreeMap::from([
+    let mut metadata = BTreeMap::from([
         ("format".to_owned(), FORMAT.to_owned()),
         ("version".to_owned(), VERSION.to_owned()),
-        ("config".to_owned(), config(encoder).to_string()),
         ("source".to_owned(), encoder.report.naming.to_owned()),
     ]);
+    let mut config = config(encoder);
+    if let Some(classifier) = &encoder.classifier {
+        config = merged(classifier.config.clone(), config);
+        forget_data(&mut config);
+        metadata.insert("task".to_owned(), TASK_CLASSIFY.to_owned());
+        metadata.insert("classes".to_owned(), json!(classifier.classes).to_string());
+    }
+    metadata.insert("config".to_owned(), config.to_string());
     Ok(file::write(path, &metadata, &tensors)?)
 }
 

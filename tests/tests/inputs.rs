@@ -1,0 +1,370 @@
+//! What commands read and what they write over: which checkpoint a run means, which pictures, which files are safe.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::path::Path;
+use std::process::Output;
+
+use pcae_tests::{TINY, idx_folder, pcae, png, stderr, stdout};
+use pcae_train::checkpoint::file::Reader;
+use serde_json::Value;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_pcae-under-test");
+
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self {
+            folder: tempfile::tempdir().unwrap(),
+        };
+        idx_folder(Path::new(&place.path("data")), 64, 20);
+        place
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn pretrained(&self) -> String {
+        let (data, out) = (self.path("data"), self.path("pre"));
+        let args = ["pretrain", "--data", &data, "--out", &out, "--steps", "2"];
+        succeeds(&[&args[..], &["--batch-size", "8"], TINY].concat());
+        out
+    }
+
+    /// A run whose best is after step 4 and whose newest checkpoint is after step 6: at this rate no figure changes, and of
+    /// equals the first is the best.
+    fn finetuned(&self) -> String {
+        let (data, out) = (self.path("data"), self.path("ft"));
+        let args = [
+            "finetune",
+            "--weights",
+            "none",
+            "--data",
+            &data,
+            "--out",
+            &out,
+            "--steps",
+            "6",
+        ];
+        let more = ["--batch-size", "16", "--lr", "1e-7", "--set", "ema=0.5"];
+        let sizes: Vec<&str> = ["embed_dim=16", "depth=3", "num_heads=2"]
+            .into_iter()
+            .flat_map(|size| ["--set", size])
+            .collect();
+        succeeds(&[&args[..], &more, &sizes].concat());
+        out
+    }
+}
+
+fn run(args: &[&str]) -> Output {
+    pcae(BINARY, args)
+}
+
+fn succeeds(args: &[&str]) -> Output {
+    let output = run(args);
+    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+    output
+}
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&stdout(&succeeds(&[args, &["--json"]].concat()))).unwrap()
+}
+
+fn fails(code: i32, args: &[&str], expected: &[&str]) {
+    let output = run(args);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {text}");
+    for expected in expected {
+        assert!(text.contains(expected), "{args:?}: {expected:?} in {text}");
+    }
+}
+
+fn photos(folder: &str, count: u8) {
+    fs::create_dir_all(folder).unwrap();
+    for i in 0..count {
+        let picture = png(28, 28, |x, y| [(x * 9) as u8 + i, (y * 9) as u8, 99]);
+        fs::write(format!("{folder}/{i}.png"), picture).unwrap();
+    }
+}
+
+/// Neither what a command reads nor what a run needs is written over, nor a file of another kind.
+#[test]
+fn inputs_survive() {
+    let place = Place::new();
+    let (pre, ft, album) = (place.pretrained(), place.finetuned(), place.path("album"));
+    photos(&album, 2);
+    let picture = format!("{album}/0.png");
+    let (last, best) = (
+        format!("{pre}/checkpoints/last.safetensors"),
+        format!("{ft}/checkpoints/best.safetensors"),
+    );
+    let copy = place.path("copy.safetensors");
+    fs::copy(&best, &copy).unwrap();
+    let own = format!("{ft}/confusion.csv");
+    let list = place.path("features.npy.names.txt");
+    fs::write(&list, format!("{picture}\n")).unwrap();
+    let all = [&picture, &last, &best, &copy, &own, &list];
+    let before = all.map(|path| fs::read(path).unwrap());
+    let features = place.path("features.npy");
+    let cases: [&[&str]; 17] = [
+        &["visualize", &pre, "--count", "1", "--out", &last],
+        &[
+            "visualize",
+            &pre,
+            "--count",
+            "1",
+            "--out",
+            &format!("{pre}/curves.png"),
+        ],
+        &["visualize", &pre, &picture, "--out", &picture],
+        &["visualize", &pre, &album, "--out", &picture],
+        &["visualize", &pre, "--data", &album, "--out", &picture],
+        &["visualize", &pre, "--count", "1", "--out", &list],
+        &["evaluate", &ft, "--confusion", &best],
+        &["evaluate", &ft, "--confusion", &own],
+        &["evaluate", &ft, "--confusion", &picture],
+        &["onnx", &ft, "--out", &picture],
+        &["onnx", &copy, "--out", &copy],
+        &["convert", &ft, "--out", &picture],
+        &["convert", &copy, "--out", &copy],
+        // Also those of another run.
+        &["export", &pre, "--out", &best],
+        &["deploy", &ft, "--drop-ratio", "0", "--out", &last],
+        &["bench", &ft, "--json", &best],
+        &["embed", &pre, "--data", &list, "--out", &features],
+    ];
+    for args in cases {
+        fails(2, args, &["expected", "found"]);
+        for (path, before) in all.iter().zip(&before) {
+            assert!(
+                fs::read(path).unwrap() == *before,
+                "{args:?} changed {path}"
+            );
+        }
+    }
+    // What is nobody's is written, folders and all, and written again.
+    let sheet = place.path("new/sheet.png");
+    for _ in 0..2 {
+        succeeds(&["visualize", &pre, "--count", "1", "--out", &sheet]);
+    }
+    succeeds(&[
+        "evaluate",
+        &ft,
+        "--confusion",
+        &place.path("new/confusion.csv"),
+    ]);
+}
+
+/// Every command takes the same checkpoint of a run and, unless told otherwise, the run's own pictures.
+#[test]
+fn a_run_means_its_best_and_its_data() {
+    let place = Place::new();
+    let (ft, data) = (place.finetuned(), place.path("data"));
+    let (best, last) = (
+        format!("{ft}/checkpoints/best.safetensors"),
+        format!("{ft}/checkpoints/last.safetensors"),
+    );
+    let steps = [&best, &last].map(|path| {
+        let reader = Reader::open(Path::new(path)).unwrap();
+        reader.metadata()["step"].to_owned()
+    });
+    assert_eq!(steps, ["4", "6"]);
+    for (command, name) in [
+        ("export", "a.safetensors"),
+        ("convert", "b.safetensors"),
+        ("onnx", "c.onnx"),
+        ("embed", "d.npy"),
+    ] {
+        let of = |source: &str| {
+            let out = place.path(name);
+            succeeds(&[command, source, "--out", &out]);
+            let bytes = fs::read(&out).unwrap();
+            fs::remove_file(&out).unwrap();
+            bytes
+        };
+        let written = of(&ft);
+        assert!(written == of(&best), "{command}");
+        assert!(written != of(&last), "{command}");
+    }
+    for command in ["knn", "probe"] {
+        for source in [&ft, &last] {
+            let output = succeeds(&[command, source]);
+            assert!(
+                stderr(&output).contains(&format!("data      {data}")),
+                "{}",
+                stderr(&output)
+            );
+        }
+    }
+    let sheet = place.path("sheet.png");
+    let output = succeeds(&["visualize", &ft, "--count", "50", "--out", &sheet]);
+    assert!(
+        stdout(&output).contains("20 pictures"),
+        "{}",
+        stdout(&output)
+    );
+    let text = stdout(&succeeds(&["inspect", &ft]));
+    for part in ["best.safetensors", "last.safetensors", "step: 4", "step: 6"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    // The average is with the newest, or is the best itself.
+    fails(
+        1,
+        &["knn", &ft, "--which", "teacher"],
+        &["moving average", "last.safetensors"],
+    );
+    let average = succeeds(&["knn", &last, "--which", "teacher"]);
+    assert!(
+        stderr(&average).contains("the teacher of step 6"),
+        "{}",
+        stderr(&average)
+    );
+    let mut bytes = fs::read(&best).unwrap();
+    // Of the same length, so that the header need not be moved.
+    let at = bytes
+        .windows(9)
+        .position(|at| at == b"\"student\"")
+        .unwrap();
+    bytes[at..at + 9].copy_from_slice(b"\"average\"");
+    fs::write(&best, bytes).unwrap();
+    for which in ["student", "teacher"] {
+        let average = succeeds(&["knn", &ft, "--which", which]);
+        assert!(
+            stderr(&average).contains("the average of step 4"),
+            "{}",
+            stderr(&average)
+        );
+    }
+}
+
+/// What `convert` makes of a classifier is one for `evaluate`, at the tokens that it was trained with.
+#[test]
+fn a_converted_classifier_is_one() {
+    let place = Place::new();
+    let (ft, out) = (place.finetuned(), place.path("converted.safetensors"));
+    succeeds(&["convert", &ft, "--out", &out]);
+    let data = place.path("data");
+    let (own, converted) = (
+        json(&["evaluate", &ft]),
+        json(&["evaluate", &out, "--data", &data]),
+    );
+    for key in ["classes", "unreadable"] {
+        assert_eq!(own[key], converted[key]);
+    }
+    for key in ["top1", "loss", "drop_ratio", "tokens"] {
+        assert_eq!(
+            own["results"][0][key], converted["results"][0][key],
+            "{key}"
+        );
+    }
+    assert!(!String::from_utf8_lossy(&fs::read(&out).unwrap()).contains(&data));
+}
+
+/// A picture that cannot be read is left out of every figure, and counted.
+#[test]
+fn unreadable_pictures_are_no_others() {
+    let place = Place::new();
+    let (data, out) = (place.path("folders"), place.path("run"));
+    for (part, count) in [("train", 12), ("val", 4)] {
+        for class in ["a", "b"] {
+            photos(&format!("{data}/{part}/{class}"), count);
+        }
+    }
+    fs::write(format!("{data}/val/a/1.png"), "no picture").unwrap();
+    // Fewer pictures than the usual batch.
+    let args = [
+        "finetune",
+        "--weights",
+        "none",
+        "--data",
+        &data,
+        "--out",
+        &out,
+    ];
+    let sizes = ["--set", "img_size=[28,28]", "--epochs", "1"];
+    let summary = json(&[&args[..], &sizes, &TINY[..6]].concat());
+    assert_eq!(summary["unreadable"], 1);
+    let config = fs::read_to_string(format!("{out}/config.toml")).unwrap();
+    assert!(config.contains("batch_size = 24"), "{config}");
+    let confusion = place.path("confusion.csv");
+    let report = json(&[
+        "evaluate",
+        &out,
+        "--batch-size",
+        "1",
+        "--confusion",
+        &confusion,
+    ]);
+    assert_eq!(report["unreadable"], 1);
+    let counts = |path: &str| -> Vec<u32> {
+        let text = fs::read_to_string(path).unwrap();
+        let rows = text.lines().skip(1).map(|line| {
+            let counts = line.split(',').skip(1);
+            counts.map(|n| n.parse::<u32>().unwrap()).sum()
+        });
+        rows.collect()
+    };
+    assert_eq!(counts(&confusion), [3, 4]);
+    assert_eq!(counts(&format!("{out}/confusion.csv")), [3, 4]);
+    let output = succeeds(&["evaluate", &out]);
+    assert!(
+        stdout(&output).contains("1 picture left out"),
+        "{}",
+        stdout(&output)
+    );
+    assert!(
+        stderr(&output).contains("(left out)"),
+        "{}",
+        stderr(&output)
+    );
+    let sheet = place.path("sheet.png");
+    let output = succeeds(&["visualize", &out, "--count", "8", "--out", &sheet]);
+    assert!(
+        stdout(&output).contains("7 pictures"),
+        "{}",
+        stdout(&output)
+    );
+}
+
+/// A run that fails at its first pictures leaves nothing in the way of the next.
+#[test]
+fn a_run_without_a_step_leaves_nothing() {
+    let place = Place::new();
+    let (data, out) = (place.path("folders"), place.path("run"));
+    for class in ["a", "b"] {
+        let folder = format!("{data}/{class}");
+        photos(&folder, 10);
+        for i in 0..10 {
+            fs::write(format!("{folder}/{i}.png"), "no picture").unwrap();
+        }
+    }
+    let args = [
+        "finetune",
+        "--weights",
+        "none",
+        "--data",
+        &data,
+        "--out",
+        &out,
+    ];
+    let known = ["--set", "mean=[0,0,0]", "--set", "std=[1,1,1]"];
+    fails(1, &[&args[..], &known].concat(), &["in a row"]);
+    assert!(!Path::new(&out).exists());
+}
+
+/// Folders as the hub has them are inspected too.
+#[test]
+fn inspect_reads_what_others_read() {
+    let place = Place::new();
+    let (ft, hub) = (place.finetuned(), place.path("hub"));
+    fs::create_dir(&hub).unwrap();
+    let model = format!("{hub}/model.safetensors");
+    fs::copy(format!("{ft}/checkpoints/best.safetensors"), &model).unwrap();
+    let text = stdout(&succeeds(&["inspect", &hub]));
+    assert!(text.contains("encoder with pcae names"), "{text}");
+}
