@@ -252,6 +252,8 @@ class Step:
                 self.followed.append(self.model.get_parameter(name).detach())
 
     def __call__(self, images, keep, remove):
+        # What the last step gave is used up: CUDA graphs may write over it.
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(self.teacher, images, keep, remove)
         loss.backward()
@@ -346,6 +348,7 @@ def build(case):
 
         @torch.inference_mode()
         def call():
+            torch.compiler.cudagraph_mark_step_begin()
             forward(images)
             wait(device)
         return call

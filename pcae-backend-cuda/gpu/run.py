@@ -17,6 +17,7 @@ not stop the others; one without time left says so. The exit code is 0 if no par
 | sanitizer | compute-sanitizer's memcheck, racecheck and synccheck over the small fixtures |
 | step | a PCAE step, an MAE step, and PyTorch's variants (`peer.py`), taking turns |
 | infer | a forward dense and with drop ratio 0.4, and PyTorch's variants, taking turns |
+| breakdown | where the time of a step and of a forward goes, as `pcae bench --breakdown` tells |
 | curve | losses of 500 steps in bf16 beside f32 (not by default) |
 | large | 200 steps of ViT-L/16 and ViT-H/14 on generated pictures (not by default) |
 
@@ -47,8 +48,8 @@ import zlib
 
 HERE = pathlib.Path(__file__).resolve().parent
 # Weights of the parts: how the time that is left is shared between those that are still to come.
-PARTS = {"device": 1, "parity": 1, "tests": 2, "sanitizer": 3, "step": 6, "infer": 6, "curve": 3, "large": 6}
-DEFAULT_PARTS = ["device", "parity", "tests", "sanitizer", "step", "infer"]
+PARTS = {"device": 3, "parity": 2, "tests": 3, "sanitizer": 3, "step": 7, "infer": 7, "breakdown": 2, "curve": 3, "large": 7}
+DEFAULT_PARTS = ["device", "parity", "tests", "sanitizer", "step", "infer", "breakdown"]
 SMALL_FIXTURES = ["pcae_small", "mae_small", "classify_ptr"]
 # Width, blocks and heads of the decoders: the method's, as wide as the encoder, and MAE's.
 DECODERS = {"vit-micro": [96, 2, 3], "vit-b16": [768, 2, 12], "vit-l16": [1024, 2, 16], "vit-h14": [1280, 2, 16]}
@@ -146,6 +147,9 @@ class Run:
             end(process)
             output, _ = process.communicate()
             failed = "no time left"
+        except BaseException:  # this script is ended: so is what it started
+            end(process)
+            raise
         took = time.monotonic() - began
         self.report.note(f"$ {words}\n{output.rstrip()}\n[{failed or 'passed'}, {took:.1f} s]\n")
         if failed:
@@ -374,6 +378,17 @@ class Run:
                 these = {name: one for name, one in found.items() if name.endswith(label)}
                 self.compare(results, f"{batch}, ", these, [], f"pcae{label}", 1.0)
 
+    def breakdown(self, results):
+        args = self.args
+        for what, batch in [("step", args.batch_size[0]), ("infer", args.infer_batch[-1])]:
+            def bench():
+                path = self.scratch / f"breakdown-{what}.json"
+                self.command(self.ours("bench", "--backend", "cuda", "--what", what, "--model", args.model, "--mask-ratio",
+                                       PCAE_MASK, "--batch-size", batch, "--precision", args.precision, "--repeats", args.rounds,
+                                       "--breakdown", "--json", path))
+                return {"bench": json.loads(path.read_text())}
+            self.each(results, f"{what}, batch {batch}", bench)
+
     def race(self, title, contenders):
         """All rounds: a result for each contender."""
         self.report.say(f"  {title}")
@@ -533,7 +548,7 @@ class Ours:
         result = json.loads(self.json.read_text())["results"][0]
         self.took = self.case["batch"] / result["images_per_s"]
         self.facts = {"gflop_per_image": result["gflops"] / result["images_per_s"],
-                      "planned_bytes": result.get("planned_bytes")}
+                      "planned_bytes": result.get("planned_bytes"), "share_of_peak": result.get("share_of_peak")}
         return self.took
 
     def close(self):
@@ -656,15 +671,17 @@ def parse():
     for name, value in (tiny if args.rehearse else usual).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    # As in `pcae bench`'s users' comparisons: MAE's own decoder, or for small pictures the method's.
+    if args.rehearse:
+        args.rehearse = os.path.abspath(args.rehearse)
+    # MAE's own, or for small pictures the method's.
     args.mae_decoder = DECODERS["vit-micro"] if args.model == "vit-micro" else MAE_DECODER
-    if not args.out.is_absolute():
-        args.out = pathlib.Path.cwd() / args.out
     return args
 
 
 def main():
     args = parse()
+    # By an exception, so that what was started is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="pcae-gpu-") as scratch:
         return Run(args, pathlib.Path(scratch)).run()
 
