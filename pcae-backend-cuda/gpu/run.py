@@ -313,8 +313,11 @@ class Run:
                         output = self.command([tool, "--tool", check, "--error-exitcode", FAILED_MARK, *self.ours(
                             "parity", paths[name], "--backend", "cuda", "--precision", precision)])
                         lines = [line for line in output.splitlines() if "SUMMARY" in line]
-                        if not lines:
-                            raise Failure(f"{check} printed no summary: did it see the device?")
+                        # Hazards that are warnings alone leave the exit code as it is.
+                        if not lines or not re.search(r": 0 (errors|hazards)", lines[-1]):
+                            raise Failure(f"{check}: expected a summary without errors, found {lines[-1:] or 'none'}")
+                        if "instrumented API call" in output:
+                            raise Failure(f"{check} saw no use of the device")
                         return {"says": lines[-1].strip("= ")}
                     self.each(results, f"{check} {name} {precision}", sanitize)
         return None
