@@ -56,6 +56,7 @@ DECODERS = {"vit-micro": [96, 2, 3], "vit-b16": [768, 2, 12], "vit-l16": [1024, 
 MAE_DECODER = [512, 8, 16]
 PCAE_MASK, MAE_MASK = 0.85, 0.75
 DROP_RATIOS = [0.0, 0.4]
+VARIANTS = ["eager", "compile", "graphs", "autotune"]
 FAILED_MARK = 99
 
 
@@ -643,25 +644,28 @@ def write_pictures(folder, count):
 def parse():
     separated = lambda kind: lambda text: [kind(part) for part in text.split(",") if part]
 
-    def parts(text):
-        for part in text.split(","):
-            if part not in PARTS:
-                raise argparse.ArgumentTypeError(f"expected some of {', '.join(PARTS)}, found {part!r}")
-        return text.split(",")
+    def some(allowed):
+        def check(text):
+            found = [part for part in text.split(",") if part]
+            for part in found:
+                if part not in allowed:
+                    raise argparse.ArgumentTypeError(f"expected some of {', '.join(allowed)}, found {part!r}")
+            return found
+        return check
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Lists are separated by commas.")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("."), help="folder of report.json and report.log [default: .]")
-    p.add_argument("--parts", type=parts, default=DEFAULT_PARTS, help=f"some of {','.join(PARTS)} [default: {','.join(DEFAULT_PARTS)}]")
+    p.add_argument("--parts", type=some(PARTS), default=DEFAULT_PARTS, help=f"some of {','.join(PARTS)} [default: {','.join(DEFAULT_PARTS)}]")
     p.add_argument("--minutes", type=float, default=9.5, help="for all parts together, shared by their weights [default: 9.5]")
     p.add_argument("--model", choices=list(DECODERS), help="of step and infer [default: vit-b16]")
     p.add_argument("--precision", choices=["f32", "bf16"], default="bf16", help="of step, infer and large [default: bf16]")
     p.add_argument("--batch-size", type=separated(int), help="of step [default: 256]")
     p.add_argument("--infer-batch", type=separated(int), help="of infer [default: 1,256]")
-    p.add_argument("--variants", type=separated(str), help="of PyTorch: eager, compile, graphs, autotune [default: eager,compile,graphs]")
+    p.add_argument("--variants", type=some(VARIANTS), help="of PyTorch: eager, compile, graphs, autotune [default: eager,compile,graphs]")
     p.add_argument("--rounds", type=int, help="[default: 5]")
     p.add_argument("--seconds", type=float, help="timed in a sample, at least one call [default: 1]")
     p.add_argument("--only-tests", type=separated(str), help="some of the test programs [default: all]")
     p.add_argument("--curve-steps", type=int, help="[default: 500]")
-    p.add_argument("--large", type=separated(str), help="[default: vit-l16,vit-h14]")
+    p.add_argument("--large", type=some(DECODERS), help="[default: vit-l16,vit-h14]")
     p.add_argument("--large-steps", type=int, help="[default: 200]")
     p.add_argument("--large-batch", type=int, help="[default: 64]")
     p.add_argument("--python", default=sys.executable, help="the one that has torch [default: this one]")
