@@ -172,6 +172,18 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
     }
 }
 
+/// What an operation reads and writes on the backend that `machine` asks for, in bytes and at least.
+pub fn bytes(machine: &Machine) -> fn(&Op) -> u64 {
+    match (machine.backend, machine.precision()) {
+        (BackendKind::Cuda, Precision::Bf16) => {
+            |op| pcae_backend_cuda::bytes(op, CudaPrecision::Bf16)
+        }
+        (BackendKind::Cuda, _) => |op| pcae_backend_cuda::bytes(op, CudaPrecision::F32),
+        // Of 4 bytes each.
+        (BackendKind::Cpu | BackendKind::Reference, _) => |op| 4 * op.elements(),
+    }
+}
+
 /// The CPU backend with the instruction set and threads that `machine` asks for.
 ///
 /// # Errors
@@ -199,7 +211,10 @@ pub fn cuda(machine: &Machine) -> Result<Cuda, Error> {
         })
     };
     let precision = cuda_precision(machine)?;
-    if machine.teacher_precision.is_some_and(|it| it != machine.precision()) {
+    if machine
+        .teacher_precision
+        .is_some_and(|it| it != machine.precision())
+    {
         return wrong(
             "--teacher-precision",
             "expected that of the student for --backend cuda; use --backend cpu".to_owned(),

@@ -183,7 +183,8 @@ pub fn run<B: TrainBackend>(
                 continue;
             }
             for fault in 0..got.arguments.len() {
-                let spoiled = stage::call(backend, &layout, &op, Some(fault), coarse).map_err(fail)?;
+                let spoiled =
+                    stage::call(backend, &layout, &op, Some(fault), coarse).map_err(fail)?;
                 unchanged(&spoiled, got.arguments.get(fault).copied()).map_err(fail)?;
             }
         }
