@@ -41,7 +41,7 @@ fn waiting_runs_what_is_queued_and_reports_faults() {
     let dims = TokenDims {
         batch: 1,
         prefix: 0,
-        patches: 4,
+        tokens: 4,
         dim: 8,
     };
     let mut ids = cuda.ids(2).unwrap();
