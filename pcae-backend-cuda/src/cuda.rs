@@ -82,6 +82,14 @@ impl Cuda {
         self.queue.taken()
     }
 
+    /// Bytes of the device's memory that nobody has.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn free(&self) -> Result<usize, Error> {
+        self.queue.context.free_memory()
+    }
+
     /// How work has run so far.
     pub fn runs(&self) -> Runs {
         self.queue.runs

@@ -7,7 +7,7 @@
 //!   `cuDevicePrimaryCtxRelease_v2`, `cuCtxSetCurrent`
 //! - `cuMemAlloc_v2`, `cuMemFree_v2`, `cuMemGetInfo_v2`, `cuMemHostAlloc`, `cuMemFreeHost`
 //! - `cuStreamCreate`, `cuStreamDestroy_v2`, `cuStreamSynchronize`, `cuEventCreate`, `cuEventRecord`, `cuEventSynchronize`,
-//!   `cuEventDestroy_v2`
+//!   `cuEventElapsedTime_v2`, `cuEventDestroy_v2`
 //! - `cuMemcpyHtoDAsync_v2`, `cuMemcpyDtoHAsync_v2`, `cuMemcpyDtoDAsync_v2`, `cuMemsetD8Async`
 //! - `cuModuleLoadData`, `cuModuleUnload`, `cuModuleGetFunction`, `cuFuncSetAttribute`, `cuLaunchKernel`
 //! - `cuStreamBeginCapture_v2`, `cuStreamEndCapture`, `cuGraphInstantiateWithFlags`, `cuGraphLaunch`,
@@ -251,6 +251,15 @@ impl Context {
         }
     }
 
+    /// Bytes of the device's memory that nobody has.
+    pub(crate) fn free_memory(&self) -> Result<usize, Error> {
+        self.bind()?;
+        match result::mem_get_info() {
+            Ok((free, _)) => Ok(free),
+            Err(error) => Err(failed("cuMemGetInfo_v2", error)),
+        }
+    }
+
     /// Waits for work that is still running on it.
     fn free(&self, block: Block) {
         if self.bind().is_ok() {
@@ -473,9 +482,17 @@ unsafe impl Sync for Event {}
 impl Event {
     /// One that is reached already.
     pub(crate) fn new(context: &Arc<Context>) -> Result<Self, Error> {
+        Self::with(context, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// One that keeps when it is reached.
+    pub(crate) fn timed(context: &Arc<Context>) -> Result<Self, Error> {
+        Self::with(context, sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn with(context: &Arc<Context>, flags: sys::CUevent_flags) -> Result<Self, Error> {
         context.bind()?;
-        let raw = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
-            .map_err(|error| failed("cuEventCreate", error))?;
+        let raw = result::event::create(flags).map_err(|error| failed("cuEventCreate", error))?;
         Ok(Self {
             context: Arc::clone(context),
             raw,
@@ -489,12 +506,20 @@ impl Event {
             result::event::synchronize(self.raw)
         })
     }
+
+    /// Seconds between two of [`Event::timed`] that were recorded and waited for.
+    pub(crate) fn seconds_since(&self, before: &Self) -> Result<f64, Error> {
+        // SAFETY: both created by `with`.
+        let milliseconds = unsafe { result::event::elapsed(before.raw, self.raw) }
+            .map_err(|error| failed("cuEventElapsedTime_v2", error))?;
+        Ok(f64::from(milliseconds) / 1e3)
+    }
 }
 
 impl Drop for Event {
     fn drop(&mut self) {
         if self.context.bind().is_ok() {
-            // SAFETY: created by `new`.
+            // SAFETY: created by `with`.
             let _ = unsafe { result::event::destroy(self.raw) };
         }
     }

@@ -259,6 +259,12 @@ impl Gemm {
         })
     }
 
+    /// Writes zeros over what products use as they go, to keep the device busy.
+    pub(crate) fn spoil_workspace(&self, stream: &Stream) -> Result<(), Error> {
+        // SAFETY: memory of this, which no product expects anything in.
+        unsafe { stream.zero(self.workspace.at(), self.workspace.bytes()) }
+    }
+
     /// Puts a product, of at least one row and column, into a stream.
     pub(crate) fn run(&mut self, stream: &Stream, matmul: &Matmul) -> Result<(), Error> {
         if matmul.k == 0 {

@@ -161,6 +161,9 @@ pub(crate) struct Queue {
     ring: Ring,
     halves: [(Pinned, Event); 2],
     fault_seen: Pinned,
+    /// Where [`Queue::start_clock`] and [`Queue::stop_clock`] were, once there was one.
+    clocks: Option<[Event; 2]>,
+    clock_runs: bool,
 
     changing_at: Memory,
     fault_at: Memory,
@@ -220,6 +223,8 @@ impl Queue {
             ring: Ring::new(&context)?,
             halves: [half()?, half()?],
             fault_seen: Pinned::new(&context, FAULT)?,
+            clocks: None,
+            clock_runs: false,
             changing_at: heap.allocate(CHANGING * size_of::<f32>())?,
             fault_at: heap.allocate(FAULT)?,
             workspace: None,
@@ -453,6 +458,44 @@ impl Queue {
         run
     }
 
+    /// Runs what is queued and waits for it, and returns the error of a fault.
+    pub(crate) fn wait(&mut self) -> Result<(), Error> {
+        self.read_u32(&mut [], self.fault_at.at())
+    }
+
+    /// Starts a clock on the device. Until it is stopped, work is issued piece by piece and not made into graphs.
+    ///
+    /// The device is given something to do before, of no use to anybody, during which the host comes with the work: else its way to the
+    /// device would count. It pushes some of what was read and written before out of the cache, too.
+    pub(crate) fn start_clock(&mut self) -> Result<(), Error> {
+        self.wait()?;
+        if self.clocks.is_none() {
+            let clock = || Event::timed(&self.context);
+            self.clocks = Some([clock()?, clock()?]);
+        }
+        self.gemm.spoil_workspace(&self.stream)?;
+        if let Some([started, _]) = &self.clocks {
+            self.stream.record(started)?;
+        }
+        self.clock_runs = true;
+        Ok(())
+    }
+
+    /// Waits as [`Queue::wait`], and returns the seconds since [`Queue::start_clock`] by the device's clock.
+    pub(crate) fn stop_clock(&mut self) -> Result<f64, Error> {
+        let flushed = self.flush();
+        self.clock_runs = false;
+        flushed?;
+        if let Some([_, stopped]) = &self.clocks {
+            self.stream.record(stopped)?;
+        }
+        self.wait()?;
+        match &self.clocks {
+            Some([started, stopped]) => stopped.seconds_since(started),
+            None => Ok(0.0),
+        }
+    }
+
     fn send_changing(&mut self) -> Result<(), Error> {
         if self.changing.is_empty() {
             return Ok(());
@@ -462,6 +505,10 @@ impl Queue {
     }
 
     fn run(&mut self) -> Result<(), Error> {
+        if self.clock_runs {
+            self.runs.issued += 1;
+            return self.issue();
+        }
         self.clock += 1;
         let sum = sum(&self.tape);
         let same = |known: &&mut Known| known.sum == sum && known.tape == self.tape;

@@ -596,7 +596,7 @@ mod tests {
                     assert!(
                         count * groups.rows_each >= rows && (count - 1) * groups.rows_each < rows
                     );
-                    assert!(count <= most && groups.rows_each % turn == 0);
+                    assert!(count <= most && groups.rows_each.is_multiple_of(turn));
                 }
             }
         }

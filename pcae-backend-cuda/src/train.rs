@@ -25,6 +25,18 @@ impl TrainBackend for Cuda {
         true
     }
 
+    fn wait(&mut self) -> Result<(), Error> {
+        self.queue.wait()
+    }
+
+    fn start_clock(&mut self) -> Result<(), Error> {
+        self.queue.start_clock()
+    }
+
+    fn stop_clock(&mut self) -> Result<Option<f64>, Error> {
+        self.queue.stop_clock().map(Some)
+    }
+
     fn write_vector(&mut self, to: &mut Vector, at: usize, from: &[f32]) -> Result<(), Error> {
         expect_len("write_vector", "to", to.len, at.saturating_add(from.len()))?;
         self.queue.write_f32(to.at(at), from)

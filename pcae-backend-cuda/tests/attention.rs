@@ -2,6 +2,8 @@
 //!
 //! Every element is held against f64, and its error against the sum of the magnitudes of what it is a sum of.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod emulated;
 
 use pcae_backend_cuda::{Cuda, Precision};
@@ -88,7 +90,7 @@ fn exact(dims: AttentionDims, precision: Precision, qkv: &[f32], d_out: &[f32]) 
                 let off = 2.0 * moved + f32_sum(n);
                 let d_row = &d_out[place(i)..][..width];
                 let (mut through, mut through_size) = (0.0, 0.0);
-                for e in 0..width {
+                for (e, d) in d_row.iter().enumerate() {
                     let (mut value, mut size) = (0.0, 0.0);
                     for (j, p) in p.iter().enumerate() {
                         let term = p * f64::from(of(2, j)[e]);
@@ -97,7 +99,7 @@ fn exact(dims: AttentionDims, precision: Precision, qkv: &[f32], d_out: &[f32]) 
                     }
                     let error = size * (off + 2.0 * unit);
                     all.out[place(i) + e] = Within { value, error };
-                    let d = f64::from(d_row[e]);
+                    let d = f64::from(*d);
                     through += d * value;
                     through_size += d.abs() * (error + size * f32_sum(width));
                 }
@@ -107,7 +109,7 @@ fn exact(dims: AttentionDims, precision: Precision, qkv: &[f32], d_out: &[f32]) 
                     let d_s_error = p * scale * (d_p_size * f32_sum(width) + through_size)
                         + d_s.abs() * (off + unit);
                     let p_error = p * (off + unit);
-                    for e in 0..width {
+                    for (e, d) in d_row.iter().enumerate() {
                         let mut add = |part, token, factor: f64, error: f64, with: f32| {
                             let to = &mut all.d_qkv[at(part, token) + e];
                             let with = f64::from(with);
@@ -116,7 +118,7 @@ fn exact(dims: AttentionDims, precision: Precision, qkv: &[f32], d_out: &[f32]) 
                         };
                         add(0, i, d_s, d_s_error, of(1, j)[e]);
                         add(1, j, d_s, d_s_error, of(0, i)[e]);
-                        add(2, j, *p, p_error, d_row[e]);
+                        add(2, j, *p, p_error, *d);
                     }
                 }
             }

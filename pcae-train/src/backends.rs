@@ -165,6 +165,18 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
     }
 }
 
+/// What an operation reads and writes on the backend that `machine` asks for, in bytes and at least.
+pub fn bytes(machine: &Machine) -> fn(&Op) -> u64 {
+    match (machine.backend, machine.precision()) {
+        (BackendKind::Cuda, Precision::Bf16) => {
+            |op| pcae_backend_cuda::bytes(op, CudaPrecision::Bf16)
+        }
+        (BackendKind::Cuda, _) => |op| pcae_backend_cuda::bytes(op, CudaPrecision::F32),
+        // Of 4 bytes each.
+        (BackendKind::Cpu | BackendKind::Reference, _) => |op| 4 * op.elements(),
+    }
+}
+
 /// The CPU backend with the instruction set and threads that `machine` asks for.
 ///
 /// # Errors

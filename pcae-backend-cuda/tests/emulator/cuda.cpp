@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <chrono>
 #include <deque>
 #include <map>
 #include <memory>
@@ -113,6 +114,8 @@ struct Stream {
 struct Event {
     Stream* stream = nullptr;
     uint64_t at = 0;
+    /// When it was reached, of those that keep it.
+    std::shared_ptr<std::chrono::steady_clock::time_point> time;
 };
 
 struct Module;
@@ -738,9 +741,10 @@ EXPORT Result cuStreamQuery(void* handle) {
     return stream->error != SUCCESS ? stream->error : NOT_READY;
 }
 
-EXPORT Result cuEventCreate(void** event, unsigned) {
+EXPORT Result cuEventCreate(void** event, unsigned flags) {
     NEED_CONTEXT;
     Event* made = new Event();
+    if ((flags & 2) == 0) made->time.reset(new std::chrono::steady_clock::time_point());  // DISABLE_TIMING
     events.insert(made);
     *event = made;
     return SUCCESS;
@@ -761,6 +765,10 @@ EXPORT Result cuEventRecord(void* handle, void* stream) {
     if (found->capture) return refuse(NOT_SUPPORTED, "cuEventRecord while the stream is captured is not emulated");
     if (found->error != SUCCESS) return found->error;
     Event* event = static_cast<Event*>(handle);
+    if (auto time = event->time) {
+        *time = {};
+        if (Result code = enqueue(__func__, stream, {"cuEventRecord", [=](std::string&) { *time = std::chrono::steady_clock::now(); }, nullptr})) return code;
+    }
     event->stream = found;
     event->at = found->enqueued;
     return SUCCESS;
@@ -772,6 +780,22 @@ EXPORT Result cuEventSynchronize(void* handle) {
     if (events.count(handle) == 0) return refuse(INVALID_HANDLE, "cuEventSynchronize: no event");
     Event* event = static_cast<Event*>(handle);
     return event->stream == nullptr ? SUCCESS : run_until(event->stream, event->at);
+}
+
+EXPORT Result cuEventElapsedTime_v2(float* milliseconds, void* first, void* second) {
+    NEED_CONTEXT;
+    std::chrono::steady_clock::time_point times[2];
+    void* handles[] = {first, second};
+    for (int i = 0; i < 2; i++) {
+        if (events.count(handles[i]) == 0) return refuse(INVALID_HANDLE, "cuEventElapsedTime: no event");
+        const Event* event = static_cast<Event*>(handles[i]);
+        if (!event->time) return refuse(INVALID_HANDLE, "cuEventElapsedTime: the event was created to keep no time");
+        if (event->stream == nullptr) return refuse(INVALID_HANDLE, "cuEventElapsedTime: the event was not recorded");
+        if (event->stream->done < event->at) return NOT_READY;
+        times[i] = *event->time;
+    }
+    *milliseconds = std::chrono::duration<float, std::milli>(times[1] - times[0]).count();
+    return SUCCESS;
 }
 
 EXPORT Result cuEventQuery(void* handle) {

@@ -101,6 +101,31 @@ pub trait TrainBackend: Backend {
         false
     }
 
+    /// Waits until all operations so far are done: for who wants to know how long they take.
+    ///
+    /// # Errors
+    /// What a device found in them and has not reported yet.
+    fn wait(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// Starts the device's clock, if it has one, behind all operations so far.
+    ///
+    /// # Errors
+    /// As [`TrainBackend::wait`].
+    fn start_clock(&mut self) -> Result<(), Self::Error> {
+        self.wait()
+    }
+
+    /// Waits as [`TrainBackend::wait`], and returns the seconds that the operations since [`TrainBackend::start_clock`] took by the
+    /// device's clock; `None` where the host's tells as much.
+    ///
+    /// # Errors
+    /// As [`TrainBackend::wait`].
+    fn stop_clock(&mut self) -> Result<Option<f64>, Self::Error> {
+        self.wait().map(|()| None)
+    }
+
     /// Parameters laid out by `layout`, with the given values.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::fs;
 
 use serde::Serialize;
 
-/// Gigaflops by precision and number of threads.
+/// Gigaflops by precision and number of threads, or `cuda`.
 pub type Peaks = BTreeMap<String, BTreeMap<String, f64>>;
 
 /// The machine, the program, and the limits that were measured in the same run.
@@ -16,6 +16,9 @@ pub struct MachineReport {
     /// Name of the processor, where the system tells it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu: Option<String>,
+    /// Name of the CUDA device, where one was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// Threads that the system offers.
     pub threads: usize,
     /// Load of the system when the run began and ended, averaged over a minute, where it tells: above what the run itself
@@ -31,9 +34,10 @@ pub struct MachineReport {
     pub rustc: String,
     /// What it compiled for.
     pub target: String,
-    /// Multiply-adds in registers, twice: the measured peak of the instruction set in use.
+    /// Multiply-adds in registers, twice: the measured peak of the instruction set in use. Under `cuda`, of large products by
+    /// cuBLASLt.
     pub peak_gflops: Peaks,
-    /// Read and written by a copy of long vectors, by number of threads, in 10^9 bytes per second.
+    /// Read and written by a copy of long vectors, by number of threads or `cuda`, in 10^9 bytes per second.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub copy_gbytes_per_s: BTreeMap<String, f64>,
     /// The same of an update in place.
@@ -47,6 +51,7 @@ impl MachineReport {
         Self {
             arch: std::env::consts::ARCH.to_owned(),
             cpu: cpu_name(),
+            device: None,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             load_average: load_average().map(|load| [load, load]),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -59,12 +64,11 @@ impl MachineReport {
         }
     }
 
-    /// The faster of copy and update with as many threads.
-    pub fn bandwidth(&self, threads: usize) -> Option<f64> {
-        let key = threads.to_string();
+    /// The faster of copy and update with as many threads, or `cuda`.
+    pub fn bandwidth(&self, threads: &str) -> Option<f64> {
         let both = [&self.copy_gbytes_per_s, &self.update_gbytes_per_s];
         both.into_iter()
-            .filter_map(|rates| rates.get(&key).copied())
+            .filter_map(|rates| rates.get(threads).copied())
             .reduce(f64::max)
     }
 

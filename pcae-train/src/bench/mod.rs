@@ -1,17 +1,17 @@
 //! Throughput of training steps, of inference and of their parts, held against the machine's measured peak.
 
+mod limits;
 mod machine;
 mod picture;
 mod table;
 mod timed;
 mod work;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use pcae_backend_cpu::{Bandwidth, Bf16Unit, Cpu, Isa, Precision as CpuPrecision};
+use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Precision as CpuPrecision};
 use pcae_kernel::config::{ClassifierConfig, Pool, PretrainConfig};
 use pcae_kernel::op::OpKind;
 use pcae_kernel::sizing::Memory;
@@ -31,13 +31,14 @@ use crate::finetune::EVAL_BATCH;
 use crate::network::Network;
 use crate::settings::{BackendKind, Machine, Precision, Settings};
 use crate::trained::Trained;
+use limits::Limits;
 use work::{Make, Task, Track, Workload};
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum What {
-    /// Multiply-adds in registers, on every instruction set and in every precision, and a copy of memory.
+    /// Multiply-adds in registers, on every instruction set and in every precision (on CUDA, large products), and a copy of memory.
     Peak,
     /// The matrix products of the linear layers.
     Gemm,
@@ -102,8 +103,8 @@ pub struct Measurement {
     pub decoder: Option<[usize; 2]>,
     /// Pictures at a time; none of a peak.
     pub batch: Option<usize>,
-    /// Threads.
-    pub threads: usize,
+    /// Threads, of a backend that has them.
+    pub threads: Option<usize>,
     /// Number format.
     pub precision: String,
     /// Number format of the teacher, if it has another one.
@@ -174,7 +175,7 @@ pub struct Part {
     pub calls: f64,
     /// Seconds in a run.
     pub seconds: f64,
-    /// Part of the run.
+    /// Part of the run; of all operations together, where each was timed alone on a device.
     pub share: f64,
     /// Of the matrix products.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -185,10 +186,11 @@ pub struct Part {
     /// As [`Measurement::flops_per_byte`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flops_per_byte: Option<f64>,
-    /// Read and written, of the optimizer, in 10^9 bytes per second.
+    /// Read and written at least, in 10^9 bytes per second: of the optimizer, and on a device of all that is no linear layer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gbytes_per_s: Option<f64>,
-    /// `gbytes_per_s` over what a copy or an update in place, whichever is faster, reaches in this run with the same threads.
+    /// `gbytes_per_s` over what a copy or an update in place, whichever is faster, reaches in this run with the same threads
+    /// (on a device, a copy).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub share_of_bandwidth: Option<f64>,
 }
@@ -221,11 +223,10 @@ pub fn run(
     plan: &Plan,
     mut progress: impl FnMut(Progress<'_>) -> Result<(), Error>,
 ) -> Result<Report, Error> {
+    check(plan)?;
     let mut machine = MachineReport::new();
-    let mut limits = Limits {
-        wants_bandwidth: plan.bandwidth || plan.breakdown || plan.what.contains(&What::Peak),
-        ..Limits::default()
-    };
+    let mut limits =
+        Limits::new(plan.bandwidth || plan.breakdown || plan.what.contains(&What::Peak));
     let mut results = Vec::new();
     if plan.what.contains(&What::Peak) {
         peaks(plan, machine.threads, &mut limits, |result| {
@@ -237,7 +238,11 @@ pub fn run(
     let scores = scores(plan, machine.threads)?;
     let mut cases = cases(plan, machine.threads)?;
     // What cannot be told is not shared out: one after the other.
-    let room = machine::available_memory().unwrap_or(0) / 2;
+    let room = match cases.first() {
+        Some(case) if case.is_on_cuda() => limits.device_memory(&case.settings.machine)?,
+        _ => machine::available_memory().unwrap_or(0),
+    };
+    let room = room / 2;
     while !cases.is_empty() {
         let mut taken = 0_usize;
         let together = cases.iter().take_while(|case| {
@@ -258,69 +263,35 @@ pub fn run(
         }
         cases = rest;
     }
-    for ((precision, threads), peak) in limits.peaks {
-        let peaks = machine.peak_gflops.entry(precision).or_default();
-        peaks.insert(threads.to_string(), peak.best / 1e9);
-    }
-    for (threads, bandwidth) in limits.bandwidths {
-        let Bandwidth { copy, update } = bandwidth;
-        let key = threads.to_string();
-        machine.copy_gbytes_per_s.insert(key.clone(), copy / 1e9);
-        machine.update_gbytes_per_s.insert(key, update / 1e9);
-    }
+    limits.report(&mut machine);
     machine.finish();
     Ok(Report { machine, results })
 }
 
-/// What the machine can do at most, as far as it was measured.
-#[derive(Default)]
-struct Limits {
-    /// By precision and threads.
-    peaks: BTreeMap<(String, usize), Peak>,
-    wants_bandwidth: bool,
-    /// By threads.
-    bandwidths: BTreeMap<usize, Bandwidth>,
-}
-
-struct Peak {
-    cpu: Cpu,
-    /// Operations per second.
-    best: f64,
-}
-
-impl Limits {
-    /// Measures what `machine` can do, again where it was before: the best counts.
-    fn measure(&mut self, machine: &Machine) -> Result<(), Error> {
-        if machine.backend != BackendKind::Cpu {
-            return Ok(());
-        }
-        let key = (name(machine.precision()), machine.threads);
-        if !self.peaks.contains_key(&key) {
-            let cpu = backends::cpu(machine)?;
-            if self.wants_bandwidth && !self.bandwidths.contains_key(&machine.threads) {
-                let bandwidth = cpu.memory_bandwidth();
-                let bandwidth = bandwidth.map_err(|error| Error::backend("cpu", error))?;
-                self.bandwidths.insert(machine.threads, bandwidth);
-            }
-            self.peaks.insert(key.clone(), Peak { cpu, best: 0.0 });
-        }
-        if let Some(peak) = self.peaks.get_mut(&key) {
-            peak.best = peak.best.max(peak.cpu.peak_flops());
-        }
-        Ok(())
+/// Whether the plan asks for what a device does not have.
+fn check(plan: &Plan) -> Result<(), Error> {
+    let wrong = |name: &str, reason: String| {
+        Err(Error::Setting {
+            name: name.to_owned(),
+            reason,
+        })
+    };
+    let Some(machine) = plan.settings.first().map(|first| &first.machine) else {
+        return Ok(());
+    };
+    if machine.backend != BackendKind::Cuda {
+        return Ok(());
     }
-
-    /// The peak at this moment, if it is known at all.
-    fn now(&self, machine: &Machine) -> Option<f64> {
-        let key = (name(machine.precision()), machine.threads);
-        let peak = self.peaks.get(&key)?;
-        Some((0..3).map(|_| peak.cpu.spin_rate()).fold(0.0, f64::max))
+    if let Some(threads) = plan.threads.iter().find(|threads| **threads != 0) {
+        let reason =
+            format!("expected none for --backend cuda, where the device computes, found {threads}");
+        return wrong("--threads", reason);
     }
-
-    fn peak(&self, machine: &Machine) -> Option<f64> {
-        let key = (name(machine.precision()), machine.threads);
-        self.peaks.get(&key).map(|peak| peak.best)
+    if let Some(isa) = &machine.isa {
+        let reason = format!("expected none for --backend cuda, found {isa}; use --backend cpu");
+        return wrong("--isa", reason);
     }
+    Ok(())
 }
 
 /// As it is typed.
@@ -328,7 +299,8 @@ fn name(precision: Precision) -> String {
     format!("{precision:?}").to_lowercase()
 }
 
-/// The peak of every instruction set, precision and number of threads that the plan does not rule out.
+/// The peak of every instruction set, precision and number of threads that the plan does not rule out; of a device in each
+/// precision.
 fn peaks(
     plan: &Plan,
     available: usize,
@@ -338,6 +310,23 @@ fn peaks(
     let Some(settings) = plan.settings.first() else {
         return Ok(());
     };
+    if settings.machine.backend == BackendKind::Cuda {
+        for &precision in &plan.precisions {
+            let machine = Machine {
+                precision: Some(precision),
+                ..settings.machine.clone()
+            };
+            for _ in 0..plan.repeats.max(1) {
+                limits.measure(&machine)?;
+            }
+            found(Measurement {
+                precision: name(precision),
+                gflops: limits.peak(&machine).unwrap_or(0.0) / 1e9,
+                ..Measurement::empty(What::Peak)
+            })?;
+        }
+        return Ok(());
+    }
     let asked = settings.machine.isa.as_deref();
     for &threads in &plan.threads {
         let threads = if threads == 0 { available } else { threads };
@@ -363,7 +352,7 @@ fn peaks(
                 let cpu = cpu.precision(precision);
                 let best = (0..plan.repeats.max(1)).map(|_| cpu.peak_flops());
                 found(Measurement {
-                    threads,
+                    threads: Some(threads),
                     precision: precision_name.to_owned(),
                     isa: Some(isa.to_string()),
                     bf16_unit: unit,
@@ -523,7 +512,12 @@ impl Case {
             task,
             batch: self.batch,
             values: self.values.clone(),
+            bytes: backends::bytes(&self.settings.machine),
         }
+    }
+
+    fn is_on_cuda(&self) -> bool {
+        self.settings.machine.backend == BackendKind::Cuda
     }
 
     /// All but the figures.
@@ -549,7 +543,7 @@ impl Case {
             mask_ratio: is_step.then_some(self.task.mask_ratio),
             decoder: is_step.then_some([decoder.depth, decoder.embed_dim]),
             batch: Some(self.batch),
-            threads: machine.threads,
+            threads: (!self.is_on_cuda()).then_some(machine.threads),
             precision: name(machine.precision()),
             teacher_precision: teacher.filter(|_| is_step).map(name),
             drop_ratio: self.network.map(|network| network.drop_ratio()),
@@ -572,7 +566,7 @@ impl Measurement {
             mask_ratio: None,
             decoder: None,
             batch: None,
-            threads: 0,
+            threads: None,
             precision: String::new(),
             teacher_precision: None,
             drop_ratio: None,
@@ -601,6 +595,15 @@ impl Measurement {
 /// A run shorter than this is repeated within one timing, which else the clock would spoil.
 const LEAST_SECONDS: f64 = 2e-3;
 
+/// The same where the way to a device and back counts too.
+const LEAST_SECONDS_QUEUED: f64 = 5e-2;
+
+/// Runs in one timing at most.
+const MOST_CALLS: f64 = 10_000.0;
+
+/// The same where they become one graph.
+const MOST_CALLS_QUEUED: f64 = 500.0;
+
 /// One track of a case.
 struct Timing {
     track: Track,
@@ -612,6 +615,8 @@ struct Timing {
     /// Its share of the peak at that time.
     beside: Vec<f64>,
     tallies: Vec<(OpKind, Tally)>,
+    /// Operations are timed in runs of their own, each alone on a device.
+    is_queued: bool,
 }
 
 fn measure(cases: Vec<Case>, plan: &Plan, limits: &mut Limits) -> Result<Vec<Measurement>, Error> {
@@ -628,18 +633,19 @@ fn measure(cases: Vec<Case>, plan: &Plan, limits: &mut Limits) -> Result<Vec<Mea
             limits.measure(&case.settings.machine)?;
             for (track, timing) in timings.iter_mut().enumerate() {
                 let peak = limits.now(&case.settings.machine);
-                if plan.breakdown {
+                if plan.breakdown && !timing.is_queued {
                     work.start();
                 }
-                let began = Instant::now();
-                for _ in 0..timing.calls {
-                    work.run(track)?;
-                }
-                let seconds = began.elapsed().as_secs_f64() / f64::from(timing.calls);
+                let seconds = pass(work.as_mut(), track, timing.calls)? / f64::from(timing.calls);
                 timing.seconds.push(seconds);
                 let flops = 2.0 * timing.track.macs as f64 / seconds;
                 timing.beside.extend(peak.map(|peak| flops / peak));
                 if plan.breakdown {
+                    // Apart from the figures: alone, operations are no graph, and wait for the host.
+                    if timing.is_queued {
+                        work.start();
+                        work.run(track)?;
+                    }
                     work.stop();
                     timing.add(&work.tallies());
                 }
@@ -650,8 +656,7 @@ fn measure(cases: Vec<Case>, plan: &Plan, limits: &mut Limits) -> Result<Vec<Mea
     for (case, _, timings) in live {
         let blank = case.blank()?;
         let peak = limits.peak(&case.settings.machine);
-        let bandwidth = limits.bandwidths.get(&case.settings.machine.threads);
-        let bandwidth = bandwidth.map(|bandwidth| bandwidth.copy.max(bandwidth.update));
+        let bandwidth = limits.bandwidth(&case.settings.machine);
         for timing in timings {
             results.push(timing.result(blank.clone(), case.batch, peak, bandwidth));
         }
@@ -659,31 +664,53 @@ fn measure(cases: Vec<Case>, plan: &Plan, limits: &mut Limits) -> Result<Vec<Mea
     Ok(results)
 }
 
-/// Runs a track twice, first for what happens only once.
+/// Runs a track some times, for what happens only then and to see how long it takes.
 fn warm_up(work: &mut dyn Workload, track: usize) -> Result<Timing, Error> {
     work.start();
     work.run(track)?;
     work.stop();
     let tallies = work.tallies();
-    let (macs, elements) = tallies.iter().fold((0, 0), |(macs, elements), (_, tally)| {
-        (macs + tally.macs, elements + tally.elements)
+    let (macs, bytes) = tallies.iter().fold((0, 0), |(macs, bytes), (_, tally)| {
+        (macs + tally.macs, bytes + tally.bytes)
     });
-    let began = Instant::now();
-    work.run(track)?;
-    let took = began.elapsed().as_secs_f64();
+    let took = pass(work, track, 1)?;
+    let is_queued = work.is_queued();
+    let (least, most) = match is_queued {
+        true => (LEAST_SECONDS_QUEUED, MOST_CALLS_QUEUED),
+        false => (LEAST_SECONDS, MOST_CALLS),
+    };
+    let calls = (least / took).ceil().clamp(1.0, most) as u32;
+    if is_queued {
+        // Issued, made into a graph, launched as that.
+        for _ in 0..3 {
+            pass(work, track, calls)?;
+        }
+    }
     Ok(Timing {
         track: work.tracks()[track].clone(),
-        calls: (LEAST_SECONDS / took).ceil().clamp(1.0, 10_000.0) as u32,
-        flops_per_byte: per_byte(macs, elements),
+        calls,
+        flops_per_byte: per_byte(macs, bytes),
         seconds: Vec::new(),
         beside: Vec::new(),
         tallies: OpKind::ALL.map(|kind| (kind, Tally::default())).to_vec(),
+        is_queued,
     })
 }
 
-/// Operations per byte, of elements of 4 bytes.
-fn per_byte(macs: u64, elements: u64) -> Option<f64> {
-    (macs > 0 && elements > 0).then(|| 2.0 * macs as f64 / (4.0 * elements as f64))
+/// Seconds until so many runs of a track are done.
+fn pass(work: &mut dyn Workload, track: usize, calls: u32) -> Result<f64, Error> {
+    work.begin();
+    let began = Instant::now();
+    for _ in 0..calls {
+        work.run(track)?;
+    }
+    work.wait()?;
+    Ok(began.elapsed().as_secs_f64())
+}
+
+/// Operations per byte.
+fn per_byte(macs: u64, bytes: u64) -> Option<f64> {
+    (macs > 0 && bytes > 0).then(|| 2.0 * macs as f64 / bytes as f64)
 }
 
 impl Timing {
@@ -692,7 +719,7 @@ impl Timing {
             sum.calls += tally.calls;
             sum.time += tally.time;
             sum.macs += tally.macs;
-            sum.elements += tally.elements;
+            sum.bytes += tally.bytes;
         }
     }
 
@@ -703,9 +730,9 @@ impl Timing {
         peak: Option<f64>,
         bandwidth: Option<f64>,
     ) -> Measurement {
-        let total: f64 = self.seconds.iter().sum();
-        let runs = self.seconds.len() as f64 * f64::from(self.calls);
-        let breakdown = self.breakdown(total * f64::from(self.calls), runs, peak, bandwidth);
+        let calls = f64::from(self.calls);
+        let total = self.seconds.iter().sum::<f64>() * calls;
+        let breakdown = self.breakdown(total, self.seconds.len() as f64, peak, bandwidth);
         self.seconds.sort_unstable_by(f64::total_cmp);
         let median = self.seconds[self.seconds.len() / 2];
         let range = self.seconds[self.seconds.len() - 1] - self.seconds[0];
@@ -728,14 +755,25 @@ impl Timing {
         }
     }
 
-    /// Of `runs` that took `total` seconds. What is left is the model between the operations.
+    /// Of so many `timings` that took `total` seconds. What is left is the model between the operations; a device does that, and
+    /// what is not timed, while it computes.
     fn breakdown(
         &self,
         total: f64,
-        runs: f64,
+        timings: f64,
         peak: Option<f64>,
         bandwidth: Option<f64>,
     ) -> Vec<Part> {
+        let (total, runs) = match self.is_queued {
+            true => {
+                let times = self
+                    .tallies
+                    .iter()
+                    .map(|(_, tally)| tally.time.as_secs_f64());
+                (times.sum(), timings)
+            }
+            false => (total, timings * f64::from(self.calls)),
+        };
         let mut parts = Vec::new();
         let mut rest = total;
         for &(kind, tally) in &self.tallies {
@@ -745,8 +783,20 @@ impl Timing {
             let seconds = tally.time.as_secs_f64();
             rest -= seconds;
             let flops = (tally.macs > 0).then(|| 2.0 * tally.macs as f64 / seconds);
-            // Others find much of what they read in a cache.
-            let bytes = (kind == OpKind::Optimizer).then(|| 4.0 * tally.elements as f64 / seconds);
+            let is_bound_by_memory = match self.is_queued {
+                // The norm of a vector does not tell how much it reads.
+                true => !matches!(
+                    kind,
+                    OpKind::LinearForward
+                        | OpKind::LinearInputGradient
+                        | OpKind::LinearParamsGradient
+                        | OpKind::Vectors
+                        | OpKind::Transfer
+                ),
+                // Others find much of what they read in a cache.
+                false => kind == OpKind::Optimizer,
+            };
+            let bytes = is_bound_by_memory.then(|| tally.bytes as f64 / seconds);
             parts.push(Part {
                 operation: kind.name(),
                 calls: tally.calls as f64 / runs,
@@ -754,12 +804,12 @@ impl Timing {
                 share: seconds / total,
                 gflops: flops.map(|flops| flops / 1e9),
                 share_of_peak: flops.zip(peak).map(|(flops, peak)| flops / peak),
-                flops_per_byte: per_byte(tally.macs, tally.elements),
+                flops_per_byte: per_byte(tally.macs, tally.bytes),
                 gbytes_per_s: bytes.map(|bytes| bytes / 1e9),
                 share_of_bandwidth: bytes.zip(bandwidth).map(|(bytes, most)| bytes / most),
             });
         }
-        if !parts.is_empty() {
+        if !parts.is_empty() && !self.is_queued {
             parts.push(Part {
                 operation: "between operations",
                 calls: 0.0,

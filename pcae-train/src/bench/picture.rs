@@ -1,7 +1,7 @@
 //! Measurements as points under the machine's limits.
 
+use super::table::computes;
 use super::{Measurement, Report, What};
-use crate::backends::count;
 use crate::report::roofline::{Ceiling, Point, Roofline};
 
 /// What `--roofline` draws.
@@ -11,10 +11,9 @@ pub fn roofline(report: &Report) -> Roofline {
     let mut ceilings = Vec::new();
     for (series, (precision, peaks)) in machine.peak_gflops.iter().enumerate() {
         for (threads, &gflops) in peaks {
-            let threads = threads.parse().unwrap_or(0);
             if let Some(gbytes_per_s) = machine.bandwidth(threads) {
                 ceilings.push(Ceiling {
-                    name: format!("{precision}, {}", count(threads, "thread")),
+                    name: format!("{precision}, {}", computes(threads.parse().ok())),
                     series,
                     gflops,
                     gbytes_per_s,
@@ -61,11 +60,12 @@ pub fn roofline(report: &Report) -> Roofline {
         .results
         .iter()
         .find_map(|result| result.model.clone());
+    let device = machine.device.as_deref().or(machine.cpu.as_deref());
     Roofline {
         title: format!(
             "{} on {}",
             models.unwrap_or_else(|| "multiply-adds".to_owned()),
-            machine.cpu.as_deref().unwrap_or(&machine.arch)
+            device.unwrap_or(&machine.arch)
         ),
         series,
         ceilings,
@@ -80,8 +80,8 @@ fn name(result: &Measurement) -> String {
             let what = format!("{:?}", result.what).to_lowercase();
             let method = result.method.as_deref().unwrap_or_default();
             let batch = result.batch.unwrap_or(0);
-            let threads = count(result.threads, "thread");
-            let text = format!("{what} {method} batch {batch}, {threads}");
+            let computes = computes(result.threads);
+            let text = format!("{what} {method} batch {batch}, {computes}");
             text.replace("  ", " ")
         }
     }

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use pcae_kernel::sizing::Memory;
 
+use super::limits::CUDA;
 use super::{MachineReport, Measurement, Part};
 use crate::backends::count;
 use crate::network::arrows;
@@ -25,7 +26,7 @@ pub fn row(result: &Measurement) -> String {
         &what,
         &subject(result),
         &number(result.batch),
-        &result.threads.to_string(),
+        &number(result.threads),
         &format(result),
         result.isa.as_deref().unwrap_or("-"),
         &result
@@ -67,7 +68,9 @@ pub fn budget_row(result: &Measurement) -> String {
         &arrows(result.tokens.as_deref().unwrap_or_default()),
         &format!("{:.1}", result.multiply_adds.unwrap_or(0) as f64 / 1e6),
         &result.batch.unwrap_or(0).to_string(),
-        &result.threads.to_string(),
+        &result
+            .threads
+            .map_or_else(|| "-".to_owned(), |n| n.to_string()),
         &format(result),
         &format!("{:.2}", result.images_per_s.unwrap_or(0.0)),
         &result.spread.map_or_else(|| "-".to_owned(), percent),
@@ -105,7 +108,7 @@ pub fn planned(result: &Measurement, memory: Memory) -> String {
         "{what} {}, batch {}, {}, {}: planned memory {}\n",
         subject(result),
         result.batch.unwrap_or(0),
-        count(result.threads, "thread"),
+        computes(result.threads),
         format(result),
         describe(memory)
     )
@@ -134,17 +137,32 @@ pub fn limits(machine: &MachineReport) -> String {
         for (threads, peak) in peaks {
             let _ = writeln!(
                 text,
-                "peak {precision}, {threads} threads: {peak:.1} GFLOP/s"
+                "peak {precision}, {}: {peak:.1} GFLOP/s",
+                those(threads)
             );
         }
     }
     for (threads, rate) in &machine.copy_gbytes_per_s {
         let _ = writeln!(
             text,
-            "copy, {threads} threads: {rate:.1} GB/s read and written"
+            "copy, {}: {rate:.1} GB/s read and written",
+            those(threads)
         );
     }
     text
+}
+
+/// A key of the limits.
+fn those(threads: &str) -> String {
+    match threads {
+        CUDA => CUDA.to_owned(),
+        threads => format!("{threads} threads"),
+    }
+}
+
+/// `2 threads`, or `cuda` where there are none.
+pub(super) fn computes(threads: Option<usize>) -> String {
+    threads.map_or_else(|| CUDA.to_owned(), |threads| count(threads, "thread"))
 }
 
 /// The model and what is done with it.
@@ -152,7 +170,10 @@ fn subject(result: &Measurement) -> String {
     let mut text = result
         .model
         .clone()
-        .unwrap_or_else(|| "registers".to_owned());
+        .unwrap_or_else(|| match result.threads {
+            Some(_) => "registers".to_owned(),
+            None => "large products".to_owned(),
+        });
     if let (Some(layer), Some(pass), Some([rows, from, to])) =
         (result.layer, result.pass, result.shape)
     {

@@ -10,9 +10,13 @@ use pcae_kernel::layout::Layout;
 use pcae_kernel::op::{Op, OpKind};
 
 /// Passes everything on to `inner`, and keeps what each kind of operation took while it is [started](Timed::start).
+///
+/// A backend that queues is then waited for before and after each operation, which is timed by the device's clock. So nothing of it
+/// runs as a graph.
 #[derive(Debug)]
 pub struct Timed<B> {
     inner: B,
+    bytes: fn(&Op) -> u64,
     runs: bool,
     tallies: [Tally; OpKind::ALL.len()],
 }
@@ -26,15 +30,16 @@ pub struct Tally {
     pub time: Duration,
     /// Multiply-adds that the method needs, see [`Op::macs`].
     pub macs: u64,
-    /// Elements read and written, see [`Op::elements`].
-    pub elements: u64,
+    /// Bytes read and written at least.
+    pub bytes: u64,
 }
 
 impl<B> Timed<B> {
-    /// Nothing is timed yet.
-    pub fn new(inner: B) -> Self {
+    /// Nothing is timed yet. `bytes` says what an operation reads and writes.
+    pub fn new(inner: B, bytes: fn(&Op) -> u64) -> Self {
         Self {
             inner,
+            bytes,
             runs: false,
             tallies: Default::default(),
         }
@@ -60,24 +65,32 @@ impl<B> Timed<B> {
     pub fn tallies(&self) -> impl Iterator<Item = (OpKind, Tally)> {
         OpKind::ALL.into_iter().zip(self.tallies)
     }
+}
 
-    fn timed<R>(&mut self, op: Op, work: impl FnOnce(&mut B) -> R) -> R {
+impl<B: TrainBackend> Timed<B> {
+    fn timed(
+        &mut self,
+        op: Op,
+        work: impl FnOnce(&mut B) -> Result<(), B::Error>,
+    ) -> Result<(), B::Error> {
         if !self.runs {
             return work(&mut self.inner);
         }
+        self.inner.start_clock()?;
         let began = Instant::now();
-        let done = work(&mut self.inner);
+        work(&mut self.inner)?;
         let took = began.elapsed();
+        let of_device = self.inner.stop_clock()?;
         let tally = &mut self.tallies[op.kind() as usize];
         tally.calls += 1;
-        tally.time += took;
+        tally.time += of_device.map_or(took, |seconds| Duration::from_secs_f64(seconds.max(0.0)));
         tally.macs += op.macs();
-        tally.elements += op.elements();
-        done
+        tally.bytes += (self.bytes)(&op);
+        Ok(())
     }
 }
 
-impl<B: Backend> Backend for Timed<B> {
+impl<B: TrainBackend> Backend for Timed<B> {
     type Error = B::Error;
     type Buf = B::Buf;
     type Ids = B::Ids;
@@ -275,6 +288,10 @@ impl<B: TrainBackend> TrainBackend for Timed<B> {
 
     fn is_queued(&self) -> bool {
         self.inner.is_queued()
+    }
+
+    fn wait(&mut self) -> Result<(), Self::Error> {
+        self.inner.wait()
     }
 
     fn write_vector(
@@ -705,7 +722,7 @@ mod tests {
 
     #[test]
     fn passes_everything_on() {
-        let mut timed = Timed::new(Reference::<f64, _>::owned());
+        let mut timed = Timed::new(Reference::<f64, _>::owned(), Op::elements);
         timed.start();
         if let Err(failure) = conformance::run(&mut timed, Tolerance::F32, |_| ()) {
             panic!("{failure}");
@@ -732,7 +749,7 @@ mod tests {
             pool: Pool::Mean,
             reduction: Reduction::NONE,
         };
-        let mut timed = Timed::new(Reference::<f32, _>::owned());
+        let mut timed = Timed::new(Reference::<f32, _>::owned(), Op::elements);
         let layout = Layout::classifier(&config);
         let params = timed
             .frozen_params(&layout, &vec![0.1; layout.len()])

@@ -46,8 +46,17 @@ pub(super) struct Track {
 pub(super) trait Workload {
     fn tracks(&self) -> &[Track];
 
+    /// Whether [`Workload::run`] returns before the work is done.
+    fn is_queued(&self) -> bool;
+
+    /// What comes before the runs of a timing: on a backend that makes graphs of work that comes again, each timing is the same.
+    fn begin(&mut self);
+
     /// Runs one of the tracks once.
     fn run(&mut self, track: usize) -> Result<(), Error>;
+
+    /// Waits for what was run.
+    fn wait(&mut self) -> Result<(), Error>;
 
     /// See [`Timed::start`].
     fn start(&mut self);
@@ -64,13 +73,18 @@ pub(super) struct Make {
     pub(super) batch: usize,
     /// Parameters of a trained network, in place of initial values.
     pub(super) values: Option<Arc<[f32]>>,
+    /// What an operation reads and writes.
+    pub(super) bytes: fn(&Op) -> u64,
 }
 
 impl Make {
     /// What it asks a backend for.
     pub(super) fn sizing(&self) -> Result<Sizing, Error> {
         let failed = |error| Error::backend("sizing", error);
-        let (mut backend, host) = (Timed::new(Sizing::default()), Host { empty: true });
+        let (mut backend, host) = (
+            Timed::new(Sizing::default(), self.bytes),
+            Host { empty: true },
+        );
         let mut work = self.work(&mut backend, host).map_err(failed)?;
         for track in 0..work.tracks().len() {
             work.run(&mut backend, track).map_err(failed)?;
@@ -104,7 +118,7 @@ impl Build for Make {
         backend: B,
         name: &str,
     ) -> Result<Box<dyn Workload>, Error> {
-        let mut backend = Timed::new(backend);
+        let mut backend = Timed::new(backend, self.bytes);
         let work = self.work(&mut backend, Host { empty: false });
         let work = work.map_err(|error| Error::backend(name, error))?;
         Ok(Box::new(Live {
@@ -144,6 +158,9 @@ impl Host {
 trait Work<B: TrainBackend> {
     fn tracks(&self) -> &[Track];
 
+    /// See [`Workload::begin`].
+    fn begin(&mut self) {}
+
     fn run(&mut self, backend: &mut Timed<B>, track: usize) -> Result<(), B::Error>;
 }
 
@@ -156,6 +173,22 @@ struct Live<B: TrainBackend> {
 impl<B: TrainBackend> Workload for Live<B> {
     fn tracks(&self) -> &[Track] {
         self.work.tracks()
+    }
+
+    fn is_queued(&self) -> bool {
+        self.backend.is_queued()
+    }
+
+    fn begin(&mut self) {
+        if self.is_queued() {
+            self.work.begin();
+        }
+    }
+
+    fn wait(&mut self) -> Result<(), Error> {
+        self.backend
+            .wait()
+            .map_err(|error| Error::backend(&self.name, error))
     }
 
     fn run(&mut self, track: usize) -> Result<(), Error> {
@@ -224,7 +257,7 @@ impl<B: TrainBackend> Work<B> for Infer<B> {
     }
 }
 
-/// A pre-training step as the training loop does it, its loss read.
+/// A pre-training step as the training loop does it: its loss read, or kept on a device that is not waited for.
 struct Step<B: TrainBackend> {
     track: Track,
     state: TrainState<Timed<B>>,
@@ -298,6 +331,9 @@ impl<B: TrainBackend> Work<B> for Step<B> {
         self.model
             .accumulate(backend, &mut self.state, 1.0, &mut MeanSimilarity)?;
         self.state.update(backend, &self.adamw, None)?;
+        if backend.is_queued() {
+            return self.state.record(backend, 0);
+        }
         self.state.scalars(backend).map(|_| ())
     }
 }
@@ -438,6 +474,10 @@ impl<B: TrainBackend> Work<B> for Products<B> {
         &self.tracks
     }
 
+    fn begin(&mut self) {
+        self.block = 0;
+    }
+
     fn run(&mut self, backend: &mut Timed<B>, track: usize) -> Result<(), B::Error> {
         let (layer, pass) = self.calls[track];
         let Some((_, _, dims)) = self.tracks[track].product else {
@@ -520,6 +560,10 @@ impl<B: TrainBackend> Block<B> {
 impl<B: TrainBackend> Work<B> for Block<B> {
     fn tracks(&self) -> &[Track] {
         std::slice::from_ref(&self.track)
+    }
+
+    fn begin(&mut self) {
+        self.block = 0;
     }
 
     fn run(&mut self, backend: &mut Timed<B>, _track: usize) -> Result<(), B::Error> {

@@ -294,7 +294,7 @@ pub(super) struct BenchArgs {
     /// Pictures at a time
     #[arg(long, value_delimiter = ',', default_values = ["1", "8"])]
     batch_size: Vec<usize>,
-    /// Threads that compute, 0 for all
+    /// Threads that compute, 0 for all; none on cuda
     #[arg(long, value_delimiter = ',', default_value = "0")]
     threads: Vec<usize>,
     /// Parts of the patch tokens that each stage drops in a forward [default: 0, or as the checkpoint was deployed or trained]
@@ -318,7 +318,7 @@ pub(super) struct BenchArgs {
     /// Any setting of the model, such as decoder_depth=8; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Say where the time goes, by kind of operation
+    /// Say where the time goes, by kind of operation; on cuda each is timed alone, in runs apart and without graphs
     #[arg(long)]
     breakdown: bool,
     /// Draw the figures under the machine's limits, to this PNG file

@@ -1,0 +1,153 @@
+//! `pcae bench --backend cuda`: on the emulated driver, what it reports; without any, what it refuses. Times mean nothing there.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use pcae_tests::{TINY, pcae, stderr, stdout};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_pcae-under-test");
+
+/// Where the emulated libraries are; says why if there are none.
+fn emulator() -> Option<String> {
+    if !cfg!(all(target_os = "linux", target_pointer_width = "64")) {
+        println!("skipped: the emulator is for Linux");
+        return None;
+    }
+    let build = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../pcae-backend-cuda/tests/emulator/build"
+    );
+    let into = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator");
+    let built = match Command::new("sh").arg(build).arg(into).output() {
+        Ok(built) => built,
+        Err(error) => {
+            println!("skipped: no shell to build the emulator with ({error})");
+            return None;
+        }
+    };
+    let said = String::from_utf8_lossy(&built.stderr);
+    if built.status.code() == Some(3) {
+        println!("skipped: the emulator needs a C++ compiler: {said}");
+        return None;
+    }
+    assert!(built.status.success(), "the emulator is not built: {said}");
+    let folder = String::from_utf8(built.stdout).expect("a path");
+    Some(folder.trim_end().to_owned())
+}
+
+/// `pcae bench --backend cuda` of a tiny model.
+fn bench(folder: &str, more: &[&str]) -> Output {
+    let mut args = vec!["bench", "--backend", "cuda", "--model", "vit-micro"];
+    args.extend(["--repeats", "1", "--batch-size", "2"]);
+    args.extend_from_slice(TINY);
+    args.extend_from_slice(more);
+    Command::new(BINARY)
+        .args(args)
+        .env("LD_LIBRARY_PATH", folder)
+        // Images live and go with the emulator that made them.
+        .env("PCAE_CACHE", format!("{folder}/images"))
+        .output()
+        .expect("the command starts")
+}
+
+#[test]
+fn everything_is_measured() {
+    let Some(emulator) = emulator() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let (json, png) = (folder.path().join("b.json"), folder.path().join("r.png"));
+    let output = bench(
+        &emulator,
+        &[
+            "--what",
+            "peak,gemm,block,infer,step",
+            "--precision",
+            "f32,bf16",
+            "--breakdown",
+            "--json",
+            &json.to_string_lossy(),
+            "--roofline",
+            &png.to_string_lossy(),
+        ],
+    );
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("batch 2, cuda, bf16: planned memory"));
+    assert!(stdout(&output).contains("peak bf16, cuda: "));
+    assert!(stdout(&output).contains("copy, cuda: "));
+    assert_eq!(image::open(png).expect("a picture").width(), 1200);
+
+    let text = fs::read(json).expect("the report is there");
+    let report: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    let machine = &report["machine"];
+    assert!(machine["device"].is_string(), "{machine}");
+    assert!(machine["copy_gbytes_per_s"]["cuda"].as_f64() > Some(0.0));
+    assert!(machine["update_gbytes_per_s"].is_null());
+    let results = report["results"].as_array().expect("results");
+    for precision in ["f32", "bf16"] {
+        let peak = machine["peak_gflops"][precision]["cuda"].as_f64();
+        assert!(peak > Some(0.0), "{machine}");
+        let of = |what: &str| {
+            let is = |it: &&serde_json::Value| it["what"] == what && it["precision"] == precision;
+            results.iter().filter(is).count()
+        };
+        // Five layers in four passes, but for the gradient of pictures.
+        let counts = ["peak", "gemm", "block", "infer", "step"].map(of);
+        assert_eq!(counts, [1, 19, 1, 1, 1], "{precision}");
+    }
+    for result in results {
+        assert!(result["threads"].is_null() && result["isa"].is_null());
+        assert!(result["gflops"].as_f64() > Some(0.0), "{result}");
+        let has_share = result["share_of_peak"].as_f64() > Some(0.0);
+        assert_eq!(has_share, result["what"] != "peak", "{result}");
+        assert!(result["share_of_peak_beside"].is_null());
+    }
+    for step in results.iter().filter(|it| it["what"] == "step") {
+        let parts = step["breakdown"].as_array().expect("parts");
+        let shares = parts.iter().filter_map(|part| part["share"].as_f64());
+        assert!((shares.sum::<f64>() - 1.0).abs() < 1e-9, "{step}");
+        let part = |name: &str| {
+            let part = parts.iter().find(|part| part["operation"] == name);
+            part.unwrap_or_else(|| panic!("no {name} in {step}"))
+        };
+        for name in [
+            "attention forward",
+            "attention backward",
+            "layer norm forward",
+            "layer norm backward",
+            "embed, gather, pool",
+            "selection",
+            "target and loss",
+            "AdamW and moving average",
+        ] {
+            let share = part(name)["share_of_bandwidth"].as_f64();
+            assert!(share > Some(0.0), "{name}: {step}");
+        }
+        let linear = part("linear forward");
+        assert!(linear["share_of_peak"].as_f64() > Some(0.0), "{linear}");
+        assert!(linear["gbytes_per_s"].is_null(), "{linear}");
+        // One update, apart from the runs that the figures are of.
+        assert_eq!(part("AdamW and moving average")["calls"], 1.0);
+    }
+}
+
+#[test]
+fn what_a_device_has_not_is_refused() {
+    let fails = |args: &[&str], expected: &[&str]| {
+        let output = pcae(BINARY, &[&["bench", "--backend", "cuda"], args].concat());
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        let text = stderr(&output);
+        for expected in expected {
+            assert!(text.contains(expected), "{args:?}: {text}");
+        }
+        assert_eq!(text.trim_end().lines().count(), 1, "{text}");
+    };
+    fails(&["--threads", "0,2"], &["--threads", "--backend cuda", "2"]);
+    fails(
+        &["--isa", "avx2"],
+        &["--isa", "--backend cuda", "avx2", "--backend cpu"],
+    );
+    fails(
+        &["--precision", "f64"],
+        &["--precision", "f32 or bf16", "f64"],
+    );
+}
