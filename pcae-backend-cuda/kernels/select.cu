@@ -34,7 +34,9 @@ struct Products {
 /// What a lane holds of a row's slab: words of `N` elements, 32 N columns apart.
 template <unsigned N>
 struct Slab {
-    static constexpr unsigned WORDS = SLAB / 32 / N;
+    /// Half as many where each is a word by itself, whose places take registers too.
+    static constexpr unsigned COLUMNS = N == 1 ? SLAB / 2 : SLAB;
+    static constexpr unsigned WORDS = COLUMNS / 32 / N;
     Word<N> words[WORDS];
 
     static __device__ __forceinline__ unsigned column(unsigned word) { return (word * 32 + lane_id()) * N; }
@@ -59,7 +61,10 @@ template <unsigned N, typename Body>
 __device__ __forceinline__ void for_each_token(const act_t* x, unsigned tokens, unsigned dim, unsigned left, const float* with, Body body) {
     Slab<N> next;
     if (warp_id() < tokens) next.load(x + static_cast<size_t>(warp_id()) * dim, left, dim);
-    for (unsigned token = warp_id(); token < tokens; token += SCORE_WARPS) {
+    // As often in every warp, so that the compiler knows that no lane is missing where lanes meet.
+    for (unsigned first = 0; first < tokens; first += SCORE_WARPS) {
+        const unsigned token = first + warp_id();
+        const unsigned end = token < tokens ? dim : 0;
         const Slab<N> slab = next;
         const act_t* const row = x + static_cast<size_t>(token) * dim;
         if (token + SCORE_WARPS < tokens) next.load(row + static_cast<size_t>(SCORE_WARPS) * dim, left, dim);
@@ -67,33 +72,34 @@ __device__ __forceinline__ void for_each_token(const act_t* x, unsigned tokens, 
 #pragma unroll
         for (unsigned i = 0; i < Slab<N>::WORDS; ++i) {
             unsigned column = left + Slab<N>::column(i);
-            if (column < dim) sums.add(slab.words[i], with, column);
+            if (column < end) sums.add(slab.words[i], with, column);
         }
         // The other slabs of a row that has more than one.
-        for (unsigned column = lane_id() * N; column < dim; column += 32 * N) {
-            if (column < left || column - left >= SLAB) {
+        for (unsigned column = lane_id() * N; column < end; column += 32 * N) {
+            if (column < left || column - left >= Slab<N>::COLUMNS) {
                 sums.add(*reinterpret_cast<const Word<N>*>(row + column), with, column);
             } else {
-                column = left + SLAB + lane_id() * N - 32 * N;
+                column = left + Slab<N>::COLUMNS + lane_id() * N - 32 * N;
             }
         }
-        body(token, slab, warp_sum(sums.squares), with ? warp_sum(sums.product) : 0.0f);
+        const float squares = warp_sum(sums.squares), product = with ? warp_sum(sums.product) : 0.0f;
+        if (token < tokens) body(token, slab, squares, product);
     }
 }
 
 template <unsigned N>
 __device__ __forceinline__ void similarity(float* scores, const act_t* x, unsigned tokens, unsigned dim, float* total, float* partial) {
     // The sum of the unit-length tokens, slab by slab: each warp's in its registers, then those of all warps, in order.
-    for (unsigned left = 0; left < dim; left += SLAB) {
-        float sums[SLAB / 32];
+    for (unsigned left = 0; left < dim; left += Slab<N>::COLUMNS) {
+        float sums[Slab<N>::COLUMNS / 32];
 #pragma unroll
-        for (unsigned i = 0; i < SLAB / 32; ++i) sums[i] = 0.0f;
+        for (unsigned i = 0; i < Slab<N>::COLUMNS / 32; ++i) sums[i] = 0.0f;
         for_each_token<N>(x, tokens, dim, left, nullptr, [&](unsigned, const Slab<N>& slab, float squares, float) {
             const float inverse = inverse_norm(squares);
 #pragma unroll
-            for (unsigned i = 0; i < SLAB / 32; ++i) sums[i] += slab.get(i) * inverse;
+            for (unsigned i = 0; i < Slab<N>::COLUMNS / 32; ++i) sums[i] += slab.get(i) * inverse;
         });
-        const unsigned width = min(SLAB, dim - left);
+        const unsigned width = min(Slab<N>::COLUMNS, dim - left);
         __syncthreads();  // the sums of the slab before have been read
 #pragma unroll
         for (unsigned word = 0; word < Slab<N>::WORDS; ++word) {
