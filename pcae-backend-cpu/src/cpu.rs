@@ -10,6 +10,7 @@ use pcae_kernel::error::{Error as KernelError, expect_len, product};
 use pcae_kernel::layout::{Kind, Layout};
 
 use crate::attention::Attention;
+use crate::buf::{Buf, line_start};
 use crate::error::Error;
 use crate::gemm::{
     Dims, Finish, Left, Mode, Precision, Right, gemm, pack_weight, pack_weight_bf16,
@@ -45,11 +46,9 @@ pub(crate) struct Scratch {
 }
 
 /// All parameters of a model.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Params {
-    values: Vec<f32>,
-    /// Where they begin in `values`: on a cache line.
-    start: usize,
+    values: Buf,
     /// Of the operands of linear layers.
     pub(crate) precision: Precision,
     /// Weights of linear layers as one instruction set wants them, if they are.
@@ -57,11 +56,10 @@ pub struct Params {
 }
 
 /// Packed weights: f32 in the place of the unpacked, or bf16 beside them.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Frozen {
     isa: Isa,
-    pairs: Vec<f32>,
-    start: usize,
+    pairs: Buf,
     /// By their first parameter.
     places: Vec<Packed>,
 }
@@ -149,10 +147,7 @@ impl Scratch {
     /// Aligned to a cache line, which vectors then do not straddle.
     pub(crate) fn floats(&mut self, len: usize) -> Result<&mut [f32], Error> {
         let floats = grown(&mut self.floats, len.saturating_add(LINE))?;
-        let at = floats
-            .as_ptr()
-            .align_offset(LINE * size_of::<f32>())
-            .min(LINE);
+        let at = line_start(floats);
         Ok(&mut floats[at..][..len])
     }
 
@@ -163,11 +158,6 @@ impl Scratch {
     pub(crate) fn indices(&mut self, len: usize) -> Result<&mut [u32], Error> {
         grown(&mut self.indices, len)
     }
-}
-
-/// The first element on a boundary of cache lines.
-fn line_start(x: &[f32]) -> usize {
-    x.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE)
 }
 
 /// The front of `owned`, which is made anew where it is shorter: nothing is kept, so that old and new are never in memory
@@ -229,13 +219,10 @@ pub(crate) fn check_span(
 impl Params {
     /// `values` as they are.
     pub(crate) fn new(values: &[f32], precision: Precision) -> Result<Self, Error> {
-        let mut all: Vec<f32> = zeroed(values.len().saturating_add(LINE))?;
-        let start = line_start(&all);
-        all[start..][..values.len()].copy_from_slice(values);
-        all.truncate(start + values.len());
+        let mut all = Buf::zeros(values.len())?;
+        all.copy_from_slice(values);
         Ok(Self {
             values: all,
-            start,
             precision,
             frozen: None,
         })
@@ -250,15 +237,10 @@ impl Params {
                 weights.push((tensor.span, n, tensor.span.len / n.max(1)));
             }
         });
-        if let Precision::Bf16(unit) = self.precision
-            && !unit.fits(isa)
-        {
-            return Err(Error::Unit { unit, isa });
-        }
+        self.precision.check(isa)?;
         let mut frozen = Frozen {
             isa,
-            pairs: Vec::new(),
-            start: 0,
+            pairs: Buf::default(),
             places: Vec::new(),
         };
         let len = |precision, n, inner| match precision {
@@ -280,17 +262,16 @@ impl Params {
             Precision::F32 => {
                 let mut copy = Vec::new();
                 for (span, n, inner) in weights {
-                    let weight = &mut self.values[self.start..][span.start..span.end()];
+                    let weight = &mut self.values[span.start..span.end()];
                     pack_weight(isa, weight, grown(&mut copy, span.len)?, n, inner);
                 }
             }
             Precision::Bf16(unit) => {
-                frozen.pairs = zeroed(total.saturating_add(LINE))?;
-                frozen.start = line_start(&frozen.pairs);
-                let mut rest = &mut frozen.pairs[frozen.start..];
+                frozen.pairs = Buf::zeros(total)?;
+                let mut rest = &mut *frozen.pairs;
                 for (span, n, inner) in weights {
                     let (to, after) = rest.split_at_mut(len(self.precision, n, inner));
-                    let weight = &self.values[self.start..][span.start..span.end()];
+                    let weight = &self.values[span.start..span.end()];
                     pack_weight_bf16(isa, unit, to, weight, n, inner);
                     rest = after;
                 }
@@ -323,7 +304,7 @@ impl Params {
             {
                 Ok(match self.precision {
                     Precision::F32 => Right::Panels(weight),
-                    Precision::Bf16(_) => Right::Pairs(&frozen.pairs[frozen.start + packed.at..]),
+                    Precision::Bf16(_) => Right::Pairs(&frozen.pairs[packed.at..]),
                 })
             }
             _ => Err(Error::Frozen { op }),
@@ -331,13 +312,13 @@ impl Params {
     }
 
     pub(crate) fn values(&self) -> &[f32] {
-        &self.values[self.start..]
+        &self.values
     }
 
     /// To read and write all of them, which frozen ones do not allow.
     pub(crate) fn trainable(&mut self, op: &'static str) -> Result<&mut [f32], Error> {
         self.check_trainable(op)?;
-        Ok(&mut self.values[self.start..])
+        Ok(&mut self.values)
     }
 
     pub(crate) fn check_trainable(&self, op: &'static str) -> Result<(), Error> {
@@ -510,6 +491,7 @@ impl Cpu {
     pub(crate) fn attention_forward(
         &mut self,
         op: &'static str,
+        precision: Precision,
         dims: AttentionDims,
         out: &mut [f32],
         lse: Option<&mut [f32]>,
@@ -524,7 +506,8 @@ impl Cpu {
         if out.is_empty() {
             return Ok(());
         }
-        let attention = Attention::new(self.isa, &self.threads, dims, qkv);
+        precision.check(self.isa)?;
+        let attention = Attention::new(self.isa, &self.threads, precision, dims, qkv);
         let scratch = self.scratch.floats(attention.forward_scratch())?;
         attention.forward(out, lse, scratch);
         Ok(())
@@ -533,29 +516,29 @@ impl Cpu {
 
 impl Backend for Cpu {
     type Error = Error;
-    type Buf = Vec<f32>;
+    type Buf = Buf;
     type Ids = Vec<u32>;
-    type Scores = Vec<f32>;
+    type Scores = Buf;
     type Params = Params;
 
-    fn buf(&mut self, len: usize) -> Result<Vec<f32>, Error> {
-        zeroed(len)
+    fn buf(&mut self, len: usize) -> Result<Buf, Error> {
+        Buf::zeros(len)
     }
 
     fn ids(&mut self, len: usize) -> Result<Vec<u32>, Error> {
         zeroed(len)
     }
 
-    fn scores(&mut self, len: usize) -> Result<Vec<f32>, Error> {
-        zeroed(len)
+    fn scores(&mut self, len: usize) -> Result<Buf, Error> {
+        Buf::zeros(len)
     }
 
-    fn write(&mut self, to: &mut Vec<f32>, from: &[f32]) -> Result<(), Error> {
+    fn write(&mut self, to: &mut Buf, from: &[f32]) -> Result<(), Error> {
         front_mut("write", "to", to, from.len())?.copy_from_slice(from);
         Ok(())
     }
 
-    fn read(&mut self, to: &mut [f32], from: &Vec<f32>) -> Result<(), Error> {
+    fn read(&mut self, to: &mut [f32], from: &Buf) -> Result<(), Error> {
         to.copy_from_slice(front("read", "from", from, to.len())?);
         Ok(())
     }
@@ -570,19 +553,19 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn write_scores(&mut self, to: &mut Vec<f32>, from: &[f32]) -> Result<(), Error> {
+    fn write_scores(&mut self, to: &mut Buf, from: &[f32]) -> Result<(), Error> {
         self.write(to, from)
     }
 
-    fn read_scores(&mut self, to: &mut [f32], from: &Vec<f32>) -> Result<(), Error> {
+    fn read_scores(&mut self, to: &mut [f32], from: &Buf) -> Result<(), Error> {
         self.read(to, from)
     }
 
     fn gather_patches(
         &mut self,
         dims: PatchDims,
-        out: &mut Vec<f32>,
-        images: &Vec<f32>,
+        out: &mut Buf,
+        images: &Buf,
         ids: Option<&Vec<u32>>,
     ) -> Result<(), Error> {
         let ids = ids.map(Vec::as_slice);
@@ -603,8 +586,8 @@ impl Backend for Cpu {
     fn embed_tokens(
         &mut self,
         dims: TokenDims,
-        out: &mut Vec<f32>,
-        x: &Vec<f32>,
+        out: &mut Buf,
+        x: &Buf,
         ids: Option<&Vec<u32>>,
         params: &Params,
         embed: EmbedParams,
@@ -655,8 +638,8 @@ impl Backend for Cpu {
     fn linear(
         &mut self,
         dims: LinearDims,
-        out: &mut Vec<f32>,
-        x: &Vec<f32>,
+        out: &mut Buf,
+        x: &Buf,
         params: &Params,
         layer: Linear,
         epilogue: Epilogue,
@@ -676,29 +659,21 @@ impl Backend for Cpu {
     fn layer_norm(
         &mut self,
         dims: RowDims,
-        out: &mut Vec<f32>,
-        x: &Vec<f32>,
+        out: &mut Buf,
+        x: &Buf,
         params: &Params,
         norm: Norm,
     ) -> Result<(), Error> {
         self.layer_norm_rows("layer_norm", dims, out, None, x, params, norm)
     }
 
-    fn attention(
-        &mut self,
-        dims: AttentionDims,
-        out: &mut Vec<f32>,
-        qkv: &Vec<f32>,
-    ) -> Result<(), Error> {
-        self.attention_forward("attention", dims, out, None, qkv)
+    fn attention(&mut self, dims: AttentionDims, out: &mut Buf, qkv: &Buf) -> Result<(), Error> {
+        // What needs no backward is a teacher or a trained network.
+        let precision = self.teacher_precision;
+        self.attention_forward("attention", precision, dims, out, None, qkv)
     }
 
-    fn mean_similarity(
-        &mut self,
-        dims: TokenDims,
-        scores: &mut Vec<f32>,
-        x: &Vec<f32>,
-    ) -> Result<(), Error> {
+    fn mean_similarity(&mut self, dims: TokenDims, scores: &mut Buf, x: &Buf) -> Result<(), Error> {
         const OP: &str = "mean_similarity";
         let (d, tokens) = (dims.dim, dims.tokens);
         let scores = front_mut(OP, "scores", scores, product(&[dims.batch, tokens]))?;
@@ -727,7 +702,7 @@ impl Backend for Cpu {
         tokens: usize,
         keep: usize,
         picked: &mut Vec<u32>,
-        scores: &Vec<f32>,
+        scores: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "select";
         if keep > tokens {
@@ -765,8 +740,8 @@ impl Backend for Cpu {
         &mut self,
         dims: TokenDims,
         keep: usize,
-        out: &mut Vec<f32>,
-        x: &Vec<f32>,
+        out: &mut Buf,
+        x: &Buf,
         picked: &Vec<u32>,
     ) -> Result<(), Error> {
         const OP: &str = "gather_tokens";
@@ -817,12 +792,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn mean_pool(
-        &mut self,
-        dims: TokenDims,
-        out: &mut Vec<f32>,
-        x: &Vec<f32>,
-    ) -> Result<(), Error> {
+    fn mean_pool(&mut self, dims: TokenDims, out: &mut Buf, x: &Buf) -> Result<(), Error> {
         const OP: &str = "mean_pool";
         let (d, tokens) = (dims.dim, dims.tokens);
         if tokens == 0 {

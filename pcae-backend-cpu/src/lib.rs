@@ -37,6 +37,7 @@
 //! `threads` (default): threads. Without it everything runs on the caller's thread.
 
 mod attention;
+mod buf;
 mod cpu;
 mod error;
 mod gemm;
@@ -50,6 +51,7 @@ mod simd;
 mod threads;
 mod train;
 
+pub use buf::Buf;
 pub use cpu::{Cpu, Params};
 pub use error::Error;
 pub use gemm::{Bf16Unit, Precision};

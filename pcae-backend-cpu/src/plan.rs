@@ -79,11 +79,14 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
             }
             Op::Attention(dims) => {
                 let len = |attention: Attention<'_>| attention.forward_scratch();
-                floats = floats.max(attention(isa, threads, dims, len));
+                // Of a student, and of a teacher or in inference.
+                for precision in [Precision::F32, teacher] {
+                    floats = floats.max(attention(isa, threads, precision, dims, len));
+                }
             }
             Op::AttentionBackward(dims) => {
                 let len = |attention: Attention<'_>| attention.backward_scratch();
-                floats = floats.max(attention(isa, threads, dims, len));
+                floats = floats.max(attention(isa, threads, Precision::F32, dims, len));
             }
             Op::MeanSimilarity(dims) => {
                 doubles = doubles.max(product(&[dims.batch, dims.dim.saturating_add(dims.tokens)]));
@@ -112,6 +115,7 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
 fn attention(
     isa: Isa,
     threads: usize,
+    precision: Precision,
     dims: AttentionDims,
     len: impl Fn(Attention<'_>) -> usize,
 ) -> usize {
@@ -119,5 +123,11 @@ fn attention(
         return 0;
     }
     // Of one thread, times as many.
-    threads.saturating_mul(len(Attention::new(isa, &Threads::one(), dims, &[])))
+    threads.saturating_mul(len(Attention::new(
+        isa,
+        &Threads::one(),
+        precision,
+        dims,
+        &[],
+    )))
 }

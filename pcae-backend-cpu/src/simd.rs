@@ -67,6 +67,17 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// [`Simd::LANES`] elements can be read there.
     unsafe fn load_at(self, from: *const f32) -> Self::V;
 
+    /// [`Simd::store`] past the caches, where `to` is a whole vector on a boundary of its size and the processor can. Others
+    /// see it after [`Simd::flush`].
+    #[inline(always)]
+    fn stream(self, to: &mut [f32], v: Self::V) {
+        self.store(to, v);
+    }
+
+    /// Waits for what was stored by [`Simd::stream`].
+    #[inline(always)]
+    fn flush(self) {}
+
     /// Asks for the cache line at `at`, which need not be readable, in the level-2 cache.
     #[inline(always)]
     fn prefetch(self, at: *const f32) {
@@ -120,6 +131,11 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// Each word's lower half, a bf16, as f32.
     fn lower(self, words: Self::V) -> Self::V;
 
+    /// Words of two bf16 each: `lower` and `upper` rounded, to nearest and ties to even; NaN stays NaN.
+    fn pair_bf16(self, lower: Self::V, upper: Self::V) -> Self::V;
+    /// The elements of `a` and then `b`: those of even index, and those of odd index.
+    fn unzip(self, a: Self::V, b: Self::V) -> (Self::V, Self::V);
+
     /// [`Simd::load_or`] with zeros.
     #[inline(always)]
     fn load(self, x: &[f32]) -> Self::V {
@@ -155,6 +171,67 @@ mod tests {
                 s.store(row, v);
             }
             (s.sum(a), s.max_lane(s.load_or(x, s.splat(f32::NEG_INFINITY))), S::LANES)
+        }
+    }
+
+    kernel! {
+        /// Words of pairs of `x` and `y`, and the elements of both of even and odd index.
+        fn rearrange<'a, S>(s; out: &'a mut [Vec<f32>], x: &'a [f32], y: &'a [f32]) -> usize {
+            let (a, b) = (s.load(x), s.load(y));
+            let (even, odd) = s.unzip(a, b);
+            for (row, v) in out.iter_mut().zip([s.pair_bf16(a, b), even, odd]) {
+                s.store(row, v);
+            }
+            S::LANES
+        }
+    }
+
+    #[test]
+    fn pairs_are_rounded_to_nearest_even_and_neighbours_part() {
+        // Ties, a carry into the exponent, the largest, infinity, subnormal numbers, and NaN whose upper half looks infinite.
+        let bits: [u32; 16] = [
+            0x3f80_0000,
+            0x3f80_8000,
+            0x3f81_8000,
+            0x3f80_8001,
+            0x3fff_8000,
+            0x7f7f_ffff,
+            0x7f80_0000,
+            0x7f80_0001,
+            0xbf80_8000,
+            0xbf81_8000,
+            0x8000_0000,
+            0x0000_8000,
+            0x0001_8000,
+            0xffc0_1234,
+            0xff80_0000,
+            0x4049_0fdb,
+        ];
+        let want: [u32; 16] = [
+            0x3f80, 0x3f80, 0x3f82, 0x3f81, 0x4000, 0x7f80, 0x7f80, 0x7fc0, 0xbf80, 0xbf82, 0x8000,
+            0x0000, 0x0002, 0xffc0, 0xff80, 0x4049,
+        ];
+        for isa in Isa::available() {
+            let lanes = rearrange(isa, &mut [], &[], &[]);
+            for start in (0..16).step_by(lanes) {
+                let x: Vec<f32> = bits[start..][..lanes]
+                    .iter()
+                    .map(|x| f32::from_bits(*x))
+                    .collect();
+                let y: Vec<f32> = x.iter().rev().copied().collect();
+                let mut out = vec![vec![0.0; lanes]; 3];
+                rearrange(isa, &mut out, &x, &y);
+                for (i, word) in out[0].iter().enumerate() {
+                    let (lower, upper) = (want[start + i], want[start + lanes - 1 - i]);
+                    assert_eq!(word.to_bits(), lower | upper << 16, "{isa} {start} {i}");
+                }
+                let both: Vec<u32> = x.iter().chain(&y).map(|x| x.to_bits()).collect();
+                for (odd, row) in out[1..].iter().enumerate() {
+                    let got: Vec<u32> = row.iter().map(|x| x.to_bits()).collect();
+                    let want: Vec<u32> = both.iter().skip(odd).step_by(2).copied().collect();
+                    assert_eq!(got, want, "{isa}");
+                }
+            }
         }
     }
 

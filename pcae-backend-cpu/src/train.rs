@@ -8,12 +8,13 @@ use pcae_kernel::error::{Error as KernelError, expect_len, product};
 use pcae_kernel::layout::Layout;
 
 use crate::attention::Attention;
+use crate::buf::Buf;
 use crate::cpu::{
     Cpu, Params, check_numbers, check_prefix, check_span, checked_ids, copy_patches, forward_dims,
-    front, front_mut, linear_inputs, patch_tokens, zeroed,
+    front, front_mut, linear_inputs, patch_tokens,
 };
 use crate::error::Error;
-use crate::gemm::{Dims, Finish, Left, Mode, Right};
+use crate::gemm::{Dims, Finish, Left, Mode, Precision, Right};
 use crate::rows::{self, AdamWConstants};
 use crate::threads::{Pieces, Shared};
 
@@ -26,19 +27,19 @@ pub(crate) const COLUMNS: usize = 64;
 pub(crate) const INNER: usize = 1024;
 
 impl TrainBackend for Cpu {
-    type Vector = Vec<f32>;
+    type Vector = Buf;
 
-    fn vector(&mut self, len: usize) -> Result<Vec<f32>, Error> {
-        zeroed(len)
+    fn vector(&mut self, len: usize) -> Result<Buf, Error> {
+        Buf::zeros(len)
     }
 
-    fn write_vector(&mut self, to: &mut Vec<f32>, at: usize, from: &[f32]) -> Result<(), Error> {
+    fn write_vector(&mut self, to: &mut Buf, at: usize, from: &[f32]) -> Result<(), Error> {
         let end = at.saturating_add(from.len());
         front_mut("write_vector", "to", to, end)?[at..].copy_from_slice(from);
         Ok(())
     }
 
-    fn read_vector(&mut self, to: &mut [f32], from: &Vec<f32>, at: usize) -> Result<(), Error> {
+    fn read_vector(&mut self, to: &mut [f32], from: &Buf, at: usize) -> Result<(), Error> {
         let end = at.saturating_add(to.len());
         to.copy_from_slice(&front("read_vector", "from", from, end)?[at..]);
         Ok(())
@@ -71,9 +72,9 @@ impl TrainBackend for Cpu {
     fn linear_gelu_saving(
         &mut self,
         dims: LinearDims,
-        out: &mut Vec<f32>,
-        pre_gelu: &mut Vec<f32>,
-        x: &Vec<f32>,
+        out: &mut Buf,
+        pre_gelu: &mut Buf,
+        x: &Buf,
         params: &Params,
         layer: Linear,
     ) -> Result<(), Error> {
@@ -89,12 +90,12 @@ impl TrainBackend for Cpu {
     fn linear_residual(
         &mut self,
         dims: LinearDims,
-        out: &mut Vec<f32>,
-        residual: &Vec<f32>,
-        x: &Vec<f32>,
+        out: &mut Buf,
+        residual: &Buf,
+        x: &Buf,
         params: &Params,
         layer: Linear,
-        scale: Option<(&Vec<f32>, usize)>,
+        scale: Option<(&Buf, usize)>,
     ) -> Result<(), Error> {
         const OP: &str = "linear_residual";
         let out = front_mut(OP, "out", out, dims.out_len())?;
@@ -103,7 +104,7 @@ impl TrainBackend for Cpu {
         if let Some((scale, per)) = scale {
             check_scale(OP, dims.rows, scale, per)?;
         }
-        let scale = scale.map(|(scale, per)| (scale.as_slice(), per));
+        let scale = scale.map(|(scale, per)| (&**scale, per));
         let finish = Finish::new(
             out,
             dims.out_features,
@@ -116,9 +117,9 @@ impl TrainBackend for Cpu {
     fn scale_rows(
         &mut self,
         dims: RowDims,
-        out: &mut Vec<f32>,
-        x: &Vec<f32>,
-        scale: &Vec<f32>,
+        out: &mut Buf,
+        x: &Buf,
+        scale: &Buf,
         rows_per_scale: usize,
     ) -> Result<(), Error> {
         const OP: &str = "scale_rows";
@@ -140,11 +141,11 @@ impl TrainBackend for Cpu {
     fn linear_backward_input(
         &mut self,
         dims: LinearDims,
-        d_x: &mut Vec<f32>,
-        d_y: &Vec<f32>,
+        d_x: &mut Buf,
+        d_y: &Buf,
         params: &Params,
         layer: Linear,
-        pre_gelu: Option<&Vec<f32>>,
+        pre_gelu: Option<&Buf>,
     ) -> Result<(), Error> {
         const OP: &str = "linear_backward_input";
         params.check_trainable(OP)?;
@@ -177,10 +178,10 @@ impl TrainBackend for Cpu {
     fn linear_backward_params(
         &mut self,
         dims: LinearDims,
-        grads: &mut Vec<f32>,
+        grads: &mut Buf,
         layer: Linear,
-        d_y: &Vec<f32>,
-        x: &Vec<f32>,
+        d_y: &Buf,
+        x: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "linear_backward_params";
         let (total, width) = (grads.len(), dims.out_features);
@@ -225,9 +226,9 @@ impl TrainBackend for Cpu {
     fn layer_norm_saving(
         &mut self,
         dims: RowDims,
-        out: &mut Vec<f32>,
-        stats: &mut Vec<f32>,
-        x: &Vec<f32>,
+        out: &mut Buf,
+        stats: &mut Buf,
+        x: &Buf,
         params: &Params,
         norm: Norm,
     ) -> Result<(), Error> {
@@ -237,12 +238,12 @@ impl TrainBackend for Cpu {
     fn layer_norm_backward(
         &mut self,
         dims: RowDims,
-        d_x: &mut Vec<f32>,
+        d_x: &mut Buf,
         accum: Accum,
-        grads: &mut Vec<f32>,
-        d_y: &Vec<f32>,
-        x: &Vec<f32>,
-        stats: &Vec<f32>,
+        grads: &mut Buf,
+        d_y: &Buf,
+        x: &Buf,
+        stats: &Buf,
         params: &Params,
         norm: Norm,
     ) -> Result<(), Error> {
@@ -296,21 +297,23 @@ impl TrainBackend for Cpu {
     fn attention_saving(
         &mut self,
         dims: AttentionDims,
-        out: &mut Vec<f32>,
-        lse: &mut Vec<f32>,
-        qkv: &Vec<f32>,
+        out: &mut Buf,
+        lse: &mut Buf,
+        qkv: &Buf,
     ) -> Result<(), Error> {
-        self.attention_forward("attention_saving", dims, out, Some(lse), qkv)
+        // The backward computes the probabilities anew, in f32.
+        let precision = Precision::F32;
+        self.attention_forward("attention_saving", precision, dims, out, Some(lse), qkv)
     }
 
     fn attention_backward(
         &mut self,
         dims: AttentionDims,
-        d_qkv: &mut Vec<f32>,
-        d_out: &Vec<f32>,
-        qkv: &Vec<f32>,
-        out: &Vec<f32>,
-        lse: &Vec<f32>,
+        d_qkv: &mut Buf,
+        d_out: &Buf,
+        qkv: &Buf,
+        out: &Buf,
+        lse: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "attention_backward";
         let d_qkv = front_mut(OP, "d_qkv", d_qkv, dims.qkv_len())?;
@@ -321,7 +324,7 @@ impl TrainBackend for Cpu {
         if out.is_empty() {
             return Ok(());
         }
-        let attention = Attention::new(self.isa, &self.threads, dims, qkv);
+        let attention = Attention::new(self.isa, &self.threads, Precision::F32, dims, qkv);
         let scratch = self.scratch.floats(attention.backward_scratch())?;
         attention.backward(d_qkv, d_out, out, lse, scratch);
         Ok(())
@@ -330,9 +333,9 @@ impl TrainBackend for Cpu {
     fn embed_tokens_backward(
         &mut self,
         dims: TokenDims,
-        d_x: &mut Vec<f32>,
-        grads: &mut Vec<f32>,
-        d_out: &Vec<f32>,
+        d_x: &mut Buf,
+        grads: &mut Buf,
+        d_out: &Buf,
         embed: EmbedParams,
     ) -> Result<(), Error> {
         const OP: &str = "embed_tokens_backward";
@@ -352,8 +355,8 @@ impl TrainBackend for Cpu {
     fn decoder_tokens(
         &mut self,
         dims: DecoderDims,
-        out: &mut Vec<f32>,
-        x: &Vec<f32>,
+        out: &mut Buf,
+        x: &Buf,
         ids_visible: &Vec<u32>,
         ids_target: &Vec<u32>,
         params: &Params,
@@ -403,9 +406,9 @@ impl TrainBackend for Cpu {
     fn decoder_tokens_backward(
         &mut self,
         dims: DecoderDims,
-        d_x: &mut Vec<f32>,
-        grads: &mut Vec<f32>,
-        d_out: &Vec<f32>,
+        d_x: &mut Buf,
+        grads: &mut Buf,
+        d_out: &Buf,
         mask_token: Span,
     ) -> Result<(), Error> {
         const OP: &str = "decoder_tokens_backward";
@@ -436,12 +439,7 @@ impl TrainBackend for Cpu {
         Ok(())
     }
 
-    fn strip_prefix(
-        &mut self,
-        dims: TokenDims,
-        out: &mut Vec<f32>,
-        x: &Vec<f32>,
-    ) -> Result<(), Error> {
+    fn strip_prefix(&mut self, dims: TokenDims, out: &mut Buf, x: &Buf) -> Result<(), Error> {
         const OP: &str = "strip_prefix";
         let out = front_mut(OP, "out", out, TokenDims { prefix: 0, ..dims }.len())?;
         let x = front(OP, "x", x, dims.len())?;
@@ -459,8 +457,8 @@ impl TrainBackend for Cpu {
     fn strip_prefix_backward(
         &mut self,
         dims: TokenDims,
-        d_x: &mut Vec<f32>,
-        d_out: &Vec<f32>,
+        d_x: &mut Buf,
+        d_out: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "strip_prefix_backward";
         let patches_len = TokenDims { prefix: 0, ..dims }.len();
@@ -476,8 +474,8 @@ impl TrainBackend for Cpu {
         &mut self,
         dims: TokenDims,
         keep: usize,
-        d_x: &mut Vec<f32>,
-        d_out: &Vec<f32>,
+        d_x: &mut Buf,
+        d_out: &Buf,
         picked: &Vec<u32>,
     ) -> Result<(), Error> {
         const OP: &str = "gather_tokens_backward";
@@ -500,8 +498,8 @@ impl TrainBackend for Cpu {
     fn mean_pool_backward(
         &mut self,
         dims: TokenDims,
-        d_x: &mut Vec<f32>,
-        d_out: &Vec<f32>,
+        d_x: &mut Buf,
+        d_out: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "mean_pool_backward";
         let d = dims.dim;
@@ -518,8 +516,8 @@ impl TrainBackend for Cpu {
     fn pivoted_qr_scores(
         &mut self,
         dims: TokenDims,
-        scores: &mut Vec<f32>,
-        x: &Vec<f32>,
+        scores: &mut Buf,
+        x: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "pivoted_qr_scores";
         let (d, tokens) = (dims.dim, dims.tokens);
@@ -543,12 +541,7 @@ impl TrainBackend for Cpu {
         Ok(())
     }
 
-    fn standardise(
-        &mut self,
-        dims: RowDims,
-        out: &mut Vec<f32>,
-        x: &Vec<f32>,
-    ) -> Result<(), Error> {
+    fn standardise(&mut self, dims: RowDims, out: &mut Buf, x: &Buf) -> Result<(), Error> {
         const OP: &str = "standardise";
         let d = dims.dim;
         if d < 2 {
@@ -570,9 +563,9 @@ impl TrainBackend for Cpu {
     fn feature_spread(
         &mut self,
         dims: RowDims,
-        out: &mut Vec<f32>,
+        out: &mut Buf,
         at: usize,
-        x: &Vec<f32>,
+        x: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "feature_spread";
         check_loss(OP, dims, out, at)?;
@@ -596,11 +589,11 @@ impl TrainBackend for Cpu {
     fn cosine_loss(
         &mut self,
         dims: RowDims,
-        d_pred: &mut Vec<f32>,
-        losses: &mut Vec<f32>,
+        d_pred: &mut Buf,
+        losses: &mut Buf,
         at: usize,
-        pred: &Vec<f32>,
-        target: &Vec<f32>,
+        pred: &Buf,
+        target: &Buf,
         scale: f64,
     ) -> Result<(), Error> {
         let isa = self.isa;
@@ -620,11 +613,11 @@ impl TrainBackend for Cpu {
     fn mse_loss(
         &mut self,
         dims: RowDims,
-        d_pred: &mut Vec<f32>,
-        losses: &mut Vec<f32>,
+        d_pred: &mut Buf,
+        losses: &mut Buf,
         at: usize,
-        pred: &Vec<f32>,
-        target: &Vec<f32>,
+        pred: &Buf,
+        target: &Buf,
         scale: f64,
     ) -> Result<(), Error> {
         let isa = self.isa;
@@ -645,11 +638,11 @@ impl TrainBackend for Cpu {
     fn cross_entropy(
         &mut self,
         dims: RowDims,
-        d_logits: &mut Vec<f32>,
-        losses: &mut Vec<f32>,
+        d_logits: &mut Buf,
+        losses: &mut Buf,
         at: usize,
-        logits: &Vec<f32>,
-        target: &Vec<f32>,
+        logits: &Buf,
+        target: &Buf,
         scale: f64,
     ) -> Result<(), Error> {
         let isa = self.isa;
@@ -671,8 +664,8 @@ impl TrainBackend for Cpu {
     fn pixel_targets(
         &mut self,
         dims: PatchDims,
-        out: &mut Vec<f32>,
-        images: &Vec<f32>,
+        out: &mut Buf,
+        images: &Buf,
         ids: &Vec<u32>,
     ) -> Result<(), Error> {
         let (p, channels) = (dims.patch_size, dims.channels);
@@ -692,7 +685,7 @@ impl TrainBackend for Cpu {
         )
     }
 
-    fn zero(&mut self, x: &mut Vec<f32>, span: Span) -> Result<(), Error> {
+    fn zero(&mut self, x: &mut Buf, span: Span) -> Result<(), Error> {
         expect_len("zero", "x", x.len(), span.end())?;
         self.zero_all(&mut x[span.start..span.end()]);
         Ok(())
@@ -700,9 +693,9 @@ impl TrainBackend for Cpu {
 
     fn copy_vector(
         &mut self,
-        to: &mut Vec<f32>,
+        to: &mut Buf,
         at: usize,
-        from: &Vec<f32>,
+        from: &Buf,
         span: Span,
     ) -> Result<(), Error> {
         expect_len("copy_vector", "from", from.len(), span.end())?;
@@ -711,7 +704,7 @@ impl TrainBackend for Cpu {
         Ok(())
     }
 
-    fn norm(&mut self, out: &mut Vec<f32>, at: usize, x: &Vec<f32>) -> Result<(), Error> {
+    fn norm(&mut self, out: &mut Buf, at: usize, x: &Buf) -> Result<(), Error> {
         expect_len("norm", "out", out.len(), at.saturating_add(1))?;
         let sums = self.scratch.doubles(x.len().div_ceil(PIECE))?;
         self.threads
@@ -727,12 +720,12 @@ impl TrainBackend for Cpu {
         &mut self,
         student: &mut Params,
         teacher: Option<&mut Params>,
-        grads: &mut Vec<f32>,
-        exp_avg: &mut Vec<f32>,
-        exp_avg_sq: &mut Vec<f32>,
+        grads: &mut Buf,
+        exp_avg: &mut Buf,
+        exp_avg_sq: &mut Buf,
         segments: &[Segment],
         step: &AdamW,
-        clip: Option<Clip<'_, Vec<f32>>>,
+        clip: Option<Clip<'_, Buf>>,
     ) -> Result<(), Error> {
         const OP: &str = "adamw_ema";
         let student = student.trainable(OP)?;

@@ -6,10 +6,12 @@
 //! probabilities of a block are computed again from the saved log-sum-exp, and the gradients of keys and values are
 //! summed over the blocks in their order.
 
+mod bf16;
 mod kernels;
 
 use pcae_kernel::backend::AttentionDims;
 
+use crate::gemm::{Bf16Unit, Precision, Ready, SmallProduct};
 use crate::isa::Isa;
 use crate::threads::{Pieces, Shared, Threads};
 
@@ -25,6 +27,7 @@ const SCORES: usize = 6144;
 pub(crate) struct Attention<'a> {
     isa: Isa,
     threads: &'a Threads,
+    precision: Precision,
     dims: AttentionDims,
     qkv: &'a [f32],
     /// Tokens and width of a head, filled up to whole vectors.
@@ -41,12 +44,19 @@ enum Part {
 }
 
 impl<'a> Attention<'a> {
-    /// `qkv` must be as long as `dims` say, and no dimension may be 0.
-    pub(crate) fn new(isa: Isa, threads: &'a Threads, dims: AttentionDims, qkv: &'a [f32]) -> Self {
+    /// `precision` is that of the forward's products. `qkv` must be as long as `dims` say, and no dimension may be 0.
+    pub(crate) fn new(
+        isa: Isa,
+        threads: &'a Threads,
+        precision: Precision,
+        dims: AttentionDims,
+        qkv: &'a [f32],
+    ) -> Self {
         let lanes = isa.run(Lanes);
         Self {
             isa,
             threads,
+            precision,
             dims,
             qkv,
             tokens: dims.tokens.next_multiple_of(lanes),
@@ -80,7 +90,11 @@ impl<'a> Attention<'a> {
 
     /// Elements of scratch that [`Attention::forward`] needs.
     pub(crate) fn forward_scratch(&self) -> usize {
-        self.threads.count() * self.forward_len()
+        let len = match self.precision {
+            Precision::F32 => self.forward_len(),
+            Precision::Bf16(unit) => self.products(unit).scratch_len(self),
+        };
+        self.threads.count() * len
     }
 
     /// Elements of scratch that [`Attention::backward`] needs.
@@ -249,6 +263,13 @@ impl<'a> Attention<'a> {
 
     /// `out = softmax(q @ k^T / sqrt(head_dim)) @ v`, and the log-sum-exp of each row of scores where asked for.
     pub(crate) fn forward(&self, out: &mut [f32], lse: Option<&mut [f32]>, scratch: &mut [f32]) {
+        match self.precision {
+            Precision::F32 => self.forward_f32(out, lse, scratch),
+            Precision::Bf16(unit) => self.forward_bf16(unit, out, lse, scratch),
+        }
+    }
+
+    fn forward_f32(&self, out: &mut [f32], lse: Option<&mut [f32]>, scratch: &mut [f32]) {
         let AttentionDims {
             tokens, head_dim, ..
         } = self.dims;
@@ -438,6 +459,7 @@ impl<'a> Scratch<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gemm::rounded;
     use proptest::prelude::*;
 
     fn values(len: usize, seed: u64) -> Vec<f32> {
@@ -505,7 +527,7 @@ mod tests {
         qkv: &[f32],
         d_out: &[f32],
     ) -> [Vec<f32>; 3] {
-        let attention = Attention::new(isa, threads, dims, qkv);
+        let attention = Attention::new(isa, threads, Precision::F32, dims, qkv);
         let (mut out, mut lse) = (
             vec![f32::NAN; dims.out_len()],
             vec![f32::NAN; dims.lse_len()],
@@ -569,6 +591,68 @@ mod tests {
             head_dim in prop::sample::select(vec![1usize, 3, 16, 32, 48, 64, 80]),
         ) {
             check(&pools()[..1], AttentionDims { batch, tokens, num_heads, head_dim });
+        }
+    }
+
+    /// The forward in bf16, on operands that bf16 holds: what is rounded then are the numerators, to a part of 2^-9 each.
+    fn check_bf16(pools: &[Threads], dims: AttentionDims) {
+        let qkv: Vec<f32> = values(dims.qkv_len(), 1)
+            .iter()
+            .map(|x| rounded(*x))
+            .collect();
+        let [want, want_lse, _] = exact(dims, &qkv, &vec![0.0; dims.out_len()]);
+        for (isa, unit) in
+            Isa::available().flat_map(|isa| Bf16Unit::available(isa).map(move |unit| (isa, unit)))
+        {
+            let run = |threads| {
+                let attention = Attention::new(isa, threads, Precision::Bf16(unit), dims, &qkv);
+                let mut out = vec![f32::NAN; dims.out_len()];
+                let mut lse = vec![f32::NAN; dims.lse_len()];
+                let mut scratch = vec![f32::NAN; attention.forward_scratch()];
+                attention.forward(&mut out, Some(&mut lse), &mut scratch);
+                (out, lse)
+            };
+            let (out, lse) = run(&pools[0]);
+            let close = |got: &[f32], want: &[f64], bound: f64| {
+                got.iter()
+                    .zip(want)
+                    .all(|(got, want)| (f64::from(*got) - want).abs() <= bound)
+            };
+            // Values are below 1, and so is their mean.
+            assert!(
+                close(&out, &want, 1.0 / 512.0 + 3e-6),
+                "{isa} {unit} {dims:?}"
+            );
+            assert!(close(&lse, &want_lse, 3e-6), "{isa} {unit} {dims:?}");
+            for pool in &pools[1..] {
+                assert_eq!(
+                    (&out, &lse),
+                    (&run(pool).0, &run(pool).1),
+                    "{isa} {unit} {dims:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_matches_f64_on_any_number_of_threads() {
+        let pools = pools();
+        for (batch, tokens, num_heads, head_dim) in [
+            (2, 197, 3, 64),
+            (1, 257, 2, 32),
+            (3, 49, 1, 80),
+            (2, 1, 2, 3),
+            (2, 25, 3, 16),
+        ] {
+            check_bf16(
+                &pools,
+                AttentionDims {
+                    batch,
+                    tokens,
+                    num_heads,
+                    head_dim,
+                },
+            );
         }
     }
 

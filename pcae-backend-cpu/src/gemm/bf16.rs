@@ -97,28 +97,11 @@ impl fmt::Display for Bf16Unit {
     }
 }
 
-/// The bits of `x` rounded to bf16, to nearest and ties to even; NaN stays NaN.
-#[inline(always)]
-fn round(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    if x.is_nan() {
-        bits >> 16 | 0x40
-    } else {
-        rounded
-    }
-}
-
-/// A word of two bf16, as the f32 with the same bits: packed operands share the memory of unpacked ones.
-#[inline(always)]
-fn pair(first: f32, second: f32) -> f32 {
-    f32::from_bits(round(first) | round(second) << 16)
-}
-
 /// `x` rounded to bf16.
 #[cfg(test)]
-pub(super) fn rounded(x: f32) -> f32 {
-    f32::from_bits(round(x) << 16)
+pub(crate) fn rounded(x: f32) -> f32 {
+    use crate::simd::Portable;
+    Portable.lower(Portable.pair_bf16([x; 8], [0.0; 8]))[0]
 }
 
 /// Side of the squares that are transposed, in words: at least that of any instruction set's.
@@ -127,46 +110,44 @@ const SQUARE: usize = 16;
 /// `to[j] = words of row j` for the square whose first word is `word`, of `rows` rows of `inner` elements, `stride`
 /// apart; zeros beyond the last row and element.
 #[inline(always)]
-fn gather(
-    square: &mut [[f32; SQUARE]; SQUARE],
+fn gather<S: Simd>(
+    s: S,
+    square: &mut [f32],
     data: &[f32],
     stride: usize,
     inner: usize,
     rows: usize,
     word: usize,
 ) {
-    for (j, to) in square.iter_mut().enumerate() {
-        *to = [0.0; SQUARE];
+    for (j, to) in square.chunks_exact_mut(SQUARE).take(SQUARE).enumerate() {
         if j >= rows {
+            to.fill(0.0);
             continue;
         }
         let row = &data[j * stride..][..inner];
-        if let Some(from) = row
-            .get(2 * word..)
-            .and_then(<[f32]>::first_chunk::<{ 2 * SQUARE }>)
-        {
-            for (i, to) in to.iter_mut().enumerate() {
-                *to = pair(from[2 * i], from[2 * i + 1]);
-            }
-        } else {
-            for (i, to) in to.iter_mut().enumerate() {
-                let at = |i: usize| row.get(i).copied().unwrap_or(0.0);
-                *to = pair(at(2 * (word + i)), at(2 * (word + i) + 1));
-            }
+        for (i, to) in to.chunks_exact_mut(S::LANES).enumerate() {
+            let from = 2 * (word + i * S::LANES);
+            let load = |at: usize| s.load(&row[at.min(inner)..]);
+            let (even, odd) = s.unzip(load(from), load(from + S::LANES));
+            s.store(to, s.pair_bf16(even, odd));
         }
     }
 }
 
-/// `out[i][j] = square[j][i]`
+/// `to[i * step + col + j] = square[j][i]`
 #[inline(always)]
-fn transpose<S: Simd>(s: S, out: &mut [[f32; SQUARE]; SQUARE], square: &[[f32; SQUARE]; SQUARE]) {
+fn transpose<S: Simd>(s: S, to: &mut [f32], step: usize, col: usize, square: &[f32]) {
+    assert!(
+        col + SQUARE <= step && to.len() >= SQUARE * step && square.len() >= SQUARE * SQUARE,
+        "a square lies within what it is written to"
+    );
     for j in (0..SQUARE).step_by(S::LANES) {
         for i in (0..SQUARE).step_by(S::LANES) {
-            // SAFETY: `LANES` divides 16, so the squares lie within both.
+            // SAFETY: `LANES` divides 16, so the squares lie within both; the length is checked above.
             unsafe {
-                let from = square.as_ptr().cast::<f32>().add(j * SQUARE + i);
-                let to = out.as_mut_ptr().cast::<f32>().add(i * SQUARE + j);
-                s.transpose(to, SQUARE, from, SQUARE);
+                let from = square.as_ptr().add(j * SQUARE + i);
+                let to = to.as_mut_ptr().add(i * step + col + j);
+                s.transpose(to, step, from, SQUARE);
             }
         }
     }
@@ -199,7 +180,7 @@ impl Kernel for PackRight<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         match self.data {
-            Turned::Rows(data) => self.rows(data),
+            Turned::Rows(data) => self.rows(s, data),
             Turned::Columns(data) => self.columns(s, data),
         }
     }
@@ -217,16 +198,25 @@ impl PackRight<'_> {
             inner,
             ..
         } = self;
-        let (mut square, mut out) = ([[0.0; SQUARE]; SQUARE], [[0.0; SQUARE]; SQUARE]);
+        let mut square = [0.0; SQUARE * SQUARE];
         for col in (0..step).step_by(SQUARE) {
             let rows = width.saturating_sub(col).min(SQUARE);
             let data = &data[(col * stride).min(data.len())..];
             for word in (0..words).step_by(SQUARE) {
-                gather(&mut square, data, stride, inner, rows, word);
-                transpose(s, &mut out, &square);
-                let to = to[word * step..].chunks_mut(step).take(words - word);
-                for (to, row) in to.zip(&out) {
-                    let len = SQUARE.min(step - col);
+                gather(s, &mut square, data, stride, inner, rows, word);
+                let to = &mut to[word * step..];
+                if words - word >= SQUARE && step - col >= SQUARE {
+                    transpose(s, to, step, col, &square);
+                    continue;
+                }
+                let mut out = [0.0; SQUARE * SQUARE];
+                transpose(s, &mut out, SQUARE, 0, &square);
+                let len = SQUARE.min(step - col);
+                for (to, row) in to
+                    .chunks_mut(step)
+                    .take(words - word)
+                    .zip(out.chunks(SQUARE))
+                {
                     to[col..][..len].copy_from_slice(&row[..len]);
                 }
             }
@@ -234,7 +224,7 @@ impl PackRight<'_> {
     }
 
     #[inline(always)]
-    fn rows(self, data: &[f32]) {
+    fn rows<S: Simd>(self, s: S, data: &[f32]) {
         let Self {
             to,
             step,
@@ -249,20 +239,17 @@ impl PackRight<'_> {
                 true => &data[i * stride..][..width],
                 false => &[],
             };
-            let (first, second) = (row(2 * word), row(2 * word + 1));
-            if second.is_empty() {
-                // The last row of an odd number, or none.
-                for (i, to) in to.iter_mut().enumerate() {
-                    *to = pair(first.get(i).copied().unwrap_or(0.0), 0.0);
-                }
-            } else {
-                let (columns, rest) = to.split_at_mut(width);
-                for ((to, first), second) in columns.iter_mut().zip(first).zip(second) {
-                    *to = pair(*first, *second);
-                }
-                rest.fill(0.0);
-            }
+            pair_lines(s, to, row(2 * word), row(2 * word + 1));
         }
+    }
+}
+
+/// `to = words of each element of lower and upper`, zeros beyond the end of either.
+#[inline(always)]
+fn pair_lines<S: Simd>(s: S, to: &mut [f32], lower: &[f32], upper: &[f32]) {
+    for (i, to) in to.chunks_mut(S::LANES).enumerate() {
+        let load = |line: &[f32]| s.load(&line[(i * S::LANES).min(line.len())..]);
+        s.store(to, s.pair_bf16(load(lower), load(upper)));
     }
 }
 
@@ -274,8 +261,8 @@ pub(super) struct PackLeft<'a> {
     pub(super) words: usize,
     pub(super) squares: bool,
     pub(super) left: Left<'a>,
-    /// Rows of the whole operand.
-    pub(super) m: usize,
+    /// Between the rows of the operand, or its columns where it comes transposed.
+    pub(super) stride: usize,
     /// Row of the operand that is row 0 of `strips`.
     pub(super) first: usize,
     pub(super) strips: Strips,
@@ -293,44 +280,63 @@ impl Kernel for PackLeft<'_> {
             words,
             squares,
             left,
-            m,
+            stride,
             first,
             strips,
             tiles,
             inner,
         } = self;
         let start = strips.start(tiles.start);
-        let (mut square, mut out) = ([[0.0; SQUARE]; SQUARE], [[0.0; SQUARE]; SQUARE]);
+        let (mut square, mut turned) = ([0.0; SQUARE * SQUARE], [0.0; SQUARE * SQUARE]);
         for tile in tiles {
             let (top, end) = (strips.start(tile), strips.start(tile + 1));
             for row in (top..end).step_by(SQUARE) {
                 let height = SQUARE.min(end - row);
                 let to = &mut to[(row - start) * words..];
                 for word in (0..words).step_by(SQUARE) {
-                    // `square[row][word]`, and `out[word][row]` where tiles want it.
+                    if squares {
+                        let to = &mut to[word * SQUARE..];
+                        match left {
+                            Left::Rows(data) => {
+                                let data = &data[(first + row) * stride..];
+                                gather(s, to, data, stride, inner, height, word);
+                            }
+                            Left::Columns(data) => {
+                                turn(
+                                    s,
+                                    &mut square,
+                                    &data[first + row..],
+                                    stride,
+                                    inner,
+                                    height,
+                                    word,
+                                );
+                                transpose(s, to, SQUARE, 0, &square);
+                            }
+                        }
+                        continue;
+                    }
                     match left {
                         Left::Rows(data) => {
-                            let data = &data[(first + row) * inner..];
-                            gather(&mut square, data, inner, inner, height, word);
-                            if !squares {
-                                transpose(s, &mut out, &square);
-                            }
+                            let data = &data[(first + row) * stride..];
+                            gather(s, &mut square, data, stride, inner, height, word);
+                            transpose(s, &mut turned, SQUARE, 0, &square);
                         }
                         Left::Columns(data) => {
-                            turn(&mut out, &data[first + row..], m, inner, height, word);
-                            if squares {
-                                transpose(s, &mut square, &out);
-                            }
+                            turn(
+                                s,
+                                &mut turned,
+                                &data[first + row..],
+                                stride,
+                                inner,
+                                height,
+                                word,
+                            );
                         }
                     }
-                    if squares {
-                        to[word * SQUARE..][..SQUARE * SQUARE]
-                            .copy_from_slice(square.as_flattened());
-                    } else {
-                        let lines = to[word * height..].chunks_exact_mut(height);
-                        for (to, from) in lines.zip(&out).take(words - word) {
-                            to.copy_from_slice(&from[..height]);
-                        }
+                    let lines = to[word * height..].chunks_exact_mut(height);
+                    for (to, from) in lines.zip(turned.chunks_exact(SQUARE)).take(words - word) {
+                        to.copy_from_slice(&from[..height]);
                     }
                 }
             }
@@ -340,30 +346,21 @@ impl Kernel for PackLeft<'_> {
 
 /// `out[i] = word + i of each of height columns` of `data`, `[inner, stride]`; zeros beyond the last column and row.
 #[inline(always)]
-fn turn(
-    out: &mut [[f32; SQUARE]; SQUARE],
+fn turn<S: Simd>(
+    s: S,
+    out: &mut [f32],
     data: &[f32],
     stride: usize,
     inner: usize,
     height: usize,
     word: usize,
 ) {
-    for (i, to) in out.iter_mut().enumerate() {
+    for (i, to) in out.chunks_exact_mut(SQUARE).take(SQUARE).enumerate() {
         let line = |i: usize| match i < inner {
             true => &data[i * stride..][..height],
             false => &[],
         };
-        let (a, b) = (line(2 * (word + i)), line(2 * (word + i) + 1));
-        if let (Some(a), Some(b)) = (a.first_chunk::<SQUARE>(), b.first_chunk::<SQUARE>()) {
-            for ((to, a), b) in to.iter_mut().zip(a).zip(b) {
-                *to = pair(*a, *b);
-            }
-        } else {
-            let at = |line: &[f32], j: usize| line.get(j).copied().unwrap_or(0.0);
-            for (j, to) in to.iter_mut().enumerate() {
-                *to = pair(at(a, j), at(b, j));
-            }
-        }
+        pair_lines(s, to, line(2 * (word + i)), line(2 * (word + i) + 1));
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::cpu::LINE;
 use crate::isa::Kernel;
 use crate::math::{gelu, gelu_grad};
+use crate::memory;
 use crate::simd::Simd;
 use crate::threads::Shared;
 
@@ -14,6 +15,8 @@ pub(crate) struct Finish<'a> {
     /// `[n]`, or empty for zeros.
     bias: &'a [f32],
     mode: Mode<'a>,
+    /// Whether results are written past the caches, which would not hold them until they are read.
+    pub(super) streamed: bool,
 }
 
 /// What becomes of `y`. All matrices are `[m, n]`.
@@ -43,14 +46,20 @@ pub(crate) enum Mode<'a> {
     },
 }
 
+/// Results of as many level-2 caches are streamed. Smaller ones are better read back from the level-3 cache, whose share of
+/// one core nobody tells.
+const STREAMED: usize = 4;
+
 impl<'a> Finish<'a> {
     /// `out: [m, n]`.
     pub(crate) fn new(out: &'a mut [f32], n: usize, bias: &'a [f32], mode: Mode<'a>) -> Self {
+        let streamed = size_of_val(out) > STREAMED * memory::level2_cache();
         Self {
             out: Shared::new(out),
             n,
             bias,
             mode,
+            streamed,
         }
     }
 
@@ -85,17 +94,21 @@ impl Kernel for FetchTile<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let f = self.finish;
-        let other = match &f.mode {
-            Mode::Store | Mode::Add | Mode::Gelu => None,
-            Mode::GeluSaving { pre_gelu } => Some(pre_gelu.as_ptr()),
-            Mode::Residual { residual: x, .. } | Mode::GeluGrad { pre_gelu: x } => Some(x.as_ptr()),
+        let written = |x: *const f32| (!f.streamed).then_some(x);
+        let out = f.out.as_ptr();
+        let wanted = match &f.mode {
+            Mode::Add => [Some(out), None],
+            Mode::Store | Mode::Gelu => [written(out), None],
+            Mode::GeluSaving { pre_gelu } => [written(out), written(pre_gelu.as_ptr())],
+            Mode::Residual { residual: x, .. } | Mode::GeluGrad { pre_gelu: x } => {
+                [written(out), Some(x.as_ptr())]
+            }
         };
-        for row in self.row..self.row + self.rows {
-            let at = row * f.n + self.col;
-            for line in (at..at + self.width).step_by(LINE) {
-                s.prefetch(f.out.as_ptr().wrapping_add(line));
-                if let Some(other) = other {
-                    s.prefetch(other.wrapping_add(line));
+        for wanted in wanted.into_iter().flatten() {
+            for row in self.row..self.row + self.rows {
+                let at = row * f.n + self.col;
+                for line in (at..at + self.width).step_by(LINE) {
+                    s.prefetch(wanted.wrapping_add(line));
                 }
             }
         }
@@ -137,6 +150,10 @@ impl Kernel for FinishTile<'_, '_> {
                 *bias = s.load(columns);
             }
         }
+        let put = |to: &mut [f32], v| match f.streamed {
+            true => s.stream(to, v),
+            false => s.store(to, v),
+        };
         for (row, sums) in (row..row + rows).zip(sums.chunks_exact(step)) {
             let at = row * f.n + col;
             // SAFETY: this row of this tile; tiles do not overlap, and `Finish::check` has seen the length.
@@ -144,32 +161,44 @@ impl Kernel for FinishTile<'_, '_> {
             let vectors = sums.chunks_exact(S::LANES).zip(bias);
             let each = out.zip(vectors.map(|(sum, bias)| s.add(s.load(sum), bias)));
             match &f.mode {
-                Mode::Store => each.for_each(|(out, y)| s.store(out, y)),
+                Mode::Store => each.for_each(|(out, y)| put(out, y)),
                 Mode::Add => each.for_each(|(out, y)| s.store(out, s.add(s.load(out), y))),
-                Mode::Gelu => each.for_each(|(out, y)| s.store(out, gelu(s, y))),
+                Mode::Gelu => each.for_each(|(out, y)| put(out, gelu(s, y))),
                 Mode::GeluSaving { pre_gelu } => {
                     // SAFETY: as for `out`.
                     let pre_gelu = unsafe { pre_gelu.part(at, width) };
                     let pre_gelu = pre_gelu.chunks_mut(S::LANES);
                     each.zip(pre_gelu).for_each(|((out, y), pre_gelu)| {
-                        s.store(pre_gelu, y);
-                        s.store(out, gelu(s, y));
+                        put(pre_gelu, y);
+                        put(out, gelu(s, y));
                     });
                 }
                 Mode::Residual { residual, scale } => {
                     let residual = residual[at..][..width].chunks(S::LANES);
                     let scale = s.splat(scale.map_or(1.0, |(scale, per)| scale[row / per]));
                     each.zip(residual).for_each(|((out, y), residual)| {
-                        s.store(out, s.mul_add(scale, y, s.load(residual)));
+                        put(out, s.mul_add(scale, y, s.load(residual)));
                     });
                 }
                 Mode::GeluGrad { pre_gelu } => {
                     let pre_gelu = pre_gelu[at..][..width].chunks(S::LANES);
                     each.zip(pre_gelu).for_each(|((out, y), pre_gelu)| {
-                        s.store(out, s.mul(y, gelu_grad(s, s.load(pre_gelu))));
+                        put(out, s.mul(y, gelu_grad(s, s.load(pre_gelu))));
                     });
                 }
             }
         }
+    }
+}
+
+/// Waits for streamed results: done at the end of what a thread does to them.
+pub(super) struct Flush;
+
+impl Kernel for Flush {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        s.flush();
     }
 }

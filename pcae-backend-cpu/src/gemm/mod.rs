@@ -18,6 +18,7 @@ mod bf16;
 mod finish;
 mod pack;
 mod plan;
+mod small;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -30,11 +31,14 @@ use crate::isa::Isa;
 use crate::threads::{Pieces, Shared, Threads};
 
 pub use bf16::Bf16Unit;
+#[cfg(test)]
+pub(crate) use bf16::rounded;
 pub(crate) use finish::{Finish, Mode};
 pub(crate) use pack::{pack_weight, pack_weight_bf16, packed_len_bf16};
+pub(crate) use small::{Ready, SmallProduct};
 
 use bf16::{PackRight, TilePairs, Turned, Unit};
-use finish::{FetchTile, FinishTile};
+use finish::{FetchTile, FinishTile, Flush};
 use pack::{PackColumns, PackLeft, PackRows};
 use plan::{Cuts, Plan, Room, part};
 use tile::{Fetch, FetchLines, Shape, Tile};
@@ -46,6 +50,17 @@ pub enum Precision {
     F32,
     /// bf16, rounded as they are packed.
     Bf16(Bf16Unit),
+}
+
+impl Precision {
+    /// # Errors
+    /// If it is that of another instruction set.
+    pub(crate) fn check(self, isa: Isa) -> Result<(), Error> {
+        match self {
+            Self::Bf16(unit) if !unit.fits(isa) => Err(Error::Unit { unit, isa }),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// `[m, inner] @ [inner, n]`
@@ -109,11 +124,7 @@ pub(crate) fn gemm(
     right: Right<'_>,
     finish: &Finish<'_>,
 ) -> Result<(), Error> {
-    if let Precision::Bf16(unit) = precision
-        && !unit.fits(isa)
-    {
-        return Err(Error::Unit { unit, isa });
-    }
+    precision.check(isa)?;
     let product = Product {
         isa,
         precision,
@@ -229,7 +240,10 @@ impl Product<'_> {
                     words,
                     squares: unit.wants_squares(),
                     left,
-                    m,
+                    stride: match left {
+                        Left::Rows(_) => inner,
+                        Left::Columns(_) => m,
+                    },
                     first,
                     strips,
                     tiles,
@@ -295,53 +309,63 @@ impl Product<'_> {
                     } else {
                         self.lines(group.start + next_i, next_words)
                     };
-                    let lines = lines.div_ceil(tiles.len().max(1));
+                    let lines = lines.div_ceil((tiles.len() * plan.depths(&words)).max(1));
                     let right = match self.panel(&columns, &words) {
                         Some(panel) => panel,
                         None => &panels[place(i, &words)],
                     };
-                    for tile in tiles.clone() {
-                        let (row, end) = (plan.strips.start(tile), plan.strips.start(tile + 1));
-                        let waiting = match plan.chunks {
-                            1 => 0,
+                    for run in plan.runs(&tiles) {
+                        // Sums that wait: between the depths of a run, between chunks those of all its tiles.
+                        let waiting = |row: usize| match plan.chunks {
+                            1 => (row - plan.strips.start(run.start)) * shape.width,
                             _ => (i * plan.cached * shape.rows + row - top) * shape.width,
                         };
-                        let sums = &mut sums[waiting..];
-                        let height = (end - row).next_multiple_of(shape.least_rows);
-                        if last {
-                            self.isa.run(FetchTile {
-                                finish: self.finish,
-                                row: first + row,
-                                rows: end - row,
-                                col: columns.start,
-                                width: columns.len(),
-                            });
-                        }
-                        ready.sum(
-                            shape,
-                            &packed_left[row * shape.words..][..height * shape.words],
-                            right,
-                            &words,
-                            height,
-                            columns.len(),
-                            &mut fetch,
-                            lines,
-                            sums,
-                        );
-                        if last {
-                            self.isa.run(FinishTile {
-                                finish: self.finish,
-                                row: first + row,
-                                rows: end - row,
-                                col: columns.start,
-                                width: columns.len(),
-                                step: shape.width,
-                                sums,
-                            });
+                        for depth in plan.each_depth(&words) {
+                            let finished = depth.end == shape.words;
+                            for tile in run.clone() {
+                                let (row, end) =
+                                    (plan.strips.start(tile), plan.strips.start(tile + 1));
+                                let sums = &mut sums[waiting(row)..];
+                                let height = (end - row).next_multiple_of(shape.least_rows);
+                                if finished {
+                                    self.isa.run(FetchTile {
+                                        finish: self.finish,
+                                        row: first + row,
+                                        rows: end - row,
+                                        col: columns.start,
+                                        width: columns.len(),
+                                    });
+                                }
+                                ready.sum(
+                                    shape,
+                                    &packed_left[row * shape.words..][..height * shape.words],
+                                    &right[(depth.start - words.start) * shape.width..],
+                                    &depth,
+                                    height,
+                                    columns.len(),
+                                    &mut fetch,
+                                    lines,
+                                    sums,
+                                );
+                                if finished {
+                                    self.isa.run(FinishTile {
+                                        finish: self.finish,
+                                        row: first + row,
+                                        rows: end - row,
+                                        col: columns.start,
+                                        width: columns.len(),
+                                        step: shape.width,
+                                        sums,
+                                    });
+                                }
+                            }
                         }
                     }
                 }
             }
+        }
+        if self.finish.streamed {
+            self.isa.run(Flush);
         }
     }
 
@@ -522,9 +546,15 @@ impl Tiles {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Amx(isa, amx) => {
-                isa.run(FetchLines { fetch, lines });
+                // Within the tile: many lines at once would hold up its loads.
+                let (next, run) = fetch.run(lines);
+                isa.run(FetchLines {
+                    fetch,
+                    lines: lines - run,
+                });
                 let left = &left[words.start * x86::TILE..];
-                amx.tile(count, left, shape.words * x86::TILE, right, rows, add, sums);
+                let step = shape.words * x86::TILE;
+                amx.tile(count, left, step, right, rows, add, next, run, sums);
             }
         }
     }
@@ -543,6 +573,8 @@ mod tests {
 
     /// Cuts at which small products have several of everything.
     const SMALL: Cuts = Cuts {
+        depth: 32,
+        run: 2,
         chunk: 48,
         left: 48 * 24,
         group: 2,
@@ -796,7 +828,8 @@ mod tests {
         let gelu = |y: f64| y * 0.5 * libm::erfc(-y / 2f64.sqrt());
         let density = |y: f64| (-y * y / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
         let gelu_grad = |y: f64| 0.5 * libm::erfc(-y / 2f64.sqrt()) + y * density(y);
-        for isa in Isa::available() {
+        // Results are kept by the caches, or go past them: that must be the same, also where a row is no whole number of lines.
+        for (isa, streamed) in Isa::available().flat_map(|isa| [(isa, false), (isa, true)]) {
             let mut pre = vec![f32::NAN; m * n];
             let scaled = Mode::Residual {
                 residual: &other,
@@ -817,7 +850,8 @@ mod tests {
             ];
             for (which, mode) in modes.into_iter().enumerate() {
                 let mut out = vec![f32::NAN; m * n];
-                let finish = Finish::new(&mut out, n, &bias, mode);
+                let mut finish = Finish::new(&mut out, n, &bias, mode);
+                finish.streamed = streamed;
                 let (left, right) = (Left::Rows(&left), Right::Rows(&right));
                 gemm(
                     isa,
@@ -842,7 +876,7 @@ mod tests {
                     // 30 products of numbers below 1, and the errors stated for GELU.
                     assert!(
                         (f64::from(*got) - want).abs() < 2e-5,
-                        "{isa} {which} {i}: {got} {want}"
+                        "{isa} {which} {streamed} {i}: {got} {want}"
                     );
                 }
             }

@@ -18,6 +18,11 @@ const GRAIN: usize = 1 << 19;
 pub(super) struct Cuts {
     /// Words of the inner dimension of a chunk, at most.
     pub(super) chunk: usize,
+    /// Words that a tile goes through before the next of its run does, at most. The run's tiles take turns until the chunk
+    /// is done.
+    pub(super) depth: usize,
+    /// Tiles of a run, at most.
+    pub(super) run: usize,
     /// The left operand's part that a thread goes through for each panel, and the sums that wait meanwhile, at most: half
     /// of its level-2 cache, which a panel's chunk, the next one, and what is written take the rest of.
     pub(super) left: usize,
@@ -31,20 +36,31 @@ pub(super) struct Cuts {
 
 impl Cuts {
     pub(super) fn of_this_machine(precision: Precision) -> Self {
-        let chunk = match precision {
-            // AMX reads its operands four times as fast as multiply-adds read theirs: 16 KiB of a panel come from the level-1
-            // cache for all tiles but the first.
-            Precision::Bf16(unit) if unit.wants_squares() => 128,
+        let cache = memory::level2_cache() / size_of::<f32>();
+        let cuts = Self {
             // Few enough for many rows of the left operand to stay in a level-2 cache, many enough for the sums to wait
             // seldom.
-            _ => 1024,
-        };
-        Self {
-            chunk,
-            left: memory::level2_cache() / size_of::<f32>() / 2,
+            chunk: 1024,
+            depth: usize::MAX,
+            run: 1,
+            left: cache / 2,
             group: 8,
             block: 4 << 20,
             min_block: 512,
+        };
+        match precision {
+            // AMX is done with its operands many times as fast as multiply-adds: 16 KiB of a panel come from the level-1 cache
+            // for all tiles of a run but the first, the sums that wait meanwhile stay there too, and the left operand is
+            // read from beyond the level-2 cache seldom.
+            Precision::Bf16(unit) if unit.wants_squares() => Self {
+                chunk: 512,
+                depth: 128,
+                run: 4,
+                left: cache * 5 / 8,
+                group: 32,
+                ..cuts
+            },
+            _ => cuts,
         }
     }
 }
@@ -62,6 +78,9 @@ pub(super) struct Plan {
     pub(super) groups: usize,
     /// Parts of the inner dimension.
     pub(super) chunks: usize,
+    /// As in [`Cuts`].
+    depth: usize,
+    run: usize,
 }
 
 impl Plan {
@@ -113,7 +132,27 @@ impl Plan {
             group,
             groups,
             chunks,
+            depth: cuts.depth,
+            run: cuts.run,
         }
+    }
+
+    /// Runs of the tiles `tiles`.
+    pub(super) fn runs(&self, tiles: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        cut(tiles, self.run)
+    }
+
+    /// The words `words` of a chunk, in the pieces that a tile goes through at once.
+    pub(super) fn each_depth(
+        &self,
+        words: &Range<usize>,
+    ) -> impl Iterator<Item = Range<usize>> + use<> {
+        cut(words, self.depth)
+    }
+
+    /// The number of these pieces.
+    pub(super) fn depths(&self, words: &Range<usize>) -> usize {
+        words.len().div_ceil(self.depth)
     }
 
     /// How often a unit goes through its panels.
@@ -131,7 +170,7 @@ impl Plan {
             _ => self.group,
         };
         let sums = match self.chunks {
-            1 => 1,
+            1 => self.run,
             _ => self.group * self.cached,
         };
         (panels * shape.panel(), sums * shape.rows * shape.width)
@@ -184,4 +223,14 @@ impl Room {
 /// Part `i` of `count` parts of `all`, as even as can be.
 pub(super) fn part(all: &Range<usize>, i: usize, count: usize) -> Range<usize> {
     all.start + all.len() * i / count..all.start + all.len() * (i + 1) / count
+}
+
+/// `all` in pieces of `len`; one, if it is empty.
+fn cut(all: &Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let Range { start, end } = *all;
+    let pieces = (end - start).div_ceil(len).max(1);
+    (0..pieces).map(move |i| {
+        let from = start + i * len.min(end - start);
+        from..end.min(from.saturating_add(len))
+    })
 }

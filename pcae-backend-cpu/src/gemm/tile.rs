@@ -136,6 +136,18 @@ impl Fetch {
         }
         at
     }
+
+    /// The next lines as far as they lie one behind the other, at most `lines` of them, and their number.
+    #[inline(always)]
+    pub(super) fn run(&mut self, lines: usize) -> (*const f32, usize) {
+        let at = self.row.wrapping_add(self.line * LINE);
+        let count = lines.min(self.row_lines - self.line);
+        self.line += count;
+        if self.line == self.row_lines {
+            (self.row, self.line) = (self.row.wrapping_add(self.stride), 0);
+        }
+        (at, count)
+    }
 }
 
 /// Asks for some lines at once.

@@ -235,7 +235,8 @@ impl Drop for AmxTiles {
 impl AmxTiles {
     /// `sums = left @ right`, or `+=` where `add` is set, for a tile of 32 columns and 16 or 32 rows: `left` in squares of
     /// 16 rows and words, those of the same rows one after the other and the second rows `left_step` behind the first,
-    /// `right: [words, 32]`, pairs of bf16, `words` a multiple of 16; `sums: [rows, 32]`.
+    /// `right: [words, 32]`, pairs of bf16, `words` a multiple of 16; `sums: [rows, 32]`. Meanwhile it asks for `lines` cache
+    /// lines at `next`, which need not be readable.
     pub(super) fn tile(
         &self,
         words: usize,
@@ -244,6 +245,8 @@ impl AmxTiles {
         right: &[f32],
         rows: usize,
         add: bool,
+        next: *const f32,
+        lines: usize,
         sums: &mut [f32],
     ) {
         assert!(
@@ -254,13 +257,14 @@ impl AmxTiles {
                 && sums.len() >= rows * 32,
             "the operands of a tile are as long as it says"
         );
-        if !add {
-            sums[..rows * 32].fill(0.0);
-        }
         if words == 0 {
+            if !add {
+                sums[..rows * 32].fill(0.0);
+            }
             return;
         }
         let blocks = words / TILE;
+        let each = lines.div_ceil(blocks);
         // Bytes from row to row.
         let (left_stride, right_stride) = (TILE * 4, 32_usize * 4);
         if rows == 16 {
@@ -268,9 +272,24 @@ impl AmxTiles {
             // `right`, `blocks` rounds read all; 16 rows of 32 sums are read and written. The lengths are checked above.
             unsafe {
                 asm!(
+                    "test {add}, {add}",
+                    "jz 3f",
                     "tileloadd tmm0, [{s} + {rs}*1]",
                     "tileloadd tmm1, [{s} + {rs}*1 + 64]",
+                    "jmp 2f",
+                    "3:",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
                     "2:",
+                    "mov {k}, {each}",
+                    "test {k}, {k}",
+                    "jz 5f",
+                    "4:",
+                    "prefetcht1 [{p}]",
+                    "add {p}, 64",
+                    "dec {k}",
+                    "jnz 4b",
+                    "5:",
                     "tileloadd tmm4, [{l} + {ls}*1]",
                     "tileloadd tmm6, [{r} + {rs}*1]",
                     "tileloadd tmm7, [{r} + {rs}*1 + 64]",
@@ -285,6 +304,10 @@ impl AmxTiles {
                     l = inout(reg) left.as_ptr() => _,
                     r = inout(reg) right.as_ptr() => _,
                     n = inout(reg) blocks => _,
+                    add = in(reg) usize::from(add),
+                    k = out(reg) _,
+                    each = in(reg) each,
+                    p = inout(reg) next => _,
                     s = in(reg) sums.as_mut_ptr(),
                     ls = in(reg) left_stride,
                     rs = in(reg) right_stride,
@@ -297,11 +320,28 @@ impl AmxTiles {
         // SAFETY: as above, with two rows of squares of `left` and 32 rows of sums.
         unsafe {
             asm!(
+                "test {add}, {add}",
+                "jz 3f",
                 "tileloadd tmm0, [{s} + {rs}*1]",
                 "tileloadd tmm1, [{s} + {rs}*1 + 64]",
                 "tileloadd tmm2, [{s2} + {rs}*1]",
                 "tileloadd tmm3, [{s2} + {rs}*1 + 64]",
+                "jmp 2f",
+                "3:",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
                 "2:",
+                "mov {k}, {each}",
+                "test {k}, {k}",
+                "jz 5f",
+                "4:",
+                "prefetcht1 [{p}]",
+                "add {p}, 64",
+                "dec {k}",
+                "jnz 4b",
+                "5:",
                 "tileloadd tmm6, [{r} + {rs}*1]",
                 "tileloadd tmm4, [{l} + {ls}*1]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
@@ -323,7 +363,11 @@ impl AmxTiles {
                 l2 = inout(reg) left.as_ptr().add(left_step) => _,
                 r = inout(reg) right.as_ptr() => _,
                 n = inout(reg) blocks => _,
-                s = in(reg) sums.as_mut_ptr(),
+                add = in(reg) usize::from(add),
+                    k = out(reg) _,
+                    each = in(reg) each,
+                    p = inout(reg) next => _,
+                    s = in(reg) sums.as_mut_ptr(),
                 s2 = in(reg) sums.as_mut_ptr().add(16 * 32),
                 ls = in(reg) left_stride,
                 rs = in(reg) right_stride,

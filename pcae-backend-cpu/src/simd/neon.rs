@@ -138,4 +138,27 @@ impl Simd for Neon {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_f32(words))) }
     }
+
+    #[inline(always)]
+    fn pair_bf16(self, lower: float32x4_t, upper: float32x4_t) -> float32x4_t {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let round = |x: float32x4_t| {
+                let bits = vreinterpretq_u32_f32(x);
+                let odd = vandq_u32(vshrq_n_u32::<16>(bits), vdupq_n_u32(1));
+                let rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+                // A NaN is made quiet: its upper half alone might be an infinity.
+                let quiet = vorrq_u32(bits, vdupq_n_u32(0x0040_0000));
+                vbslq_u32(vceqq_f32(x, x), rounded, quiet)
+            };
+            let upper = vandq_u32(round(upper), vdupq_n_u32(0xffff_0000));
+            vreinterpretq_f32_u32(vorrq_u32(vshrq_n_u32::<16>(round(lower)), upper))
+        }
+    }
+
+    #[inline(always)]
+    fn unzip(self, a: float32x4_t, b: float32x4_t) -> (float32x4_t, float32x4_t) {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { (vuzp1q_f32(a, b), vuzp2q_f32(a, b)) }
+    }
 }

@@ -22,6 +22,18 @@ fn exp2(n: i32) -> f32 {
     f32::from_bits((n.wrapping_add(127) as u32) << 23)
 }
 
+/// Bits of which the upper half is `x` rounded to bf16.
+#[inline(always)]
+fn round_bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    if x.is_nan() {
+        // Quiet, as the upper half alone might be an infinity.
+        bits | 0x0040_0000
+    } else {
+        bits.wrapping_add(0x7fff + (bits >> 16 & 1))
+    }
+}
+
 impl Simd for Portable {
     type V = V;
     const LANES: usize = 8;
@@ -147,5 +159,21 @@ impl Simd for Portable {
     #[inline(always)]
     fn lower(self, words: V) -> V {
         words.map(|word| f32::from_bits(word.to_bits() << 16))
+    }
+
+    #[inline(always)]
+    fn pair_bf16(self, lower: V, upper: V) -> V {
+        zip(lower, upper, |lower, upper| {
+            f32::from_bits(round_bf16(lower) >> 16 | round_bf16(upper) & 0xffff_0000)
+        })
+    }
+
+    #[inline(always)]
+    fn unzip(self, a: V, b: V) -> (V, V) {
+        let at = |i: usize| if i < 8 { a[i] } else { b[i - 8] };
+        (
+            core::array::from_fn(|i| at(2 * i)),
+            core::array::from_fn(|i| at(2 * i + 1)),
+        )
     }
 }

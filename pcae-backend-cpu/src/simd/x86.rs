@@ -95,6 +95,21 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn stream(self, to: &mut [f32], v: __m256) {
+        if to.len() < 8 || !to.as_ptr().cast::<__m256>().is_aligned() {
+            return self.store(to, v);
+        }
+        // SAFETY: `to` has the 8 elements that are written, on such a boundary; `self` proves the instruction.
+        unsafe { _mm256_stream_ps(to.as_mut_ptr(), v) }
+    }
+
+    #[inline(always)]
+    fn flush(self) {
+        // SAFETY: every x86-64 processor has it.
+        unsafe { _mm_sfence() }
+    }
+
+    #[inline(always)]
     fn prefetch(self, at: *const f32) {
         // SAFETY: a prefetch reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
@@ -239,6 +254,38 @@ impl Simd for Avx2 {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(words))) }
     }
+
+    #[inline(always)]
+    fn pair_bf16(self, lower: __m256, upper: __m256) -> __m256 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let round = |x: __m256| {
+                let bits = _mm256_castps_si256(x);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+                let rounded = _mm256_castsi256_ps(_mm256_add_epi32(bits, half));
+                // A NaN is made quiet: its upper half alone might be an infinity.
+                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+                let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x);
+                _mm256_castps_si256(_mm256_blendv_ps(rounded, _mm256_castsi256_ps(quiet), nan))
+            };
+            let lower = _mm256_srli_epi32::<16>(round(lower));
+            // The upper halves of `upper`.
+            _mm256_castsi256_ps(_mm256_blend_epi16::<0xaa>(lower, round(upper)))
+        }
+    }
+
+    #[inline(always)]
+    fn unzip(self, a: __m256, b: __m256) -> (__m256, __m256) {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            // Within halves of a vector, then the quarters in order.
+            let order = |x| _mm256_castpd_ps(_mm256_permute4x64_pd::<0xd8>(_mm256_castps_pd(x)));
+            let even = _mm256_shuffle_ps::<0x88>(a, b);
+            let odd = _mm256_shuffle_ps::<0xdd>(a, b);
+            (order(even), order(odd))
+        }
+    }
 }
 
 /// Column `4 * q + j` of four rows of 16 elements, `stride` apart, in quarter `q` of the `j`-th vector.
@@ -318,6 +365,21 @@ impl Simd for Avx512 {
         let mask = (1u16 << x.len()) - 1;
         // SAFETY: only the lanes of the mask are read, and `x` has as many elements; `self` proves AVX-512.
         unsafe { _mm512_mask_loadu_ps(fill, mask, x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn stream(self, to: &mut [f32], v: __m512) {
+        if to.len() < 16 || !to.as_ptr().cast::<__m512>().is_aligned() {
+            return self.store(to, v);
+        }
+        // SAFETY: `to` has the 16 elements that are written, on such a boundary; `self` proves the instruction.
+        unsafe { _mm512_stream_ps(to.as_mut_ptr(), v) }
+    }
+
+    #[inline(always)]
+    fn flush(self) {
+        // SAFETY: every x86-64 processor has it.
+        unsafe { _mm_sfence() }
     }
 
     #[inline(always)]
@@ -427,5 +489,38 @@ impl Simd for Avx512 {
     fn lower(self, words: __m512) -> __m512 {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(words))) }
+    }
+
+    #[inline(always)]
+    fn pair_bf16(self, lower: __m512, upper: __m512) -> __m512 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let round = |x: __m512| {
+                let bits = _mm512_castps_si512(x);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+                // A NaN is made quiet: its upper half alone might be an infinity.
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+                let rounded = _mm512_add_epi32(bits, half);
+                _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
+            };
+            let lower = _mm512_srli_epi32::<16>(round(lower));
+            let mask = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            // `lower | upper & mask`
+            _mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0xf8>(lower, round(upper), mask))
+        }
+    }
+
+    #[inline(always)]
+    fn unzip(self, a: __m512, b: __m512) -> (__m512, __m512) {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe {
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+            (
+                _mm512_permutex2var_ps(a, even, b),
+                _mm512_permutex2var_ps(a, odd, b),
+            )
+        }
     }
 }
