@@ -21,7 +21,7 @@ use crate::memory;
 use crate::rows;
 use crate::threads::{Pieces, Threads};
 
-/// The CPU backend: f32, or bf16 operands for linear layers ([`Cpu::precision`]); vector instructions chosen at run time, an own pool of threads.
+/// The CPU backend: f32, or bf16 operands for products ([`Cpu::precision`]); vector instructions chosen at run time, an own pool of threads.
 ///
 /// Results depend on the instruction set, not on the number of threads. Working memory grows to what the largest
 /// operation needs and is kept, so that nothing allocates after the first step.
@@ -106,16 +106,17 @@ impl Cpu {
         }
     }
 
-    /// The same backend with linear layers of parameters that it makes from now on, and their gradients, in `precision`:
-    /// operands are rounded to it as they are packed, sums, activations and everything else stay f32. A new backend has
-    /// [`Precision::F32`].
+    /// The same backend with linear layers of parameters that it makes from now on, their gradients, and attention without
+    /// a backward in `precision`: operands are rounded to it as they are packed, sums, activations and everything else stay
+    /// f32. A new backend has [`Precision::F32`].
     pub fn precision(mut self, precision: Precision) -> Self {
         (self.precision, self.teacher_precision) = (precision, precision);
         self
     }
 
-    /// The same backend with [`TrainBackend::teacher_params`](pcae_kernel::backend::TrainBackend::teacher_params) in a
-    /// precision of their own, after [`Cpu::precision`]: a teacher has no gradient, and its output is standardised.
+    /// The same backend with [`TrainBackend::teacher_params`](pcae_kernel::backend::TrainBackend::teacher_params), and
+    /// attention without a backward, in a precision of their own, after [`Cpu::precision`]: a teacher has no gradient, and
+    /// its output is standardised.
     pub fn teacher_precision(mut self, precision: Precision) -> Self {
         self.teacher_precision = precision;
         self
