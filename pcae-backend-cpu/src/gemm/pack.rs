@@ -225,31 +225,32 @@ impl PackLeft<'_> {
     fn columns<S: Simd>(self, s: S, data: &[f32], start: usize) {
         let (first, last) = (self.tiles.start, self.tiles.end);
         let columns = self.first + start..self.first + self.strips.start(last);
+        let full = columns.len() == (last - first) * S::ROWS;
         for i in 0..self.inner {
             // The next lines lie a row of the operand away each, out of sight of the processor's own fetching.
             let ahead = (i + AHEAD) * self.m;
             for line in columns.clone().step_by(LINE) {
                 s.prefetch_near(data.as_ptr().wrapping_add(ahead + line));
             }
+            if full {
+                let from = &data[i * self.m + columns.start..][..columns.len()];
+                for (tile, from) in from.chunks_exact(S::ROWS).enumerate() {
+                    // SAFETY: row `i` of this tile, as `run` has checked the length of all; a row has `ROWS` elements.
+                    unsafe {
+                        let to = self.to.as_mut_ptr().add((tile * self.inner + i) * S::ROWS);
+                        core::ptr::copy_nonoverlapping(from.as_ptr(), to, S::ROWS);
+                    }
+                }
+                continue;
+            }
             for tile in first..last {
                 let (row, end) = (self.strips.start(tile), self.strips.start(tile + 1));
                 let to = &mut self.to[(row - start) * self.inner + i * (end - row)..][..end - row];
                 let from = &data[i * self.m + self.first + row..][..end - row];
                 for (to, from) in to.chunks_mut(S::LANES).zip(from.chunks(S::LANES)) {
-                    copy_line::<S>(s, to, from);
+                    s.store(to, s.load(from));
                 }
             }
         }
-    }
-}
-
-/// Copies at most a vector, as long as `to`.
-#[inline(always)]
-fn copy_line<S: Simd>(s: S, to: &mut [f32], from: &[f32]) {
-    if to.len() == S::ROWS {
-        // The usual length, and the compiler knows it: no mask, which some processors are slow to store by.
-        to[..S::ROWS].copy_from_slice(&from[..S::ROWS]);
-    } else {
-        s.store(to, s.load(&from[..to.len()]));
     }
 }

@@ -59,25 +59,27 @@ pub(super) struct Strips {
     pub(super) count: usize,
     /// Heights are multiples of it, but for the last.
     least: usize,
+    /// Height of a tile in these, and how many tiles are one higher.
+    each: usize,
+    higher: usize,
 }
 
 impl Strips {
     pub(super) fn new(rows: usize, shape: &Shape) -> Self {
+        let (count, units) = (rows.div_ceil(shape.rows), rows.div_ceil(shape.least_rows));
         Self {
             rows,
-            count: rows.div_ceil(shape.rows),
+            count,
             least: shape.least_rows,
+            each: units.checked_div(count).unwrap_or(0),
+            higher: units.checked_rem(count).unwrap_or(0),
         }
     }
 
     /// First row of a tile; the end of the last for `tile == count`.
     #[inline(always)]
     pub(super) fn start(&self, tile: usize) -> usize {
-        let units = self.rows.div_ceil(self.least);
-        let Some(each) = units.checked_div(self.count) else {
-            return 0;
-        };
-        let start = tile * each + tile.min(units % self.count);
+        let start = tile * self.each + tile.min(self.higher);
         (start * self.least).min(self.rows)
     }
 }
