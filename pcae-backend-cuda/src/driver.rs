@@ -17,10 +17,10 @@
 //! `nvrtcCompileProgram`, `nvrtcGetProgramLogSize`, `nvrtcGetProgramLog`, `nvrtcGetCUBINSize`, `nvrtcGetCUBIN`,
 //! `nvrtcGetPTXSize`, `nvrtcGetPTX`, `nvrtcDestroyProgram`.
 //!
-//! `gemm.rs` calls of cuBLASLt: `cublasLtCreate`, `cublasLtDestroy`, `cublasLtMatmulDescCreate`,
+//! `gemm.rs` and `gemm/plan.rs` call of cuBLASLt: `cublasLtCreate`, `cublasLtDestroy`, `cublasLtMatmulDescCreate`,
 //! `cublasLtMatmulDescSetAttribute` (TRANSA, TRANSB, EPILOGUE, BIAS_POINTER), `cublasLtMatmulDescDestroy`,
 //! `cublasLtMatrixLayoutCreate`, `cublasLtMatrixLayoutDestroy`, `cublasLtMatmulPreferenceCreate`,
-//! `cublasLtMatmulPreferenceSetAttribute` (MAX_WORKSPACE_BYTES, MIN_ALIGNMENT_{A,B,C,D}_BYTES),
+//! `cublasLtMatmulPreferenceSetAttribute` (REDUCTION_SCHEME_MASK, MAX_WORKSPACE_BYTES, MIN_ALIGNMENT_{A,B,C,D}_BYTES),
 //! `cublasLtMatmulPreferenceDestroy`, `cublasLtMatmulAlgoGetHeuristic`, `cublasLtMatmul`.
 
 use core::ffi::{CStr, c_int, c_void};

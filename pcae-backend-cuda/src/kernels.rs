@@ -23,19 +23,22 @@ pub enum File {
     Loss,
     /// Norm of a vector, AdamW and moving average.
     Optimizer,
+    /// Matrix products that cuBLASLt does not do.
+    Product,
     /// Attention.
     Attention,
 }
 
 impl File {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Patches,
         Self::Tokens,
         Self::Select,
         Self::Rows,
         Self::Loss,
         Self::Optimizer,
+        Self::Product,
         Self::Attention,
     ];
 
@@ -48,6 +51,7 @@ impl File {
             Self::Rows => "rows.cu",
             Self::Loss => "loss.cu",
             Self::Optimizer => "optimizer.cu",
+            Self::Product => "product.cu",
             Self::Attention => "attention.cu",
         }
     }
@@ -61,6 +65,7 @@ impl File {
             Self::Rows => include_str!("../kernels/rows.cu"),
             Self::Loss => include_str!("../kernels/loss.cu"),
             Self::Optimizer => include_str!("../kernels/optimizer.cu"),
+            Self::Product => include_str!("../kernels/product.cu"),
             Self::Attention => include_str!("../kernels/attention.cu"),
         };
         format!(
@@ -170,6 +175,8 @@ kernels! {
     COLUMN_SPREADS = Loss "column_spreads" (args 5, threads 256, registers 40, shared 4096);
     SUM_SQUARES = Optimizer "sum_squares" (args 3, threads 256, registers 48, shared 128);
     ADAMW_EMA = Optimizer "adamw_ema" (args 16, threads 256, registers 48, shared 0);
+    PRODUCT = Product "product" (args 9, threads 256, registers 80, shared 8192);
+    SPREAD_BIAS = Product "spread_bias" (args 6, threads 256, registers 40, shared 0);
     ATTENTION_32 = Attention "attention_32" (args 9, threads 128, registers 128, shared 0);
     ATTENTION_BACKWARD_32 = Attention "attention_backward_32" (args 11, threads 128, registers 168, shared 0);
     ATTENTION_64 = Attention "attention_64" (args 9, threads 128, registers 168, shared 0);

@@ -169,7 +169,7 @@ pub(crate) struct Queue {
     fault_at: Memory,
     workspace: Option<Memory>,
 
-    gemm: Gemm,
+    pub(crate) gemm: Gemm,
     /// By the place in [`KERNELS`].
     functions: Vec<Loaded>,
     /// Whose functions those are.
@@ -396,6 +396,11 @@ impl Queue {
         self.tape.push(word::MATMUL);
         self.tape.extend_from_slice(&matmul.to_words());
         self.appended()
+    }
+
+    /// See [`Cuda::time_products`](crate::Cuda::time_products).
+    pub(crate) fn time_products(&mut self, timed: bool) {
+        self.gemm.time(timed);
     }
 
     /// Values that may be others the next time that the same work is queued: a place which holds them while the work runs that
@@ -747,7 +752,17 @@ fn issue(
                 let Some((words, after)) = after.split_first_chunk() else {
                     break;
                 };
-                gemm.run(stream, &Matmul::from_words(words))?;
+                let launch = |kernel: Kernel, shape: Shape, args: &[Arg]| {
+                    let mut words = [0; MAX_ARGS];
+                    let words = &mut words[..args.len()];
+                    for (word, arg) in words.iter_mut().zip(args) {
+                        *word = arg.0;
+                    }
+                    let function = functions[usize::from(kernel.id)].function;
+                    // SAFETY: as below; `Gemm` passes what the kernel takes.
+                    unsafe { stream.launch(function, shape.grid, shape.block, shape.shared, words) }
+                };
+                gemm.run(stream, &launch, &Matmul::from_words(words))?;
                 after
             }
             word::COPY => {
