@@ -40,6 +40,7 @@ mod peak;
 mod queue;
 mod ring;
 mod rows;
+mod sums;
 #[cfg(test)]
 mod testing;
 mod tokens;

@@ -40,9 +40,10 @@ fn scratch(ops: &[Op]) -> usize {
     let mut table = 0;
     for op in ops {
         workspace = workspace.max(match *op {
-            Op::LayerNormBackward(dims) => product(&[GROUPS, 2, dims.dim, F32]),
-            // The gradient of the bias.
+            Op::LayerNormBackward(dims) => product(&[GROUPS, 3, dims.dim, F32]),
+            // The gradient of the bias, or of the one before a GELU.
             Op::LinearParams(dims) => product(&[GROUPS, dims.out_features, F32]),
+            Op::LinearInput(dims) => product(&[GROUPS, dims.in_features, F32]),
             Op::Target(dims) => product(&[GROUPS, 3, dims.dim, F32]),
             Op::Loss(dims) => product(&[dims.rows.max(BLOCKS), F32]),
             Op::Vector { .. } => product(&[BLOCKS, F32]),
@@ -56,7 +57,6 @@ fn scratch(ops: &[Op]) -> usize {
             // them.
             Op::Tokens { .. }
             | Op::Linear(_)
-            | Op::LinearInput(_)
             | Op::LayerNorm(_)
             | Op::Attention(_)
             | Op::AttentionBackward(_)

@@ -19,6 +19,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use pcae_kernel::backend::RowDims;
 use pcae_kernel::error::Error as KernelError;
 
 use crate::Precision;
@@ -31,6 +32,7 @@ use crate::error::Error;
 use crate::gemm::{Gemm, Matmul};
 use crate::kernels::{File, KERNELS, Kernel};
 use crate::ring::{PIECE, Ring, to_bf16};
+use crate::sums::ColumnSums;
 
 /// Graphs that are kept: of steps, of the last and shorter batch, of evaluations, at several sizes.
 const GRAPHS: usize = 32;
@@ -147,6 +149,9 @@ pub(crate) struct Queue {
     tape: Vec<u64>,
     /// Pieces of the tape.
     pieces: usize,
+    /// Counts what may change memory, and the sums that were there at a count.
+    changes: u64,
+    sums: Option<(u64, ColumnSums)>,
     changing: Vec<f32>,
     /// Errors by their code, which is counted from 1.
     faults: Vec<KernelError>,
@@ -213,6 +218,8 @@ impl Queue {
             precision,
             tape: Vec::new(),
             pieces: 0,
+            changes: 0,
+            sums: None,
             changing: Vec::with_capacity(CHANGING),
             faults: Vec::with_capacity(64),
             known: Vec::new(),
@@ -245,6 +252,7 @@ impl Queue {
     pub(crate) fn allocate(&mut self, bytes: usize) -> Result<Memory, Error> {
         self.collect()?;
         let memory = self.heap.allocate(bytes)?;
+        self.changes += 1;
         // Nothing on the tape can refer to it yet.
         // SAFETY: just allocated; if it is dropped, the heap frees it behind this work.
         unsafe { self.stream.zero(memory.at(), memory.bytes())? };
@@ -281,6 +289,7 @@ impl Queue {
     /// Memory for what one operation's kernels hand to each other, of at least `bytes`, with any content. The next
     /// operation gets the same.
     pub(crate) fn workspace(&mut self, bytes: usize) -> Result<DevicePtr, Error> {
+        self.changes += 1;
         match &self.workspace {
             Some(memory) if memory.bytes() >= bytes => Ok(memory.at()),
             _ => {
@@ -441,7 +450,19 @@ impl Queue {
         u32::try_from(at + 1).unwrap_or(u32::MAX)
     }
 
+    /// Keeps sums over rows in the workspace, until anything else is queued.
+    pub(crate) fn remember_sums(&mut self, sums: ColumnSums) {
+        self.sums = Some((self.changes, sums));
+    }
+
+    /// The sums over rows of a matrix, if nothing was queued since they were made.
+    pub(crate) fn sums_of(&self, of: DevicePtr, dims: RowDims) -> Option<ColumnSums> {
+        let (changes, sums) = self.sums?;
+        (changes == self.changes && (sums.of, sums.dims) == (of, dims)).then_some(sums)
+    }
+
     fn appended(&mut self) -> Result<(), Error> {
+        self.changes += 1;
         self.pieces += 1;
         if self.tape.len() > TAPE || self.changing.len() > CHANGING / 2 {
             self.flush()?;
@@ -604,6 +625,7 @@ impl Queue {
         if from.is_empty() {
             return Ok(());
         }
+        self.changes += 1;
         // What is queued reads what was there before.
         self.flush()?;
         self.context.bind()?;

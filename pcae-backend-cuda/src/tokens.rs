@@ -239,6 +239,7 @@ impl Cuda {
                 parts.into(),
                 groups.into(),
                 width.into(),
+                1_u32.into(),
             ],
         )
     }

@@ -146,9 +146,14 @@ impl TrainBackend for Cuda {
             out_f32: false,
         })?;
         match pre_gelu {
-            Some(pre_gelu) => self
-                .queue
-                .gelu_backward(dims.in_len(), d_x.at(0), pre_gelu.at(0)),
+            Some(pre_gelu) => {
+                let rows = RowDims {
+                    rows: dims.rows,
+                    dim: dims.in_features,
+                };
+                self.queue
+                    .gelu_backward(OP, rows, d_x.at(0), pre_gelu.at(0))
+            }
             None => Ok(()),
         }
     }
@@ -169,6 +174,13 @@ impl TrainBackend for Cuda {
         if dims.rows == 0 {
             return Ok(());
         }
+        // First, as long as sums of `d_y` that its kernel has made are there.
+        let rows = RowDims {
+            rows: dims.rows,
+            dim: dims.out_features,
+        };
+        let d_bias = grads.at(layer.bias.start);
+        self.queue.add_rows(OP, rows, d_bias, d_y.at(0))?;
         let d_weight = grads.at(layer.weight.start);
         self.queue.matmul(Matmul {
             m: dims.out_features,
@@ -182,13 +194,7 @@ impl TrainBackend for Cuda {
             add: Some(d_weight),
             out: d_weight,
             out_f32: true,
-        })?;
-        let rows = RowDims {
-            rows: dims.rows,
-            dim: dims.out_features,
-        };
-        let d_bias = grads.at(layer.bias.start);
-        self.queue.add_rows(OP, rows, d_bias, d_y.at(0))
+        })
     }
 
     fn layer_norm_saving(
