@@ -139,6 +139,8 @@ kernels! {
     MEAN_POOL_BACKWARD = Tokens "mean_pool_backward" (args 6, threads 256, registers 64, shared 0);
     SUM_TOKENS = Tokens "sum_tokens" (args 8, threads 256, registers 64, shared 9216);
     MEAN_SIMILARITY = Select "mean_similarity" (args 5, threads 512, registers 128, shared 0);
+    SIMILARITY_SUMS = Select "similarity_sums" (args 6, threads 512, registers 128, shared 0);
+    SIMILARITY_SCORES = Select "similarity_scores" (args 7, threads 512, registers 128, shared 0);
     SELECT_BY_RANK = Select "select_by_rank" (args 6, threads 256, registers 40, shared 1024);
     SELECT_BY_SORT = Select "select_by_sort" (args 7, threads 1024, registers 64, shared 0);
     PIVOTED_QR_SCORES = Select "pivoted_qr_scores" (args 8, threads 512, registers 64, shared 256);

@@ -6,6 +6,7 @@ use pcae_kernel::sizing::{Memory, Sizing};
 
 use crate::Precision;
 use crate::gemm;
+use crate::infer;
 use crate::queue;
 
 /// What the task that `sizing` has seen takes from the device. The driver's own is not counted: its context, the kernels and the
@@ -48,6 +49,7 @@ fn scratch(ops: &[Op]) -> usize {
             Op::Loss(dims) => product(&[dims.rows.max(BLOCKS), F32]),
             Op::Vector { .. } => product(&[BLOCKS, F32]),
             Op::PivotedQr(dims) => product(&[dims.batch, dims.tokens, dims.dim, size_of::<f64>()]),
+            Op::MeanSimilarity(dims) => infer::score_sums(dims),
             Op::AdamW { elements, .. } => {
                 // Five words for each 4096 of them, and where segments begin.
                 table = table.max(product(&[elements.div_ceil(4096), 2, 5 * F32]));
@@ -60,7 +62,6 @@ fn scratch(ops: &[Op]) -> usize {
             | Op::LayerNorm(_)
             | Op::Attention(_)
             | Op::AttentionBackward(_)
-            | Op::MeanSimilarity(_)
             | Op::Select { .. }
             | Op::Transfer { .. } => 0,
         });
