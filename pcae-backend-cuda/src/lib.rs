@@ -45,6 +45,7 @@ mod sums;
 mod testing;
 mod tokens;
 mod train;
+mod versions;
 
 pub use buffers::{Buf, Ids, Params, Scores, Vector};
 pub use bytes::bytes;

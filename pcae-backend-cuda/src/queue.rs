@@ -33,6 +33,7 @@ use crate::gemm::{Gemm, Matmul};
 use crate::kernels::{File, KERNELS, Kernel};
 use crate::ring::{PIECE, Ring, to_bf16};
 use crate::sums::ColumnSums;
+use crate::versions::{self, Version};
 
 /// Graphs that are kept: of steps, of the last and shorter batch, of evaluations, at several sizes.
 const GRAPHS: usize = 32;
@@ -196,7 +197,15 @@ impl Queue {
         context: Arc<Context>,
         precision: Precision,
     ) -> Result<(Self, Option<String>), Error> {
-        let (images, warning) = Compiler::new()?.all(&context, precision)?;
+        let compiler = Compiler::new()?;
+        let found = versions::Found {
+            driver: context.driver,
+            nvrtc: compiler.version(),
+            cublas: Version::of_cublas_found(),
+            needs_ptx: compiler.needs_ptx(context.capability),
+        };
+        found.check()?;
+        let (images, warning) = compiler.all(&context, precision)?;
         let modules = images
             .iter()
             .map(|image| Module::new(&context, image))
