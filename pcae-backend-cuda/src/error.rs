@@ -112,7 +112,7 @@ impl fmt::Display for Error {
                 found,
                 needed,
                 advice,
-            } => write!(f, "{what} is of CUDA {found}, expected {needed}; {advice}"),
+            } => write!(f, "{what}: expected {needed}, found {found}; {advice}"),
             Self::Device { found: 0, .. } => f.write_str(
                 "the CUDA driver is there, but sees no device; check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or use --backend cpu",
             ),

@@ -106,7 +106,7 @@ impl Found {
         ] {
             if version < OLDEST {
                 let advice = format!(
-                    "put the library folder of a CUDA {} toolkit, or of the wheel {package}, into LD_LIBRARY_PATH before that one",
+                    "let LD_LIBRARY_PATH lead to that of CUDA {} alone (of a toolkit, or of the wheel {package})",
                     driver.major
                 );
                 return fail(what, version, format!("at least {OLDEST}"), advice);
@@ -114,8 +114,8 @@ impl Found {
         }
         if cublas.major > driver.major {
             let advice = format!(
-                "update the driver, or put the library folder of a CUDA {0} toolkit (or of the wheel nvidia-cublas-cu{0}) into \
-                 LD_LIBRARY_PATH before that one",
+                "update the driver, or let LD_LIBRARY_PATH lead to the libraries of CUDA {0} alone (of a toolkit, or of the wheels \
+                 nvidia-cublas-cu{0} and nvidia-cuda-nvrtc-cu{0})",
                 driver.major
             );
             let needed = format!(

@@ -53,7 +53,7 @@ fn what_does_not_go_together_is_refused_with_what_was_found() {
             "120400",
             &[
                 "works; Err",
-                "the CUDA driver is of CUDA 12.4, expected at least 12.8",
+                "the CUDA driver: expected at least 12.8",
                 "--tune",
             ],
         ),
@@ -62,7 +62,7 @@ fn what_does_not_go_together_is_refused_with_what_was_found() {
             "130000",
             &[
                 "refused",
-                "cuBLASLt is of CUDA 13.0, expected at most 12",
+                "cuBLASLt: expected at most 12",
                 "CUDA 12.4",
                 "LD_LIBRARY_PATH",
             ],
@@ -72,7 +72,7 @@ fn what_does_not_go_together_is_refused_with_what_was_found() {
             "120400",
             &[
                 "refused",
-                "the CUDA driver is of CUDA 11.8, expected at least 12.0",
+                "the CUDA driver: expected at least 12.0, found 11.8",
                 "update",
             ],
         ),
