@@ -45,9 +45,13 @@ pub(crate) struct Matmul {
     /// `[m, k]`, or `[k, m]` if it is transposed.
     pub(crate) a: DevicePtr,
     pub(crate) a_transposed: bool,
+    /// Elements from one row of `a`, as it is stored, to the next.
+    pub(crate) a_row: usize,
     /// `[k, n]`, or `[n, k]` if it is transposed.
     pub(crate) b: DevicePtr,
     pub(crate) b_transposed: bool,
+    /// As `a_row`.
+    pub(crate) b_row: usize,
     /// `[n]`, in the backend's format; only where `out` is in that too.
     pub(crate) bias: Option<DevicePtr>,
     /// `[m, n]`, as `out`; may be `out` itself, nothing else of it.
@@ -59,7 +63,7 @@ pub(crate) struct Matmul {
 }
 
 /// Words of a product on a tape.
-const WORDS: usize = 9;
+const WORDS: usize = 11;
 
 impl Matmul {
     pub(crate) fn to_words(self) -> [u64; WORDS] {
@@ -73,6 +77,8 @@ impl Matmul {
             self.m as u64,
             self.n as u64,
             self.k as u64,
+            self.a_row as u64,
+            self.b_row as u64,
             flags,
             self.a.0,
             self.b.0,
@@ -92,7 +98,7 @@ impl Matmul {
     }
 
     pub(crate) fn from_words(words: &[u64; WORDS]) -> Self {
-        let [m, n, k, flags, a, b, bias, add, out] = *words;
+        let [m, n, k, a_row, b_row, flags, a, b, bias, add, out] = *words;
         let flag = |at: u32| flags >> at & 1 == 1;
         Self {
             m: m as usize,
@@ -100,8 +106,10 @@ impl Matmul {
             k: k as usize,
             a: DevicePtr(a),
             a_transposed: flag(0),
+            a_row: a_row as usize,
             b: DevicePtr(b),
             b_transposed: flag(1),
+            b_row: b_row as usize,
             bias: flag(2).then_some(DevicePtr(bias)),
             add: flag(3).then_some(DevicePtr(add)),
             out: DevicePtr(out),
@@ -136,6 +144,8 @@ struct Key {
     k: usize,
     a_transposed: bool,
     b_transposed: bool,
+    /// Of `a` and `b`.
+    rows: [usize; 2],
     bias: bool,
     add: bool,
     out_f32: bool,
@@ -156,8 +166,10 @@ impl Key {
             k,
             a,
             a_transposed,
+            a_row,
             b,
             b_transposed,
+            b_row,
             bias,
             add,
             out,
@@ -173,6 +185,7 @@ impl Key {
             k,
             a_transposed,
             b_transposed,
+            rows: [a_row, b_row],
             bias: bias.is_some(),
             add: add.is_some(),
             out_f32,
@@ -478,6 +491,8 @@ impl Gemm {
                 m.into(),
                 n.into(),
                 small(kernel, matmul.k)?.into(),
+                small(kernel, matmul.a_row)?.into(),
+                small(kernel, matmul.b_row)?.into(),
                 flags.into(),
             ],
         )

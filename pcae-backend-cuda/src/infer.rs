@@ -12,6 +12,7 @@ use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::gemm::Matmul;
 use crate::kernels;
+use crate::padding;
 use crate::queue::Shape;
 use crate::tokens::{BLOCK, check_span, positions, small};
 
@@ -58,14 +59,28 @@ impl Cuda {
         expect_len(op, "x", x.len, dims.in_len())?;
         check_span(op, "weight", params.len, layer.weight, dims.weight_len())?;
         check_span(op, "bias", params.len, layer.bias, dims.out_features)?;
+        let (mut a, mut b) = (x.at(0), params.product(layer.weight.start));
+        let mut row = dims.in_features;
+        if let Some(padded) = padding::padded(self.precision, dims) {
+            let size = padding::bytes(self.precision, dims, true);
+            let room = self.queue.workspace(size)?;
+            let behind = room.plus(dims.rows * padded * self.precision.size());
+            self.queue
+                .widen_rows(op, room, a, [dims.rows, row, padded])?;
+            self.queue
+                .widen_rows(op, behind, b, [dims.out_features, row, padded])?;
+            (a, b, row) = (room, behind, padded);
+        }
         self.queue.matmul(Matmul {
             m: dims.rows,
             n: dims.out_features,
             k: dims.in_features,
-            a: x.at(0),
+            a,
             a_transposed: false,
-            b: params.product(layer.weight.start),
+            a_row: row,
+            b,
             b_transposed: true,
+            b_row: row,
             bias: Some(params.product(layer.bias.start)),
             add,
             out: out.at(0),

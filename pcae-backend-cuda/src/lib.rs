@@ -36,6 +36,7 @@ mod infer;
 pub mod kernels;
 mod memory;
 mod optimizer;
+mod padding;
 mod peak;
 mod queue;
 mod ring;

@@ -11,6 +11,7 @@ use crate::Cuda;
 use crate::buffers::{Buf, Ids, Params, Scores, Vector};
 use crate::error::Error;
 use crate::gemm::Matmul;
+use crate::padding;
 use crate::rows::Affine;
 use crate::tokens::check_span;
 
@@ -138,8 +139,10 @@ impl TrainBackend for Cuda {
             k: dims.out_features,
             a: d_y.at(0),
             a_transposed: false,
+            a_row: dims.out_features,
             b: params.product(layer.weight.start),
             b_transposed: false,
+            b_row: dims.in_features,
             bias: None,
             add: None,
             out: d_x.at(0),
@@ -181,6 +184,14 @@ impl TrainBackend for Cuda {
         };
         let d_bias = grads.at(layer.bias.start);
         self.queue.add_rows(OP, rows, d_bias, d_y.at(0))?;
+        let (mut input, mut row) = (x.at(0), dims.in_features);
+        if let Some(padded) = padding::padded(self.precision, dims) {
+            let size = padding::bytes(self.precision, dims, false);
+            let room = self.queue.workspace(size)?;
+            self.queue
+                .widen_rows(OP, room, input, [dims.rows, row, padded])?;
+            (input, row) = (room, padded);
+        }
         let d_weight = grads.at(layer.weight.start);
         self.queue.matmul(Matmul {
             m: dims.out_features,
@@ -188,8 +199,10 @@ impl TrainBackend for Cuda {
             k: dims.rows,
             a: d_y.at(0),
             a_transposed: true,
-            b: x.at(0),
+            a_row: dims.out_features,
+            b: input,
             b_transposed: false,
+            b_row: row,
             bias: None,
             add: Some(d_weight),
             out: d_weight,

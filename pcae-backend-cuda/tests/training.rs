@@ -318,6 +318,63 @@ fn biases_get_sums_over_many_rows() {
     });
 }
 
+/// Rows of no multiple of 16 bytes, as patches of 14 x 14 pixels: copied apart for tensor cores where that is worth it, forward and backward.
+#[test]
+fn linear_layers_of_odd_inputs() {
+    fn run<B: TrainBackend>(backend: &mut B, dims: LinearDims) -> [Vec<f32>; 2] {
+        let layout = layout(dims.weight_len().div_ceil(8).max(dims.out_features));
+        let layer = Linear {
+            weight: Span {
+                start: 3,
+                len: dims.weight_len(),
+            },
+            bias: Span {
+                start: 3 + dims.weight_len(),
+                len: dims.out_features,
+            },
+        };
+        let params = backend.params(&layout, &noise(1, layout.len())).unwrap();
+        let x = buf(backend, &noise(2, dims.in_len()));
+        let mut out = buf(backend, &vec![9.0; dims.out_len() + 3]);
+        backend
+            .linear(dims, &mut out, &x, &params, layer, Epilogue::Bias)
+            .unwrap();
+        let d_y = buf(backend, &noise(3, dims.out_len()));
+        let mut grads = vector(backend, &noise(4, layout.len()));
+        backend
+            .linear_backward_params(dims, &mut grads, layer, &d_y, &x)
+            .unwrap();
+        [
+            contents(backend, &out, dims.out_len() + 3),
+            vector_contents(backend, &grads, layer.bias.end() + 5),
+        ]
+    }
+    both(|mut cuda, precision| {
+        for (rows, in_features, out_features) in [
+            (130, 588, 128),
+            (128, 65, 136),
+            (127, 588, 130),
+            (200, 100, 129),
+        ] {
+            let dims = LinearDims {
+                rows,
+                in_features,
+                out_features,
+            };
+            let got = run(&mut cuda, dims);
+            let want = run(&mut Reference::<f64, _>::owned(), dims);
+            let what = format!("{precision:?} {dims:?}");
+            // Sums of up to 600 terms near 1 are near 25, and their bias may be added to them rounded.
+            let within = match precision {
+                Precision::F32 => 2e-5,
+                Precision::Bf16 => 0.01,
+            };
+            close(&what, &got[0], &want[0], Some(precision), within);
+            close(&what, &got[1], &want[1], None, 2e-5);
+        }
+    });
+}
+
 /// What is queued between a gradient and those of the layer's parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Between {

@@ -109,18 +109,17 @@ impl Plan {
                 .map_err(fail("cublasLtMatmulDescSetAttribute"))?;
         }
 
-        let layout = |kind, rows: usize, columns: usize| {
-            // Column by column without gaps.
-            result::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64)
+        let layout = |kind, rows: usize, columns: usize, row: usize| {
+            result::create_matrix_layout(kind, rows as u64, columns as u64, row as i64)
                 .map(Layout)
                 .map_err(fail("cublasLtMatrixLayoutCreate"))
         };
         let swapped = |is, rows, columns| if is { (columns, rows) } else { (rows, columns) };
         let (rows, columns) = swapped(matmul.b_transposed, matmul.n, matmul.k);
-        let first = layout(operand, rows, columns)?;
+        let first = layout(operand, rows, columns, matmul.b_row)?;
         let (rows, columns) = swapped(matmul.a_transposed, matmul.k, matmul.m);
-        let second = layout(operand, rows, columns)?;
-        let layouts = [first, second, layout(out, matmul.n, matmul.m)?];
+        let second = layout(operand, rows, columns, matmul.a_row)?;
+        let layouts = [first, second, layout(out, matmul.n, matmul.m, matmul.n)?];
 
         let preference = result::create_matmul_pref()
             .map(Preference)

@@ -11,8 +11,10 @@ fn a_product_comes_back_from_its_words() {
         k: 7,
         a: DevicePtr(1 << 40),
         a_transposed: false,
+        a_row: 7,
         b: DevicePtr(2 << 40),
         b_transposed: false,
+        b_row: 5,
         bias: None,
         add: None,
         out: DevicePtr(3 << 40),
@@ -27,6 +29,8 @@ fn a_product_comes_back_from_its_words() {
         },
         Matmul {
             b_transposed: true,
+            a_row: 9,
+            b_row: 11,
             ..base
         },
         Matmul {
@@ -90,12 +94,22 @@ impl Case {
         let [a, b, c, d] =
             [(m * k, 1), (k * n, 2), (n, 3), (m * n, 4)].map(|(len, seed)| values(len, seed));
         let place = offset * queue.precision.size();
-        let mut upload = |x: &[f32]| {
-            let memory = queue.allocate(place + x.len() * 4).unwrap();
-            queue.write_act(memory.at().plus(place), x).unwrap();
+        // What lies between rows is nobody's.
+        let mut upload = |x: &[f32], row: usize, gap: usize| {
+            let rows = x.chunks(row);
+            let spaced: Vec<f32> = rows
+                .flat_map(|row| row.iter().copied().chain((0..gap).map(|_| f32::NAN)))
+                .collect();
+            let memory = queue.allocate(place + spaced.len() * 4).unwrap();
+            queue.write_act(memory.at().plus(place), &spaced).unwrap();
             memory
         };
-        let [a_at, b_at, c_at] = [&a, &b, &c].map(|x| upload(x));
+        let a_len = if a_transposed { m } else { k };
+        let b_len = if b_transposed { k } else { n };
+        let [a_gap, b_gap] = [offset, 2 * offset];
+        let a_at = upload(&a, a_len, a_gap);
+        let b_at = upload(&b, b_len, b_gap);
+        let c_at = upload(&c, n, 0);
         let out_place = if out_f32 { offset * 4 } else { place };
         let out_at = queue.allocate(out_place + d.len() * 4).unwrap();
         // In place with transposed operands, out of another buffer without.
@@ -113,8 +127,10 @@ impl Case {
             k,
             a: a_at.at().plus(place),
             a_transposed,
+            a_row: a_len + a_gap,
             b: b_at.at().plus(place),
             b_transposed,
+            b_row: b_len + b_gap,
             bias: bias.then(|| c_at.at().plus(place)),
             add: add.then_some(add_at),
             out,
@@ -256,8 +272,10 @@ fn a_plan_is_for_any_bias() {
             k: 1,
             a: place(2),
             a_transposed: false,
+            a_row: 1,
             b: place(3),
             b_transposed: false,
+            b_row: 1,
             bias: Some(place(bias)),
             add: None,
             out: place(4),
@@ -283,8 +301,10 @@ fn a_sum_over_nothing_is_nothing() {
         k: 0,
         a: memory.at(),
         a_transposed: true,
+        a_row: 2,
         b: memory.at(),
         b_transposed: false,
+        b_row: 3,
         bias: None,
         add: Some(memory.at()),
         out: memory.at(),
