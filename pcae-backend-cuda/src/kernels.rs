@@ -180,7 +180,7 @@ kernels! {
     ADAMW_EMA = Optimizer "adamw_ema" (args 16, threads 256, registers 48, shared 0);
     PRODUCT = Product "product" (args 11, threads 256, registers 64, shared 8192);
     SPREAD_BIAS = Product "spread_bias" (args 6, threads 256, registers 32, shared 0);
-    WIDEN_ROWS = Product "widen_rows" (args 5, threads 256, registers 40, shared 0);
+    WIDEN_ROWS = Product "widen_rows" (args 5, threads 256, registers 48, shared 0);
     ATTENTION_32 = Attention "attention_32" (args 9, threads 128, registers 128, shared 0);
     ATTENTION_BACKWARD_32 = Attention "attention_backward_32" (args 11, threads 128, registers 168, shared 0);
     ATTENTION_64 = Attention "attention_64" (args 9, threads 128, registers 168, shared 0);
