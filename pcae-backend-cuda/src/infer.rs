@@ -8,13 +8,14 @@ use pcae_kernel::error::{Error as KernelError, expect_len, product};
 
 use crate::Cuda;
 use crate::buffers::{Buf, Ids, Params, Scores};
+use crate::checks::{check_layer, check_span, positions, small};
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::gemm::Matmul;
 use crate::kernels;
 use crate::padding;
 use crate::queue::Shape;
-use crate::tokens::{BLOCK, check_span, positions, small};
+use crate::tokens::BLOCK;
 
 /// Columns of a token that a warp of `mean_similarity` keeps in registers, and its warps.
 const SLAB: usize = 1024;
@@ -57,8 +58,7 @@ impl Cuda {
     ) -> Result<(), Error> {
         expect_len(op, "out", out.len, dims.out_len())?;
         expect_len(op, "x", x.len, dims.in_len())?;
-        check_span(op, "weight", params.len, layer.weight, dims.weight_len())?;
-        check_span(op, "bias", params.len, layer.bias, dims.out_features)?;
+        check_layer(op, params.len, layer, dims)?;
         let (mut a, mut b) = (x.at(0), params.product(layer.weight.start));
         let mut row = dims.in_features;
         if let Some(padded) = padding::padded(self.precision, dims) {

@@ -27,6 +27,7 @@
 mod attention;
 mod buffers;
 mod bytes;
+mod checks;
 mod compile;
 mod cuda;
 mod driver;

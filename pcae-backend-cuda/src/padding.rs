@@ -8,12 +8,12 @@ use pcae_kernel::backend::LinearDims;
 use pcae_kernel::error::product;
 
 use crate::Precision;
+use crate::checks::small;
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::kernels;
 use crate::queue::{Queue, Shape};
 use crate::rows::BUSY;
-use crate::tokens::small;
 
 /// Rows, columns and terms from which on a copy costs less than it saves.
 const LEAST: [usize; 3] = [128, 128, 64];

@@ -3,12 +3,12 @@
 use pcae_kernel::backend::RowDims;
 use pcae_kernel::error::{Error as KernelError, product};
 
+use crate::checks::small;
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
 use crate::queue::{Arg, Queue, Shape};
 use crate::sums::ColumnSums;
-use crate::tokens::small;
 
 /// Threads of a block of every kernel here that does not say otherwise.
 pub(crate) const BLOCK: u32 = 256;

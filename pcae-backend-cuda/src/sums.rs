@@ -7,12 +7,12 @@
 use pcae_kernel::backend::RowDims;
 use pcae_kernel::error::{Error as KernelError, product};
 
+use crate::checks::small;
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::kernels;
 use crate::queue::{Arg, Queue, Shape};
 use crate::rows::{BLOCK, BUSY, Groups};
-use crate::tokens::small;
 
 /// Sums over groups of rows of a matrix, for `add_column_sums`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
