@@ -74,83 +74,14 @@ def step_config(model, method, mask_ratio):
 # ---------------------------------------------------------------- the models in torch
 
 def torch_models():
-    """The modules, defined where torch is: ONNX Runtime's and OpenVINO's processes do not load it."""
+    """The modules, loaded where torch is: ONNX Runtime's and OpenVINO's processes do not load it."""
     import torch
-    from torch import nn
-    from torch.nn import functional as F
 
-    class Attention(nn.Module):
-        def __init__(self, dim, heads):
-            super().__init__()
-            self.heads = heads
-            self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+    sys.path.insert(0, str(ROOT / "pcae-backend-cuda" / "gpu"))
+    import models
 
-        def forward(self, x):
-            b, n, d = x.shape
-            q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
-
-    class Mlp(nn.Module):
-        def __init__(self, dim, hidden):
-            super().__init__()
-            self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
-
-        def forward(self, x):
-            return self.fc2(self.act(self.fc1(x)))
-
-    class Block(nn.Module):
-        def __init__(self, dim, heads, mlp_ratio):
-            super().__init__()
-            self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-            self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim * mlp_ratio))
-
-        def forward(self, x):
-            x = x + self.attn(self.norm1(x))
-            return x + self.mlp(self.norm2(x))
-
-    class Encoder(nn.Module):
-        def __init__(self, cfg):
-            super().__init__()
-            self.cfg, d, ps = cfg, cfg["embed_dim"], cfg["patch_size"]
-            self.num_patches = (cfg["img_size"][0] // ps) * (cfg["img_size"][1] // ps)
-            self.patch_embed = nn.Module()
-            self.patch_embed.proj = nn.Conv2d(cfg["in_chans"], d, ps, ps)
-            self.cls_token = nn.Parameter(torch.randn(1, 1, d) * 0.02)
-            self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.num_patches, d) * 0.02, requires_grad=False)
-            self.blocks = nn.ModuleList(Block(d, cfg["num_heads"], cfg["mlp_ratio"]) for _ in range(cfg["depth"]))
-            self.norm = nn.LayerNorm(d, eps=1e-6)
-
-        def embed(self, patches, ids):
-            """Only the patches `ids`: the others are not even multiplied."""
-            proj = self.patch_embed.proj
-            return F.linear(take(patches, ids), proj.weight.flatten(1), proj.bias) + self.pos_embed[0, 1:][ids]
-
-        def student(self, patches, ids):
-            x = self.embed(patches, ids)
-            cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], 1, -1)
-            x = torch.cat([cls, x], 1)
-            for block in self.blocks:
-                x = block(x)
-            return self.norm(x)
-
-        @torch.no_grad()
-        def teacher(self, patches, ids):
-            x = self.embed(patches, ids)
-            for i, block in enumerate(self.blocks):
-                x = block(x)
-                if i in self.cfg["drop_layers"]:
-                    u = F.normalize(x.float(), dim=-1)
-                    scores = (u * u.mean(1, keepdim=True)).sum(-1)
-                    kept = scores.argsort(1)[:, :int(x.shape[1] * self.cfg["keep_ratio"])]
-                    x, ids = take(x, kept), ids.gather(1, kept)
-            return self.norm(x), ids
-
-    class Classifier(Encoder):
-        def __init__(self, cfg, num_classes):
-            super().__init__(cfg)
-            del self.norm
-            self.fc_norm = nn.LayerNorm(cfg["embed_dim"], eps=1e-6)
-            self.head = nn.Linear(cfg["embed_dim"], num_classes)
+    class Classifier(models.Classifier):
+        """All tokens, embedded by the convolution that is usual for it: what exporters know best."""
 
         def forward(self, images):
             x = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
@@ -159,63 +90,7 @@ def torch_models():
                 x = block(x)
             return self.head(self.fc_norm(x[:, 1:].mean(1)))
 
-    class Pretrainer(Encoder):
-        def __init__(self, cfg):
-            super().__init__(cfg)
-            d, e, ps = cfg["embed_dim"], cfg["decoder_embed_dim"], cfg["patch_size"]
-            self.decoder_embed = nn.Linear(d, e)
-            self.mask_token = nn.Parameter(torch.randn(1, 1, e) * 0.02)
-            self.decoder_pos_embed = nn.Parameter(torch.randn(1, 1 + self.num_patches, e) * 0.02, requires_grad=False)
-            self.decoder_blocks = nn.ModuleList(Block(e, cfg["decoder_num_heads"], cfg["mlp_ratio"])
-                                                for _ in range(cfg["decoder_depth"]))
-            self.decoder_norm = nn.LayerNorm(e, eps=1e-6)
-            self.decoder_pred = nn.Linear(e, d if cfg["task"] == "pcae" else cfg["in_chans"] * ps * ps)
-
-        def decode(self, latent, keep, ids):
-            x = self.decoder_embed(latent)
-            b, k = ids.shape
-            x = torch.cat([x, self.mask_token.to(x.dtype).expand(b, k, -1)], 1)
-            x = x + self.decoder_pos_embed[0][torch.cat([torch.zeros_like(keep[:, :1]), 1 + keep, 1 + ids], 1)]
-            for block in self.decoder_blocks:
-                x = block(x)
-            return self.decoder_pred(self.decoder_norm(x[:, -k:]))
-
-        def loss(self, teacher, images, keep, remove):
-            patches = patchify(images, self.cfg["patch_size"])
-            latent = self.student(patches, keep)
-            if self.cfg["task"] == "pcae":
-                target, ids = teacher.teacher(patches, remove)
-                pred = self.decode(latent, keep, ids).float()
-                return 1 - F.cosine_similarity(pred, standardise(target.float()), dim=-1).mean()
-            target = take(pixel_patches(images, self.cfg["patch_size"]), remove)
-            target = standardise(target) if self.cfg["norm_pix"] else target
-            return F.mse_loss(self.decode(latent, keep, remove).float(), target)
-
-    def take(x, ids):
-        return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-    def split(images, patch):
-        b, c, h, w = images.shape
-        return images.reshape(b, c, h // patch, patch, w // patch, patch)
-
-    def patchify(images, patch):
-        x = split(images, patch)
-        return x.permute(0, 2, 4, 1, 3, 5).reshape(x.shape[0], x.shape[2] * x.shape[4], -1)
-
-    def pixel_patches(images, patch):
-        x = split(images, patch)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(x.shape[0], x.shape[2] * x.shape[4], -1)
-
-    def standardise(t):
-        return (t - t.mean(-1, keepdim=True)) / torch.sqrt(t.var(-1, keepdim=True) + 1e-6)
-
-    return Encoder, Classifier, Pretrainer
-
-
-def random_masking(noise, mask_ratio):
-    order = noise.argsort(dim=1, stable=True)
-    keep = int(noise.shape[1] * (1 - mask_ratio))
-    return order[:, :keep], order[:, keep:]
+    return models.Encoder, Classifier, models.Pretrainer, models.random_masking
 
 
 def check(folder):
@@ -223,7 +98,7 @@ def check(folder):
     import torch
     from safetensors import safe_open
 
-    Encoder, Classifier, Pretrainer = torch_models()
+    Encoder, Classifier, Pretrainer, random_masking = torch_models()
     for name, expected in [("pcae_small", "loss"), ("mae_small", "loss"), ("classify_dense", "logits")]:
         with safe_open(folder / f"{name}.safetensors", "pt") as file:
             cfg = json.loads(file.metadata()["config"])
@@ -256,7 +131,7 @@ def export(case, folder):
     import openvino
     import torch
 
-    _, Classifier, _ = torch_models()
+    _, Classifier, _, _ = torch_models()
     torch.manual_seed(0)
     cfg = vit_config(case["model"])
     model = Classifier(cfg, 1000).eval()
@@ -312,7 +187,7 @@ def build(contender, case, folder):
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    Encoder, Classifier, Pretrainer = torch_models()
+    Encoder, Classifier, Pretrainer, random_masking = torch_models()
     if case["what"] == INFER:
         import numpy as np
 

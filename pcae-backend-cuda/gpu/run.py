@@ -27,6 +27,7 @@ then the median of as many as fit into `--seconds`. Figures are medians over the
 that of the medians, with the least and the greatest of any one round.
 """
 import argparse
+import ctypes
 import glob
 import json
 import math
@@ -108,14 +109,33 @@ def fixture_paths():
     raise Failure(f"no fixtures beside {HERE}; run bundle again")
 
 
-def library_folders():
-    """Folders of NVRTC 13 and cuBLASLt 13, of a toolkit or of PyTorch's wheels, and of the driver where ldconfig lacks it."""
-    wanted = ("libnvrtc.so.13", "libcublasLt.so.13", "libcuda.so.1")
+def driver_major():
+    """The newest CUDA that the driver knows, as 13; 13 where there is none to ask."""
+    number = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        pass
+    return number.value // 1000 or 13
+
+
+def library_folders(driver):
+    """Folders of NVRTC and cuBLASLt, of a toolkit or of PyTorch's wheels, and of the driver where ldconfig lacks it.
+
+    Of CUDA 13 where the driver is for that, else of CUDA 12: cuBLASLt needs a driver of its own version.
+    """
     site = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     patterns = [f"{folder}/nvidia/*/lib" for folder in site if folder]
     patterns += ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib", "/usr/local/nvidia/lib64"]
     folders = sorted(path for pattern in patterns for path in glob.glob(pattern))
-    return [folder for folder in folders if any(os.path.exists(f"{folder}/{name}") for name in wanted)]
+    having = lambda name: [folder for folder in folders if os.path.exists(f"{folder}/{name}")]
+    found = []
+    for major in (13, 12):
+        nvrtc, cublas = having(f"libnvrtc.so.{major}"), having(f"libcublasLt.so.{major}")
+        if major <= driver and nvrtc and cublas:
+            found = nvrtc + cublas
+            break
+    return list(dict.fromkeys(found + having("libcuda.so.1")))
 
 
 class Run:
@@ -125,7 +145,7 @@ class Run:
         self.peaks, self.torch = None, None
         before = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
         found = [arguments.rehearse] if arguments.rehearse else []
-        self.env = os.environ | {"LD_LIBRARY_PATH": ":".join(found + before + library_folders())}
+        self.env = os.environ | {"LD_LIBRARY_PATH": ":".join(found + before + library_folders(driver_major()))}
         if arguments.rehearse:
             # Its images are for one version of the emulator.
             self.env["PCAE_CACHE"] = f"{arguments.rehearse}/images"

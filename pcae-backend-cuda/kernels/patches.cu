@@ -22,28 +22,54 @@ struct Patches {
     }
 };
 
-/// Copies patches in words of `PIXELS` pixels of a row.
+/// Copies patches in words of `PIXELS` pixels of a row, a warp each at a time. Divisions are per patch, and a few per thread: on its way through a patch
+/// a lane goes on by 32 words each time.
 template <typename Word>
 __device__ __forceinline__ void copy_patches(act_t* out, const act_t* images, const unsigned* ids, unsigned patches, const Patches& dims, unsigned* fault,
                                              unsigned code) {
-    constexpr unsigned PIXELS = sizeof(Word) / sizeof(act_t);
+    constexpr unsigned PIXELS = sizeof(Word) / sizeof(act_t), AHEAD = 4;
     const unsigned row_words = dims.patch_size / PIXELS, patch_words = dims.len() / PIXELS;
-    auto load = [&](size_t at) {
-        unsigned word = static_cast<unsigned>(at), patch = word / patch_words, within = word - patch * patch_words;
-        unsigned line = within / row_words, column = within - line * row_words;
-        unsigned channel = line / dims.patch_size, row = line - channel * dims.patch_size;
+    const unsigned lane_line = lane_id() / row_words, lane_column = lane_id() % row_words;
+    const unsigned step_line = 32 / row_words, step_column = 32 % row_words;
+    const unsigned step_channel = step_line / dims.patch_size, step_row = step_line % dims.patch_size;
+    const unsigned warps = gridDim.x * (blockDim.x / 32);
+    for (unsigned patch = blockIdx.x * (blockDim.x / 32) + warp_id(); patch < patches; patch += warps) {
         bool found;
-        size_t corner = dims.corner(patch, ids, found, fault, code);
-        if (!found) return Word{};
-        const act_t* pixels = images + corner + (static_cast<size_t>(channel) * dims.height + row) * dims.width;
-        return reinterpret_cast<const Word*>(pixels)[column];
-    };
-    for_each_word(static_cast<size_t>(patches) * patch_words, load, [&](size_t at, Word word) { reinterpret_cast<Word*>(out)[at] = word; });
+        const act_t* const corner = images + dims.corner(patch, ids, found, fault, code);
+        Word* const to = reinterpret_cast<Word*>(out) + static_cast<size_t>(patch) * patch_words;
+        unsigned channel = lane_line / dims.patch_size, row = lane_line % dims.patch_size, column = lane_column;
+        for (unsigned word = lane_id(); word < patch_words; word += 32 * AHEAD) {
+            Word held[AHEAD];
+#pragma unroll
+            for (unsigned k = 0; k < AHEAD; ++k) {
+                held[k] = Word{};
+                if (found && word + 32 * k < patch_words) {
+                    const act_t* pixels = corner + (static_cast<size_t>(channel) * dims.height + row) * dims.width;
+                    held[k] = reinterpret_cast<const Word*>(pixels)[column];
+                }
+                column += step_column;
+                row += step_row;
+                channel += step_channel;
+                if (column >= row_words) {
+                    column -= row_words;
+                    ++row;
+                }
+                if (row >= dims.patch_size) {
+                    row -= dims.patch_size;
+                    ++channel;
+                }
+            }
+#pragma unroll
+            for (unsigned k = 0; k < AHEAD; ++k) {
+                if (word + 32 * k < patch_words) to[word + 32 * k] = held[k];
+            }
+        }
+    }
 }
 
 /// The patches `ids` (all of them where it is null) of pictures [B, channels, height, width]: out [B, taken, channels, patch_size, patch_size].
 ///
-/// Any grid of blocks of 256 threads; a thread copies words as long as rows of a patch allow. `patches` is B * taken, and there are fewer than 2^32
+/// Any grid of blocks of 256 threads; words are as long as rows of a patch allow. `patches` is B * taken, and there are fewer than 2^32
 /// elements. Reads the pixels of the patches and writes as much. An id that is no patch is reported as `code`, and its patch is zero.
 extern "C" __global__ void __launch_bounds__(256)
     gather_patches(act_t* out, const act_t* images, const unsigned* ids, unsigned patches, unsigned channels, unsigned height, unsigned width,

@@ -212,11 +212,11 @@ LAYER_NORM(layer_norm_odd_16384, 32, 2, 1024, false)
 // ------------------------------------------------------------------------------------------------------- Layer norm's gradients
 
 /// With `h = (x - mean) * rstd` and `g = d_y * weight`: `d_x (=, +=) rstd * (g - mean(g) - h * mean(g * h))`, and of each block's rows
-/// `partial[block] = (sum of d_y * h, sum of d_y)`.
+/// `partial[block] = (sum of d_y * h, sum of d_y, sum of d_x)`. The last is the gradient of the bias of the layer whose output's gradient `d_x` is.
 ///
-/// d_x, d_y, x [rows, dim]; stats [rows, 2]; weight [dim]; partial [blocks, 2, dim]. A block takes `rows_per_block` rows, in turns of
+/// d_x, d_y, x [rows, dim]; stats [rows, 2]; weight [dim]; partial [blocks, 3, dim]. A block takes `rows_per_block` rows, in turns of
 /// ROWS; its sums over rows stay in registers and meet in shared memory at its end, in an order that never changes.
-/// Launch: ceil(rows / rows_per_block) blocks of BLOCK threads; dynamic shared memory: 32 * BLOCK * V bytes (BLOCK / 2 threads' sums), none where
+/// Launch: ceil(rows / rows_per_block) blocks of BLOCK threads; dynamic shared memory: 48 * BLOCK * V bytes (BLOCK / 2 threads' sums), none where
 /// a block keeps one row. Bytes: 3 A, where `add` is set 4 A.
 template <int WARPS, int V, int BLOCK, bool WHOLE>
 __device__ __forceinline__ void layer_norm_backward_rows(act_t* d_x, float* partial, const act_t* d_y, const act_t* x, const float* stats,
@@ -225,11 +225,11 @@ __device__ __forceinline__ void layer_norm_backward_rows(act_t* d_x, float* part
     typedef Spread<WARPS, V, BLOCK, WHOLE> S;
     float width = static_cast<float>(dim);
 
-    float d_weight[S::VECS][LANES], d_bias[S::VECS][LANES];
+    float d_weight[S::VECS][LANES], d_bias[S::VECS][LANES], d_before[S::VECS][LANES];
 #pragma unroll
     for (int j = 0; j < S::VECS; ++j) {
 #pragma unroll
-        for (int i = 0; i < LANES; ++i) d_weight[j][i] = d_bias[j][i] = 0.0f;
+        for (int i = 0; i < LANES; ++i) d_weight[j][i] = d_bias[j][i] = d_before[j][i] = 0.0f;
     }
 
     unsigned first = blockIdx.x * rows_per_block;
@@ -277,6 +277,8 @@ __device__ __forceinline__ void layer_norm_backward_rows(act_t* d_x, float* part
             for (int i = 0; i < LANES; ++i) {
                 float h = (value(x_held[j], i) - mean) * rstd;
                 d.v[i] = value(old, i) + rstd * (value(d_y_held[j], i) * scale[i] - mean_g - h * mean_gh);
+                // Of a row that is not there 0; past the end of one anything, which nobody stores.
+                d_before[j][i] += d.v[i];
             }
             store_row<WHOLE>(d_x_row, column, end, d);
         }
@@ -293,8 +295,9 @@ __device__ __forceinline__ void layer_norm_backward_rows(act_t* d_x, float* part
             for (int j = 0; j < S::VECS; ++j) {
 #pragma unroll
                 for (int i = 0; i < LANES; ++i) {
-                    mine[2 * (j * LANES + i) * (BLOCK / 2)] = d_weight[j][i];
-                    mine[(2 * (j * LANES + i) + 1) * (BLOCK / 2)] = d_bias[j][i];
+                    mine[3 * (j * LANES + i) * (BLOCK / 2)] = d_weight[j][i];
+                    mine[(3 * (j * LANES + i) + 1) * (BLOCK / 2)] = d_bias[j][i];
+                    mine[(3 * (j * LANES + i) + 2) * (BLOCK / 2)] = d_before[j][i];
                 }
             }
         }
@@ -304,23 +307,26 @@ __device__ __forceinline__ void layer_norm_backward_rows(act_t* d_x, float* part
             for (int j = 0; j < S::VECS; ++j) {
 #pragma unroll
                 for (int i = 0; i < LANES; ++i) {
-                    d_weight[j][i] += mine[2 * (j * LANES + i) * (BLOCK / 2)];
-                    d_bias[j][i] += mine[(2 * (j * LANES + i) + 1) * (BLOCK / 2)];
+                    d_weight[j][i] += mine[3 * (j * LANES + i) * (BLOCK / 2)];
+                    d_bias[j][i] += mine[(3 * (j * LANES + i) + 1) * (BLOCK / 2)];
+                    d_before[j][i] += mine[(3 * (j * LANES + i) + 2) * (BLOCK / 2)];
                 }
             }
         }
     }
     if (S::row() > 0) return;
-    partial += static_cast<size_t>(blockIdx.x) * 2 * dim;
+    partial += static_cast<size_t>(blockIdx.x) * 3 * dim;
 #pragma unroll
     for (int j = 0; j < S::VECS; ++j) {
         store_floats<WHOLE>(partial, S::column(j), dim, d_weight[j]);
         store_floats<WHOLE>(partial + dim, S::column(j), dim, d_bias[j]);
+        store_floats<WHOLE>(partial + 2 * dim, S::column(j), dim, d_before[j]);
     }
 }
 
+// As many blocks beside each other as registers allow; left to itself, the compiler makes room for one more and spills.
 #define LAYER_NORM_BACKWARD(NAME, WARPS, V, BLOCK, WHOLE)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(BLOCK)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK == 512 ? 1 : V == 1 ? 5 : 6 - V)                                              \
         NAME(act_t* d_x, float* partial, const act_t* d_y, const act_t* x, const float* stats, const float* weight, unsigned rows,          \
              unsigned dim, unsigned rows_per_block, unsigned add) {                                                                         \
         layer_norm_backward_rows<WARPS, V, BLOCK, WHOLE>(d_x, partial, d_y, x, stats, weight, rows, dim, rows_per_block, add);              \
@@ -339,12 +345,13 @@ LAYER_NORM_BACKWARD(layer_norm_backward_odd_4096, 16, 1, 512, false)
 
 // -------------------------------------------------------------------------------------------------------------- Sums over rows
 
-/// Of each group of rows `partial[group] = sum of x[i]`.
+/// Of each group of rows `partial[group] = sum of f(x[0][i], ..)`, and `out[i]` those values unless there is only one operand. `f` of zeros is 0.
 ///
-/// x [rows, dim]; partial [groups, dim]. A warp takes 32 vectors of a row, the warps of a block its rows in turns.
-/// Launch: grid (ceil(dim / (32 * LANES)), groups = ceil(rows / rows_per_group)), 256 threads. Bytes: A.
-template <bool WHOLE>
-__device__ __forceinline__ void column_sums_of(float* partial, const act_t* x, unsigned rows, unsigned dim, unsigned rows_per_group) {
+/// x, out [rows, dim], `out` may be one of `x`; partial [groups, dim]. A warp takes 32 vectors of a row, the warps of a block its rows in turns.
+/// Launch: grid (ceil(dim / (32 * LANES)), groups = ceil(rows / rows_per_group)), 256 threads. Bytes: A for each operand, and A for `out`.
+template <bool WHOLE, int OPERANDS, typename F>
+__device__ __forceinline__ void column_sums_of(float* partial, act_t* out, const act_t* const (&x)[OPERANDS], unsigned rows, unsigned dim,
+                                               unsigned rows_per_group, F f) {
     constexpr unsigned WARPS = 8, AHEAD = 4;
     unsigned column = (blockIdx.x * 32 + lane_id()) * LANES;
     unsigned first = blockIdx.y * rows_per_group;
@@ -354,16 +361,30 @@ __device__ __forceinline__ void column_sums_of(float* partial, const act_t* x, u
 #pragma unroll
     for (int i = 0; i < LANES; ++i) sums[i] = 0.0f;
     for (unsigned turn = first + warp_id(); turn < last; turn += WARPS * AHEAD) {
-        Raw held[AHEAD];
+        Raw held[AHEAD][OPERANDS];
 #pragma unroll
         for (unsigned k = 0; k < AHEAD; ++k) {
             unsigned row = turn + k * WARPS;
-            held[k] = load_raw<WHOLE>(x + static_cast<size_t>(row < last ? row : first) * dim, column, row < last ? dim : 0);
+#pragma unroll
+            for (int n = 0; n < OPERANDS; ++n) {
+                held[k][n] = load_raw<WHOLE>(x[n] + static_cast<size_t>(row < last ? row : first) * dim, column, row < last ? dim : 0);
+            }
         }
 #pragma unroll
         for (unsigned k = 0; k < AHEAD; ++k) {
+            Vec<act_t> y;
 #pragma unroll
-            for (int i = 0; i < LANES; ++i) sums[i] += value(held[k], i);
+            for (int i = 0; i < LANES; ++i) {
+                float operands[OPERANDS];
+#pragma unroll
+                for (int n = 0; n < OPERANDS; ++n) operands[n] = value(held[k][n], i);
+                y.v[i] = f(operands);
+                sums[i] += y.v[i];
+            }
+            if constexpr (OPERANDS > 1) {
+                unsigned row = turn + k * WARPS;
+                if (row < last) store_row<WHOLE>(out + static_cast<size_t>(row) * dim, column, dim, y);
+            }
         }
     }
 
@@ -385,23 +406,23 @@ __device__ __forceinline__ void column_sums_of(float* partial, const act_t* x, u
 }
 
 extern "C" __global__ void __launch_bounds__(256) column_sums(float* partial, const act_t* x, unsigned rows, unsigned dim, unsigned rows_per_group) {
-    column_sums_of<true>(partial, x, rows, dim, rows_per_group);
+    column_sums_of<true, 1>(partial, nullptr, {x}, rows, dim, rows_per_group, [](const float(&x)[1]) { return x[0]; });
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     column_sums_odd(float* partial, const act_t* x, unsigned rows, unsigned dim, unsigned rows_per_group) {
-    column_sums_of<false>(partial, x, rows, dim, rows_per_group);
+    column_sums_of<false, 1>(partial, nullptr, {x}, rows, dim, rows_per_group, [](const float(&x)[1]) { return x[0]; });
 }
 
 /// `first += sum over groups of partial[:, 0]`, and for a grid of two rows `second += sum over groups of partial[:, 1]`.
 ///
-/// partial [groups, gridDim.y, width]; first, second [width]. Eight slices of the groups at a time, then those in order.
-/// Launch: grid (ceil(width / 32), 1 or 2), 256 threads. Bytes: 4 an element of `partial`.
+/// partial: of each group `sums` rows, of which these are the first; first, second [width]. Eight slices of the groups at a time, then those in order.
+/// Launch: grid (ceil(width / 32), 1 or 2), 256 threads. Bytes: 4 an element that is read.
 extern "C" __global__ void __launch_bounds__(256)
-    add_column_sums(float* first, float* second, const float* partial, unsigned groups, unsigned width) {
+    add_column_sums(float* first, float* second, const float* partial, unsigned groups, unsigned width, unsigned sums) {
     __shared__ float slices[8][32];
     unsigned column = blockIdx.x * 32 + lane_id();
-    size_t stride = static_cast<size_t>(gridDim.y) * width;
+    size_t stride = static_cast<size_t>(sums) * width;
     float sum = 0.0f;
     if (column < width) {
         const float* from = partial + static_cast<size_t>(blockIdx.y) * width + column;
@@ -590,9 +611,20 @@ extern "C" __global__ void __launch_bounds__(256) gelu_of(act_t* out, const act_
     each_element(out, {x}, len, true, no_context, [](const float(&x)[1], NoContext) { return act_gelu(x[0]); });
 }
 
-/// `d[i] *= gelu'(x[i])`. Launch: any grid, 256 threads. Bytes: 3 A.
-extern "C" __global__ void __launch_bounds__(256) gelu_backward(act_t* d, const act_t* x, unsigned long long len) {
-    each_element(d, {d, x}, len, true, no_context, [](const float(&x)[2], NoContext) { return x[0] * act_gelu_derivative(x[1]); });
+/// `d[i] *= gelu'(x[i])`, and their sums over rows: the gradient of the bias that was added before GELU. Launch as `column_sums_of`. Bytes: 3 A.
+template <bool WHOLE>
+__device__ __forceinline__ void gelu_backward_of(float* partial, act_t* d, const act_t* x, unsigned rows, unsigned dim, unsigned rows_per_group) {
+    column_sums_of<WHOLE, 2>(partial, d, {d, x}, rows, dim, rows_per_group, [](const float(&x)[2]) { return x[0] * act_gelu_derivative(x[1]); });
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    gelu_backward(float* partial, act_t* d, const act_t* x, unsigned rows, unsigned dim, unsigned rows_per_group) {
+    gelu_backward_of<true>(partial, d, x, rows, dim, rows_per_group);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    gelu_backward_odd(float* partial, act_t* d, const act_t* x, unsigned rows, unsigned dim, unsigned rows_per_group) {
+    gelu_backward_of<false>(partial, d, x, rows, dim, rows_per_group);
 }
 
 /// `out[i] = scale[i / share] * x[i]`. Launch: any grid, 256 threads. Bytes: 2 A.

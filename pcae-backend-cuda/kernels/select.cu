@@ -87,9 +87,10 @@ __device__ __forceinline__ void for_each_token(const act_t* x, unsigned tokens, 
     }
 }
 
+/// total = sum of the unit-length tokens. `partial` has room for each warp's part of a slab.
 template <unsigned N>
-__device__ __forceinline__ void similarity(float* scores, const act_t* x, unsigned tokens, unsigned dim, float* total, float* partial) {
-    // The sum of the unit-length tokens, slab by slab: each warp's in its registers, then those of all warps, in order.
+__device__ __forceinline__ void sum_units(float* total, const act_t* x, unsigned tokens, unsigned dim, float* partial) {
+    // Slab by slab: each warp's in its registers, then those of all warps, in order.
     for (unsigned left = 0; left < dim; left += Slab<N>::COLUMNS) {
         float sums[Slab<N>::COLUMNS / 32];
 #pragma unroll
@@ -118,10 +119,18 @@ __device__ __forceinline__ void similarity(float* scores, const act_t* x, unsign
         }
     }
     __syncthreads();
+}
+
+/// scores[j] = x_j / |x_j| . total / all
+template <unsigned N>
+__device__ __forceinline__ void score_tokens(float* scores, const act_t* x, unsigned tokens, unsigned dim, const float* total, unsigned all) {
     for_each_token<N>(x, tokens, dim, 0, total, [&](unsigned token, const Slab<N>&, float squares, float product) {
-        if (lane_id() == 0) scores[token] = product * inverse_norm(squares) / static_cast<float>(tokens);
+        if (lane_id() == 0) scores[token] = product * inverse_norm(squares) / static_cast<float>(all);
     });
 }
+
+/// Whether rows are whole words of 16 bytes.
+__device__ __forceinline__ bool has_vectors(const act_t* x, unsigned dim) { return dim % Vec<act_t>::SIZE == 0 && aligned_16(x); }
 
 /// Redundancy of each patch token: with u_j = x_j / max(|x_j|, SCORE_EPS), scores[b, j] = u_j . (sum over i of u_i) / tokens.
 ///
@@ -131,13 +140,57 @@ extern "C" __global__ void __launch_bounds__(SCORE_BLOCK)
     mean_similarity(float* scores, const act_t* x, unsigned prefix, unsigned tokens, unsigned dim) {
     // The sum of the tokens, and each warp's part of a slab of it.
     DYNAMIC_SHARED(float, total);
-    float* const partial = total + dim;
     x += (static_cast<size_t>(blockIdx.x) * (prefix + tokens) + prefix) * dim;
     scores += static_cast<size_t>(blockIdx.x) * tokens;
-    if (dim % Vec<act_t>::SIZE == 0 && aligned_16(x)) {
-        similarity<Vec<act_t>::SIZE>(scores, x, tokens, dim, total, partial);
+    if (has_vectors(x, dim)) {
+        sum_units<Vec<act_t>::SIZE>(total, x, tokens, dim, total + dim);
+        score_tokens<Vec<act_t>::SIZE>(scores, x, tokens, dim, total, tokens);
     } else {
-        similarity<1>(scores, x, tokens, dim, total, partial);
+        sum_units<1>(total, x, tokens, dim, total + dim);
+        score_tokens<1>(scores, x, tokens, dim, total, tokens);
+    }
+}
+
+/// The first half of `mean_similarity` where there are fewer sequences than multiprocessors: sums[b, part] = sum of the part's unit-length tokens.
+///
+/// Grid: sequences, parts of `each` tokens (the last may have fewer, not none), with SCORE_WARPS * min(dim, SLAB) * 4 bytes of dynamic shared memory.
+/// sums [B, parts, dim].
+extern "C" __global__ void __launch_bounds__(SCORE_BLOCK)
+    similarity_sums(float* sums, const act_t* x, unsigned prefix, unsigned tokens, unsigned dim, unsigned each) {
+    DYNAMIC_SHARED(float, partial);
+    const unsigned first = blockIdx.y * each;
+    x += (static_cast<size_t>(blockIdx.x) * (prefix + tokens) + prefix + first) * dim;
+    sums += (static_cast<size_t>(blockIdx.x) * gridDim.y + blockIdx.y) * dim;
+    const unsigned count = min(each, tokens - first);
+    if (has_vectors(x, dim)) {
+        sum_units<Vec<act_t>::SIZE>(sums, x, count, dim, partial);
+    } else {
+        sum_units<1>(sums, x, count, dim, partial);
+    }
+}
+
+/// The second half: the scores of each part's tokens. Every block adds all parts, in order, so that equal tokens have equal scores in whichever part.
+///
+/// Grid as of `similarity_sums`, with dim * 4 bytes of dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(SCORE_BLOCK)
+    similarity_scores(float* scores, const float* sums, const act_t* x, unsigned prefix, unsigned tokens, unsigned dim, unsigned each) {
+    DYNAMIC_SHARED(float, total);
+    const unsigned first = blockIdx.y * each;
+    x += (static_cast<size_t>(blockIdx.x) * (prefix + tokens) + prefix + first) * dim;
+    scores += static_cast<size_t>(blockIdx.x) * tokens + first;
+    sums += static_cast<size_t>(blockIdx.x) * gridDim.y * dim;
+    for (unsigned column = threadIdx.x; column < dim; column += SCORE_BLOCK) {
+        float sum = 0.0f;
+#pragma unroll 4
+        for (unsigned part = 0; part < gridDim.y; ++part) sum += sums[static_cast<size_t>(part) * dim + column];
+        total[column] = sum;
+    }
+    __syncthreads();
+    const unsigned count = min(each, tokens - first);
+    if (has_vectors(x, dim)) {
+        score_tokens<Vec<act_t>::SIZE>(scores, x, count, dim, total, tokens);
+    } else {
+        score_tokens<1>(scores, x, count, dim, total, tokens);
     }
 }
 

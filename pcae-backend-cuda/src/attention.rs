@@ -4,10 +4,10 @@ use pcae_kernel::backend::AttentionDims;
 use pcae_kernel::error::{Error as KernelError, expect_len, product};
 
 use crate::buffers::{Buf, Vector};
+use crate::checks::small;
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
 use crate::queue::Shape;
-use crate::tokens::small;
 use crate::{Cuda, Precision};
 
 /// Rows of a warp.

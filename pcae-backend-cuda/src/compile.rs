@@ -2,7 +2,8 @@
 //!
 //! Compiling all files takes seconds, so an image is kept on disk, named by the sum of everything that it depends on: source,
 //! options, architecture, NVRTC's version. An entry is written beside its place and renamed, carries its whole key and the sum of
-//! its bytes, and is made again where either does not fit. Without a usable folder everything works, only slower.
+//! its bytes, and is made again where either does not fit. Entries that were not used for long go when there are many. Without a usable
+//! folder everything works, only slower.
 
 use core::ffi::{CStr, c_char, c_int};
 use std::ffi::CString;
@@ -10,6 +11,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime};
 
 use cudarc::nvrtc::result::NvrtcError;
 use cudarc::nvrtc::{result, sys};
@@ -18,6 +20,13 @@ use crate::Precision;
 use crate::driver::{Context, nvrtc_library};
 use crate::error::Error;
 use crate::kernels::File;
+use crate::versions::Version;
+
+/// Entries that are kept: those of eight files in two formats, for some devices and versions of this program.
+const ENTRIES: usize = 128;
+
+/// What was used within this time is kept in any case: another process may be about to read it, or be writing it.
+const RECENT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// NVRTC, as it is on this machine.
 #[derive(Debug)]
@@ -118,6 +127,19 @@ impl Compiler {
     ) -> Result<Vec<u8>, Error> {
         let (image, _) = self.image(file, precision, Target::Cubin(capability))?;
         Ok(image)
+    }
+
+    pub(crate) fn version(&self) -> Version {
+        let small = |x| u32::try_from(x).unwrap_or(0);
+        Version {
+            major: small(self.version.0),
+            minor: small(self.version.1),
+        }
+    }
+
+    /// Whether it knows no device as new as this.
+    pub(crate) fn needs_ptx(&self, capability: u32) -> bool {
+        matches!(self.target(capability), Target::Ptx(_))
     }
 
     /// A device that is newer than the compiler gets PTX.
@@ -283,6 +305,18 @@ fn fnv(bytes: &[u8], start: u64) -> u64 {
     )
 }
 
+/// What a file's name has behind that of an entry, as [`Compiler::key`] makes them; `None` for files of others.
+fn behind_entry(name: &str) -> Option<&str> {
+    let (stem, rest) = name.split_once(".image")?;
+    let (file, sum) = stem.rsplit_once('-')?;
+    let is_sum = sum.len() == 16 && sum.bytes().all(|byte| byte.is_ascii_hexdigit());
+    (is_sum && !file.is_empty()).then_some(rest)
+}
+
+fn is_old(used: SystemTime, now: SystemTime) -> bool {
+    now.duration_since(used).is_ok_and(|age| age > RECENT)
+}
+
 /// Where images are kept.
 #[derive(Debug)]
 struct Folder(PathBuf);
@@ -307,11 +341,48 @@ impl Folder {
 
     /// `None` if it is not there, or is anything but what was written.
     fn read(&self, key: &Key) -> Option<Vec<u8>> {
-        let bytes = fs::read(self.0.join(&key.name)).ok()?;
+        let path = self.0.join(&key.name);
+        let bytes = fs::read(&path).ok()?;
         let (sum, image) = bytes
             .strip_prefix(key.text.as_bytes())?
             .split_first_chunk()?;
-        (fnv(image, 0) == u64::from_le_bytes(*sum)).then(|| image.to_vec())
+        if fnv(image, 0) != u64::from_le_bytes(*sum) {
+            return None;
+        }
+        // When it was used last. A folder that cannot be written to is never cleaned either.
+        let used = fs::File::options().append(true).open(&path);
+        let _ = used.and_then(|file| file.set_modified(SystemTime::now()));
+        Some(image.to_vec())
+    }
+
+    /// Removes all but [`ENTRIES`] entries, those first that were used longest ago, and what writers have left that did not come to
+    /// their end; nothing that is [`RECENT`]. What another process removes at the same time is gone as well.
+    fn clean(&self) {
+        let Ok(files) = fs::read_dir(&self.0) else {
+            return;
+        };
+        let now = SystemTime::now();
+        let mut entries = Vec::new();
+        for file in files.flatten() {
+            let name = file.file_name();
+            let Some(rest) = name.to_str().and_then(behind_entry) else {
+                continue;
+            };
+            let Ok(used) = file.metadata().and_then(|it| it.modified()) else {
+                continue;
+            };
+            if rest.is_empty() {
+                entries.push((used, file.path()));
+            } else if is_old(used, now) {
+                let _ = fs::remove_file(file.path());
+            }
+        }
+        entries.sort_by_key(|(used, _)| core::cmp::Reverse(*used));
+        for (used, path) in entries.into_iter().skip(ENTRIES) {
+            if is_old(used, now) {
+                let _ = fs::remove_file(path);
+            }
+        }
     }
 
     fn write(&self, key: &Key, image: &[u8]) -> io::Result<()> {
@@ -329,7 +400,9 @@ impl Folder {
         };
         write().inspect_err(|_| {
             let _ = fs::remove_file(&temporary);
-        })
+        })?;
+        self.clean();
+        Ok(())
     }
 }
 
@@ -382,6 +455,53 @@ mod tests {
         }
         folder.write(&key, &image).unwrap();
         assert_eq!(folder.read(&key), Some(image));
+        fs::remove_dir_all(&folder.0).unwrap();
+    }
+
+    #[test]
+    fn entries_that_were_not_used_for_long_go_when_there_are_many() {
+        let folder = folder("old");
+        let key = |i: usize| Key {
+            name: format!("rows-{:016x}.image", 7 * i),
+            text: format!("entry {i}\n"),
+        };
+        let aged = |name: &str, hours: u64| {
+            let path = folder.0.join(name);
+            let file = fs::File::options().append(true).create(true).open(path);
+            let age = Duration::from_secs(hours * 60 * 60);
+            file.unwrap().set_modified(SystemTime::now() - age).unwrap();
+        };
+        let old = ENTRIES + 20;
+        for i in 0..old {
+            folder.write(&key(i), b"image").unwrap();
+            aged(&key(i).name, 30 + i as u64);
+        }
+        // What others have there, and what they are writing now; then what was left two days ago.
+        let others = ["notes.image", "rows-12.image", "model.bin"];
+        for name in others {
+            aged(name, 1000);
+        }
+        let writing = format!("{}.17-0", key(0).name);
+        aged(&writing, 1);
+        let left = format!("{}.18-0", key(0).name);
+        aged(&left, 48);
+        // The oldest was used just now.
+        assert!(folder.read(&key(old - 1)).is_some());
+
+        folder.write(&key(old), b"image").unwrap();
+        let is_there = |name: &str| folder.0.join(name).exists();
+        assert!(others.into_iter().all(is_there));
+        assert!(is_there(&writing) && !is_there(&left));
+        let kept: Vec<_> = (0..=old).filter(|i| is_there(&key(*i).name)).collect();
+        let mut expected: Vec<_> = (0..ENTRIES - 2).collect();
+        expected.extend([old - 1, old]);
+        assert_eq!(kept, expected);
+
+        // Nothing that is recent goes, however many there are.
+        for i in 0..old {
+            folder.write(&key(i), b"image").unwrap();
+        }
+        assert!((0..=old).all(|i| is_there(&key(i).name)));
         fs::remove_dir_all(&folder.0).unwrap();
     }
 

@@ -90,6 +90,15 @@ impl Cuda {
         self.queue.context.free_memory()
     }
 
+    /// Whether matrix products that come for the first time from now on time all algorithms that cuBLASLt offers, on the device, and
+    /// keep the fastest; otherwise the first one is taken.
+    ///
+    /// Which is the fastest may change from run to run, and with it the last bits of every result: only the first is the same
+    /// each time. For the time being it takes as much memory as the product's output, where that is added to in place.
+    pub fn time_products(&mut self, timed: bool) {
+        self.queue.time_products(timed);
+    }
+
     /// How work has run so far.
     pub fn runs(&self) -> Runs {
         self.queue.runs

@@ -13,14 +13,16 @@
 //! - `cuStreamBeginCapture_v2`, `cuStreamEndCapture`, `cuGraphInstantiateWithFlags`, `cuGraphLaunch`,
 //!   `cuGraphExecDestroy`, `cuGraphDestroy`
 //!
+//! `versions.rs` calls of cuBLASLt: `cublasLtGetVersion`.
+//!
 //! `compile.rs` calls of NVRTC: `nvrtcVersion`, `nvrtcGetNumSupportedArchs`, `nvrtcGetSupportedArchs`, `nvrtcCreateProgram`,
 //! `nvrtcCompileProgram`, `nvrtcGetProgramLogSize`, `nvrtcGetProgramLog`, `nvrtcGetCUBINSize`, `nvrtcGetCUBIN`,
 //! `nvrtcGetPTXSize`, `nvrtcGetPTX`, `nvrtcDestroyProgram`.
 //!
-//! `gemm.rs` calls of cuBLASLt: `cublasLtCreate`, `cublasLtDestroy`, `cublasLtMatmulDescCreate`,
+//! `gemm.rs` and `gemm/plan.rs` call of cuBLASLt: `cublasLtCreate`, `cublasLtDestroy`, `cublasLtMatmulDescCreate`,
 //! `cublasLtMatmulDescSetAttribute` (TRANSA, TRANSB, EPILOGUE, BIAS_POINTER), `cublasLtMatmulDescDestroy`,
 //! `cublasLtMatrixLayoutCreate`, `cublasLtMatrixLayoutDestroy`, `cublasLtMatmulPreferenceCreate`,
-//! `cublasLtMatmulPreferenceSetAttribute` (MAX_WORKSPACE_BYTES, MIN_ALIGNMENT_{A,B,C,D}_BYTES),
+//! `cublasLtMatmulPreferenceSetAttribute` (REDUCTION_SCHEME_MASK, MAX_WORKSPACE_BYTES, MIN_ALIGNMENT_{A,B,C,D}_BYTES),
 //! `cublasLtMatmulPreferenceDestroy`, `cublasLtMatmulAlgoGetHeuristic`, `cublasLtMatmul`.
 
 use core::ffi::{CStr, c_int, c_void};
@@ -35,6 +37,7 @@ use cudarc::driver::result::DriverError;
 use cudarc::driver::{result, sys};
 
 use crate::error::Error;
+use crate::versions::{self, Version};
 
 /// The oldest devices that have bf16 in their tensor cores and asynchronous copies.
 const OLDEST: u32 = 80;
@@ -165,8 +168,8 @@ pub(crate) struct Context {
     pub(crate) multiprocessors: u32,
     /// Dynamic shared memory that a block may ask for, in bytes.
     pub(crate) shared: u32,
-    /// The newest CUDA that the driver knows, as 13000 for 13.0.
-    pub(crate) driver: u32,
+    /// The newest CUDA that the driver knows.
+    pub(crate) driver: Version,
 }
 
 // SAFETY: contexts may be used by any thread that makes them current, and by several at once.
@@ -214,7 +217,7 @@ impl Context {
             capability,
             multiprocessors,
             shared,
-            driver: u32::try_from(driver).unwrap_or(0),
+            driver: Version::of_driver(u32::try_from(driver).unwrap_or(0)),
         });
         context.bind()?;
         Ok(context)
@@ -509,6 +512,17 @@ impl Event {
 
     /// Seconds between two of [`Event::timed`] that were recorded and waited for.
     pub(crate) fn seconds_since(&self, before: &Self) -> Result<f64, Error> {
+        let driver = self.context.driver;
+        if driver < versions::CLOCK {
+            // cudarc would look for a function that is not there.
+            return Err(Error::Version {
+                what: "the CUDA driver",
+                found: driver.to_string(),
+                needed: format!("at least {} to time work on the device", versions::CLOCK),
+                advice: "update NVIDIA's driver, or leave out what times it (bench, --tune)"
+                    .to_owned(),
+            });
+        }
         // SAFETY: both created by `with`.
         let milliseconds = unsafe { result::event::elapsed(before.raw, self.raw) }
             .map_err(|error| failed("cuEventElapsedTime_v2", error))?;
@@ -554,7 +568,7 @@ impl Module {
         let raw = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) }.map_err(
             // An old driver may refuse what a new compiler makes.
             |error| {
-                let driver = format!("the driver is for CUDA {}", context.driver / 1000);
+                let driver = format!("the driver is for CUDA {}", context.driver);
                 explained("cuModuleLoadData", &driver, error)
             },
         )?;
@@ -815,3 +829,19 @@ impl Drop for Stream {
 
 /// Arguments of a kernel at most.
 pub(crate) const MAX_ARGS: usize = 32;
+
+#[cfg(test)]
+mod tests {
+    /// A toolkit of either version may be what is there.
+    #[test]
+    fn libraries_of_cuda_12_and_13_are_looked_for() {
+        for library in ["nvrtc", "cublasLt"] {
+            let names = super::names(library);
+            for version in ["", ".12", ".13"] {
+                let name = format!("lib{library}.so{version}");
+                let found = names.split(", ").any(|it| it == name);
+                assert!(found || !cfg!(target_os = "linux"), "{name} in {names}");
+            }
+        }
+    }
+}

@@ -17,6 +17,17 @@ pub enum Error {
         /// What to do.
         advice: &'static str,
     },
+    /// A library that does not go with the driver, or is older than this program.
+    Version {
+        /// What it is.
+        what: &'static str,
+        /// Its version.
+        found: String,
+        /// Which would do.
+        needed: String,
+        /// What to do.
+        advice: String,
+    },
     /// The driver sees fewer devices than were asked for.
     Device {
         /// The device's number.
@@ -96,6 +107,12 @@ impl fmt::Display for Error {
                 names,
                 advice,
             } => write!(f, "no {what}: looked for {names}; {advice}"),
+            Self::Version {
+                what,
+                found,
+                needed,
+                advice,
+            } => write!(f, "{what}: expected {needed}, found {found}; {advice}"),
             Self::Device { found: 0, .. } => f.write_str(
                 "the CUDA driver is there, but sees no device; check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or use --backend cpu",
             ),

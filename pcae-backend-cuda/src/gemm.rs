@@ -1,11 +1,15 @@
-//! Matrix products by cuBLASLt.
+//! Matrix products, by cuBLASLt where it has them.
 //!
-//! A product's descriptors and algorithm are made when it first comes, and kept by its sizes, operands and alignments. cuBLASLt counts
-//! along columns: a row-major `y = a @ b` is its `y^T = b^T @ a^T`, with the same memory.
+//! How a product is done is decided when it first comes, and kept by its sizes, operands and alignments: as a whole by cuBLASLt; by
+//! cuBLASLt, added to a bias that a kernel has spread over the output; or by a kernel of ours (`product.cu`). An algorithm that
+//! cuBLASLt offers and then refuses is passed over. The algorithm is the first that it offers, which is the same in every run on
+//! the same device with the same library; or, if that is asked for, the fastest of some, timed.
 //!
-//! f32 is multiplied in f32 (`CUBLAS_COMPUTE_32F`, not TF32). bf16 is summed in f32, and rounded once, after bias and residual.
+//! f32 is multiplied in f32 (`CUBLAS_COMPUTE_32F`, not TF32). bf16 is summed in f32, and rounded once, after bias and residual; where the
+//! bias was spread, so is its sum with the residual.
 
-use core::ffi::c_void;
+mod plan;
+
 use core::fmt;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,14 +18,20 @@ use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 
 use crate::Precision;
-use crate::driver::{Context, DevicePtr, Heap, Memory, Stream};
+use crate::driver::{Context, DevicePtr, Event, Heap, Memory, Stream};
 use crate::error::Error;
+use crate::kernels::{self, Kernel};
+use crate::queue::{Arg, Shape};
+use plan::Plan;
 
 /// Bytes for sums of a product that is cut along its inner dimension: what NVIDIA recommends for its H100.
 pub(crate) const WORKSPACE: usize = 32 << 20;
 
 /// Of operands, in bytes: more does not matter to any algorithm.
 const ALIGNED: u32 = 256;
+
+/// Timings of an algorithm, of which the least counts.
+const TIMINGS: usize = 3;
 
 /// A row-major product, `out = op(a) @ op(b) (+ bias) (+ add)`, of operands in the backend's format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,9 +45,13 @@ pub(crate) struct Matmul {
     /// `[m, k]`, or `[k, m]` if it is transposed.
     pub(crate) a: DevicePtr,
     pub(crate) a_transposed: bool,
+    /// Elements from one row of `a`, as it is stored, to the next.
+    pub(crate) a_row: usize,
     /// `[k, n]`, or `[n, k]` if it is transposed.
     pub(crate) b: DevicePtr,
     pub(crate) b_transposed: bool,
+    /// As `a_row`.
+    pub(crate) b_row: usize,
     /// `[n]`, in the backend's format; only where `out` is in that too.
     pub(crate) bias: Option<DevicePtr>,
     /// `[m, n]`, as `out`; may be `out` itself, nothing else of it.
@@ -49,7 +63,7 @@ pub(crate) struct Matmul {
 }
 
 /// Words of a product on a tape.
-const WORDS: usize = 9;
+const WORDS: usize = 11;
 
 impl Matmul {
     pub(crate) fn to_words(self) -> [u64; WORDS] {
@@ -63,6 +77,8 @@ impl Matmul {
             self.m as u64,
             self.n as u64,
             self.k as u64,
+            self.a_row as u64,
+            self.b_row as u64,
             flags,
             self.a.0,
             self.b.0,
@@ -72,8 +88,17 @@ impl Matmul {
         ]
     }
 
+    /// What is left of it where `out` holds the bias already, and what is added.
+    fn onto_bias(self) -> Self {
+        Self {
+            bias: None,
+            add: Some(self.out),
+            ..self
+        }
+    }
+
     pub(crate) fn from_words(words: &[u64; WORDS]) -> Self {
-        let [m, n, k, flags, a, b, bias, add, out] = *words;
+        let [m, n, k, a_row, b_row, flags, a, b, bias, add, out] = *words;
         let flag = |at: u32| flags >> at & 1 == 1;
         Self {
             m: m as usize,
@@ -81,8 +106,10 @@ impl Matmul {
             k: k as usize,
             a: DevicePtr(a),
             a_transposed: flag(0),
+            a_row: a_row as usize,
             b: DevicePtr(b),
             b_transposed: flag(1),
+            b_row: b_row as usize,
             bias: flag(2).then_some(DevicePtr(bias)),
             add: flag(3).then_some(DevicePtr(add)),
             out: DevicePtr(out),
@@ -117,6 +144,8 @@ struct Key {
     k: usize,
     a_transposed: bool,
     b_transposed: bool,
+    /// Of `a` and `b`.
+    rows: [usize; 2],
     bias: bool,
     add: bool,
     out_f32: bool,
@@ -137,8 +166,10 @@ impl Key {
             k,
             a,
             a_transposed,
+            a_row,
             b,
             b_transposed,
+            b_row,
             bias,
             add,
             out,
@@ -154,6 +185,7 @@ impl Key {
             k,
             a_transposed,
             b_transposed,
+            rows: [a_row, b_row],
             bias: bias.is_some(),
             add: add.is_some(),
             out_f32,
@@ -168,57 +200,36 @@ impl Key {
     }
 }
 
-/// Descriptors of a product, and how it is done.
-struct Plan {
-    desc: Desc,
-    /// Of the first and second operand and the output, as cuBLASLt sees them.
-    layouts: [Layout; 3],
-    algo: sys::cublasLtMatmulAlgo_t,
-    /// Bytes that it wants.
-    workspace: usize,
-}
-
-struct Desc(sys::cublasLtMatmulDesc_t);
-
-impl Drop for Desc {
-    fn drop(&mut self) {
-        // SAFETY: created by cuBLASLt, and dropped once.
-        let _ = unsafe { result::destroy_matmul_desc(self.0) };
-    }
-}
-
-struct Layout(sys::cublasLtMatrixLayout_t);
-
-impl Drop for Layout {
-    fn drop(&mut self) {
-        // SAFETY: as above.
-        let _ = unsafe { result::destroy_matrix_layout(self.0) };
-    }
-}
-
-struct Preference(sys::cublasLtMatmulPreference_t);
-
-impl Drop for Preference {
-    fn drop(&mut self) {
-        // SAFETY: as above.
-        let _ = unsafe { result::destroy_matmul_pref(self.0) };
-    }
+/// How a product is done.
+#[derive(Debug)]
+struct Way {
+    /// By cuBLASLt; else by a kernel of ours.
+    plan: Option<Plan>,
+    /// A kernel has spread the bias over the output before.
+    bias_apart: bool,
 }
 
 struct Handle(sys::cublasLtHandle_t);
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        // SAFETY: as above.
+        // SAFETY: created by cuBLASLt, and dropped once.
         let _ = unsafe { result::destroy_handle(self.0) };
     }
 }
 
-/// cuBLASLt.
+/// Puts a kernel into the stream.
+pub(crate) type Launch<'a> = dyn Fn(Kernel, Shape, &[Arg]) -> Result<(), Error> + 'a;
+
+/// Products, and cuBLASLt for them.
 pub(crate) struct Gemm {
     precision: Precision,
-    plans: HashMap<Key, Plan>,
+    ways: HashMap<Key, Way>,
+    /// Times algorithms, instead of taking the first.
+    timed: bool,
     workspace: Memory,
+    heap: Arc<Heap>,
+    context: Arc<Context>,
     handle: Handle,
 }
 
@@ -229,7 +240,7 @@ unsafe impl Sync for Gemm {}
 
 impl fmt::Debug for Gemm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Gemm({} plans)", self.plans.len())
+        write!(f, "Gemm({} products)", self.ways.len())
     }
 }
 
@@ -241,22 +252,39 @@ fn failed(call: &'static str, error: CublasError, product: String) -> Error {
     }
 }
 
+/// Whether a call has only said that it cannot do this.
+fn is_refusal(error: CublasError) -> bool {
+    use sys::cublasStatus_t::{CUBLAS_STATUS_ARCH_MISMATCH, CUBLAS_STATUS_NOT_SUPPORTED};
+    matches!(
+        error.0,
+        CUBLAS_STATUS_NOT_SUPPORTED | CUBLAS_STATUS_ARCH_MISMATCH
+    )
+}
+
 impl Gemm {
     pub(crate) fn new(
-        context: &Context,
+        context: &Arc<Context>,
         heap: &Arc<Heap>,
         precision: Precision,
     ) -> Result<Self, Error> {
         context.bind()?;
         Ok(Self {
             precision,
-            plans: HashMap::new(),
+            ways: HashMap::new(),
+            timed: false,
             workspace: heap.allocate(WORKSPACE)?,
+            heap: Arc::clone(heap),
+            context: Arc::clone(context),
             handle: Handle(
                 result::create_handle()
                     .map_err(|error| failed("cublasLtCreate", error, String::new()))?,
             ),
         })
+    }
+
+    /// Whether products that come for the first time from now on time their algorithms.
+    pub(crate) fn time(&mut self, timed: bool) {
+        self.timed = timed;
     }
 
     /// Writes zeros over what products use as they go, to keep the device busy.
@@ -266,52 +294,208 @@ impl Gemm {
     }
 
     /// Puts a product, of at least one row and column, into a stream.
-    pub(crate) fn run(&mut self, stream: &Stream, matmul: &Matmul) -> Result<(), Error> {
+    pub(crate) fn run(
+        &mut self,
+        stream: &Stream,
+        launch: &Launch<'_>,
+        matmul: &Matmul,
+    ) -> Result<(), Error> {
         if matmul.k == 0 {
             return self.empty(stream, matmul);
         }
         let key = Key::of(matmul);
-        if !self.plans.contains_key(&key) {
-            let plan = self.plan(matmul, &key)?;
-            self.plans.insert(key, plan);
+        let Some(way) = self.ways.get(&key) else {
+            let way = self.first(stream, launch, matmul)?;
+            self.ways.insert(key, way);
+            return Ok(());
+        };
+        let part = match way.bias_apart {
+            true => self.spread_bias(launch, matmul)?,
+            false => *matmul,
+        };
+        match &way.plan {
+            Some(plan) => self
+                .launch(stream, plan, &part, 0)
+                .map_err(|error| failed("cublasLtMatmul", error, part.to_string())),
+            None => self.own(launch, &part),
         }
-        let plan = &self.plans[&key];
-        if let Some(bias) = matmul.bias {
-            let pointer: *const c_void = pointer(bias);
-            set_desc(
-                &plan.desc,
-                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
-                &pointer,
-            )
-            .map_err(|error| failed("cublasLtMatmulDescSetAttribute", error, matmul.to_string()))?;
+    }
+
+    /// Puts a product that comes for the first time into a stream, and says how.
+    fn first(&self, stream: &Stream, launch: &Launch<'_>, matmul: &Matmul) -> Result<Way, Error> {
+        if let Some(plan) = Plan::new(self.handle.0, self.precision, matmul)?
+            && let Some(plan) = self.try_all(stream, plan, matmul)?
+        {
+            return Ok(Way {
+                plan: Some(plan),
+                bias_apart: false,
+            });
         }
-        let alpha = 1.0_f32;
-        let beta = if matmul.add.is_some() { 1.0_f32 } else { 0.0 };
-        let [a, b, out] = &plan.layouts;
-        // SAFETY: descriptors of this product, kept by the plan; factors are read before the call returns; the operation that
-        // queued it has checked where operands lie; the workspace is as large as the plan was made for, and used by one product
-        // of this stream after the other.
+        if matmul.bias.is_some()
+            && let Some(plan) = Plan::new(self.handle.0, self.precision, &matmul.onto_bias())?
+        {
+            let part = self.spread_bias(launch, matmul)?;
+            let plan = self.try_all(stream, plan, &part)?;
+            if plan.is_none() {
+                self.own(launch, &part)?;
+            }
+            return Ok(Way {
+                plan,
+                bias_apart: true,
+            });
+        }
+        self.own(launch, matmul)?;
+        Ok(Way {
+            plan: None,
+            bias_apart: false,
+        })
+    }
+
+    /// Puts a product into a stream by the first algorithm of its plan that is not refused, which is the plan's first afterwards. `None`
+    /// if all are: then nothing was queued.
+    fn try_all(
+        &self,
+        stream: &Stream,
+        mut plan: Plan,
+        matmul: &Matmul,
+    ) -> Result<Option<Plan>, Error> {
+        if self.timed {
+            self.sort(stream, &mut plan, matmul)?;
+        }
+        while plan.has_algorithm() {
+            match self.launch(stream, &plan, matmul, 0) {
+                Ok(()) => return Ok(Some(plan)),
+                Err(error) if is_refusal(error) => plan.pass_over(),
+                Err(error) => return Err(failed("cublasLtMatmul", error, matmul.to_string())),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Moves the fastest algorithm of a plan to its front. Afterwards `out` holds what it held before, if it is added to.
+    fn sort(&self, stream: &Stream, plan: &mut Plan, matmul: &Matmul) -> Result<(), Error> {
+        let out = matmul.out;
+        let bytes = matmul.m * matmul.n * self.out_size(matmul);
+        let kept = match matmul.add {
+            Some(add) if add == out => match self.heap.allocate(bytes) {
+                Ok(memory) => Some(memory),
+                // The first one is right too.
+                Err(Error::OutOfMemory { .. }) => return Ok(()),
+                Err(error) => return Err(error),
+            },
+            _ => None,
+        };
+        if let Some(kept) = &kept {
+            // SAFETY: just allocated, as large as the output, and freed behind what is queued.
+            unsafe { stream.copy(kept.at(), out, bytes)? };
+        }
+        let clock = || Event::timed(&self.context);
+        let (started, stopped) = (clock()?, clock()?);
+        let mut times = Vec::new();
+        while times.len() < plan.algorithms.len() {
+            let mut least = f64::INFINITY;
+            // The first does not count: its kernel is loaded then.
+            for timing in 0..=TIMINGS {
+                stream.record(&started)?;
+                match self.launch(stream, plan, matmul, times.len()) {
+                    Ok(()) => {}
+                    Err(error) if is_refusal(error) => break,
+                    Err(error) => return Err(failed("cublasLtMatmul", error, matmul.to_string())),
+                }
+                stream.record(&stopped)?;
+                stopped.wait()?;
+                if timing > 0 {
+                    least = least.min(stopped.seconds_since(&started)?);
+                }
+            }
+            times.push(least);
+        }
+        if let Some(kept) = &kept {
+            // SAFETY: as above.
+            unsafe { stream.copy(out, kept.at(), bytes)? };
+        }
+        plan.prefer(&times);
+        Ok(())
+    }
+
+    fn launch(
+        &self,
+        stream: &Stream,
+        plan: &Plan,
+        matmul: &Matmul,
+        algorithm: usize,
+    ) -> Result<(), CublasError> {
+        // SAFETY: a plan for such a product; the operation that queued it has checked where operands lie; the workspace is as large
+        // as plans are made for, and used by one product of this stream after the other.
         unsafe {
-            result::matmul(
+            plan.launch(
                 self.handle.0,
-                plan.desc.0,
-                (&raw const alpha).cast(),
-                (&raw const beta).cast(),
-                pointer(matmul.b),
-                a.0,
-                pointer(matmul.a),
-                b.0,
-                pointer(matmul.add.unwrap_or(matmul.out)),
-                out.0,
-                pointer(matmul.out).cast_mut(),
-                out.0,
-                &raw const plan.algo,
-                pointer(self.workspace.at()).cast_mut(),
-                plan.workspace,
-                stream.raw().cast(),
+                stream,
+                matmul,
+                algorithm,
+                self.workspace.at(),
             )
         }
-        .map_err(|error| failed("cublasLtMatmul", error, matmul.to_string()))
+    }
+
+    /// `out = bias (+ add)`, and the product that is then added to it.
+    fn spread_bias(&self, launch: &Launch<'_>, matmul: &Matmul) -> Result<Matmul, Error> {
+        let kernel = kernels::SPREAD_BIAS;
+        let (rows, dim) = (small(kernel, matmul.m)?, small(kernel, matmul.n)?);
+        let columns = dim.div_ceil(kernel.threads);
+        // Some blocks for each multiprocessor, of which a thread takes several rows.
+        let most = (8 * self.context.multiprocessors).div_ceil(columns);
+        let shape = Shape {
+            grid: [columns, rows.min(most), 1],
+            block: kernel.threads,
+            shared: 0,
+        };
+        launch(
+            kernel,
+            shape,
+            &[
+                matmul.out.into(),
+                matmul.add.into(),
+                matmul.bias.into(),
+                rows.into(),
+                dim.into(),
+                u32::from(matmul.out_f32).into(),
+            ],
+        )?;
+        Ok(matmul.onto_bias())
+    }
+
+    /// All of a product by a kernel of ours.
+    fn own(&self, launch: &Launch<'_>, matmul: &Matmul) -> Result<(), Error> {
+        /// Rows and columns of a block.
+        const TILE: u32 = 64;
+        let kernel = kernels::PRODUCT;
+        let (m, n) = (small(kernel, matmul.m)?, small(kernel, matmul.n)?);
+        let flags = u32::from(matmul.a_transposed)
+            | u32::from(matmul.b_transposed) << 1
+            | u32::from(matmul.out_f32) << 2;
+        let shape = Shape {
+            grid: [m.div_ceil(TILE), n.div_ceil(TILE), 1],
+            block: kernel.threads,
+            shared: 0,
+        };
+        launch(
+            kernel,
+            shape,
+            &[
+                matmul.out.into(),
+                matmul.add.into(),
+                matmul.bias.into(),
+                matmul.a.into(),
+                matmul.b.into(),
+                m.into(),
+                n.into(),
+                small(kernel, matmul.k)?.into(),
+                small(kernel, matmul.a_row)?.into(),
+                small(kernel, matmul.b_row)?.into(),
+                flags.into(),
+            ],
+        )
     }
 
     /// A sum over nothing.
@@ -320,7 +504,7 @@ impl Gemm {
             (Some(add), None) if add == matmul.out => Ok(()),
             (None, None) => {
                 let size = self.out_size(matmul);
-                // SAFETY: as in `run`.
+                // SAFETY: as in `launch`.
                 unsafe { stream.zero(matmul.out, matmul.m * matmul.n * size) }
             }
             _ => Err(failed(
@@ -338,350 +522,16 @@ impl Gemm {
             self.precision.size()
         }
     }
-
-    fn plan(&self, matmul: &Matmul, key: &Key) -> Result<Plan, Error> {
-        use sys::cublasLtMatmulDescAttributes_t as D;
-        use sys::cublasLtMatmulPreferenceAttributes_t as P;
-        use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
-
-        let fail = |call| move |error| failed(call, error, matmul.to_string());
-        let operand = match self.precision {
-            Precision::F32 => CUDA_R_32F,
-            Precision::Bf16 => CUDA_R_16BF,
-        };
-        let out = if matmul.out_f32 { CUDA_R_32F } else { operand };
-
-        let desc =
-            result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, CUDA_R_32F)
-                .map(Desc)
-                .map_err(fail("cublasLtMatmulDescCreate"))?;
-        let set = |attribute, value: i32| {
-            set_desc(&desc, attribute, &value).map_err(fail("cublasLtMatmulDescSetAttribute"))
-        };
-        // In memory, a row-major matrix is its transpose by columns; so `b` comes first.
-        // `CUBLAS_OP_N` is 0, `CUBLAS_OP_T` 1.
-        let transpose = i32::from;
-        set(
-            D::CUBLASLT_MATMUL_DESC_TRANSA,
-            transpose(matmul.b_transposed),
-        )?;
-        set(
-            D::CUBLASLT_MATMUL_DESC_TRANSB,
-            transpose(matmul.a_transposed),
-        )?;
-        if let Some(bias) = matmul.bias {
-            set(
-                D::CUBLASLT_MATMUL_DESC_EPILOGUE,
-                sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as i32,
-            )?;
-            let pointer: *const c_void = pointer(bias);
-            set_desc(&desc, D::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &pointer)
-                .map_err(fail("cublasLtMatmulDescSetAttribute"))?;
-        }
-
-        let layout = |kind, rows: usize, columns: usize| {
-            // Column by column without gaps.
-            result::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64)
-                .map(Layout)
-                .map_err(fail("cublasLtMatrixLayoutCreate"))
-        };
-        let swapped = |is, rows, columns| if is { (columns, rows) } else { (rows, columns) };
-        let (rows, columns) = swapped(matmul.b_transposed, matmul.n, matmul.k);
-        let first = layout(operand, rows, columns)?;
-        let (rows, columns) = swapped(matmul.a_transposed, matmul.k, matmul.m);
-        let second = layout(operand, rows, columns)?;
-        let layouts = [first, second, layout(out, matmul.n, matmul.m)?];
-
-        let preference = result::create_matmul_pref()
-            .map(Preference)
-            .map_err(fail("cublasLtMatmulPreferenceCreate"))?;
-        let prefer = |attribute, value: *const c_void, size| {
-            // SAFETY: created above; `value` is of that size.
-            unsafe { result::set_matmul_pref_attribute(preference.0, attribute, value, size) }
-                .map_err(fail("cublasLtMatmulPreferenceSetAttribute"))
-        };
-        // Sums of a product that is cut along its inner dimension meet in the workspace, in f32 and in order: the other ways round
-        // them to the output's format, or add them in the order in which they come.
-        let reduction =
-            sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
-        prefer(
-            P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-            (&raw const reduction).cast(),
-            size_of::<u32>(),
-        )?;
-        let most = WORKSPACE as u64;
-        prefer(
-            P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-            (&raw const most).cast(),
-            size_of::<u64>(),
-        )?;
-        let [a, b, add, store, _] = key.alignments;
-        for (attribute, bytes) in [
-            (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b),
-            (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a),
-            (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, add),
-            (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, store),
-        ] {
-            prefer(attribute, (&raw const bytes).cast(), size_of::<u32>())?;
-        }
-        let [first, second, third] = &layouts;
-        // SAFETY: all created above, and alive.
-        let found = unsafe {
-            result::get_matmul_algo_heuristic(
-                self.handle.0,
-                desc.0,
-                first.0,
-                second.0,
-                third.0,
-                third.0,
-                preference.0,
-            )
-        }
-        .map_err(fail("cublasLtMatmulAlgoGetHeuristic"))?;
-        Ok(Plan {
-            desc,
-            layouts,
-            algo: found.algo,
-            workspace: found.workspaceSize.min(WORKSPACE),
-        })
-    }
 }
 
-fn pointer(at: DevicePtr) -> *const c_void {
-    core::ptr::without_provenance(at.0 as usize)
-}
-
-fn set_desc<T>(
-    desc: &Desc,
-    attribute: sys::cublasLtMatmulDescAttributes_t,
-    value: &T,
-) -> Result<(), CublasError> {
-    // SAFETY: the descriptor exists; the value is of the size that is said, and copied.
-    unsafe {
-        result::set_matmul_desc_attribute(
-            desc.0,
-            attribute,
-            core::ptr::from_ref(value).cast(),
-            size_of::<T>(),
-        )
-    }
+/// What kernels count in 32 bits.
+fn small(kernel: Kernel, len: usize) -> Result<u32, Error> {
+    u32::try_from(len).map_err(|_| Error::Launch {
+        kernel: kernel.name,
+        expected: "fewer than 2^32 rows and columns",
+        found: len,
+    })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_product_comes_back_from_its_words() {
-        let base = Matmul {
-            m: 3,
-            n: 5,
-            k: 7,
-            a: DevicePtr(1 << 40),
-            a_transposed: false,
-            b: DevicePtr(2 << 40),
-            b_transposed: false,
-            bias: None,
-            add: None,
-            out: DevicePtr(3 << 40),
-            out_f32: false,
-        };
-        let some = |at| Some(DevicePtr(at));
-        for matmul in [
-            base,
-            Matmul {
-                a_transposed: true,
-                ..base
-            },
-            Matmul {
-                b_transposed: true,
-                ..base
-            },
-            Matmul {
-                bias: some(4 << 40),
-                ..base
-            },
-            Matmul {
-                add: some(5 << 40),
-                ..base
-            },
-            Matmul {
-                out_f32: true,
-                ..base
-            },
-        ] {
-            assert_eq!(Matmul::from_words(&matmul.to_words()), matmul);
-        }
-    }
-
-    #[test]
-    fn alignments_are_those_of_the_places() {
-        for (at, expected) in [
-            (0x1000, 256),
-            (0x1010, 16),
-            (0x1002, 2),
-            (0x1041, 1),
-            (0x10c0, 64),
-        ] {
-            assert_eq!(alignment(DevicePtr(at)), expected);
-        }
-    }
-
-    /// Numbers of few bits, so that sums are exact in any order and only the last rounding differs.
-    fn values(len: usize, seed: usize) -> Vec<f32> {
-        let value = |i: usize| ((i * 37 + seed * 11) % 23) as f32 / 4.0 - 2.5;
-        (0..len).map(value).collect()
-    }
-
-    fn at(x: &[f32], rows: usize, columns: usize, transposed: bool, i: usize, j: usize) -> f32 {
-        if transposed {
-            x[j * rows + i]
-        } else {
-            x[i * columns + j]
-        }
-    }
-
-    /// All forms that layers need, at sizes that no tile divides and places that nothing aligns.
-    #[test]
-    fn products_are_those_of_the_formula() {
-        let sizes = [(1, 1, 1), (2, 3, 5), (17, 9, 31), (64, 48, 40), (3, 129, 7)];
-        for precision in [Precision::F32, Precision::Bf16] {
-            let Some(mut queue) = crate::testing::queue(precision) else {
-                return;
-            };
-            for ((m, n, k), offset) in sizes.into_iter().flat_map(|size| [(size, 0), (size, 3)]) {
-                for form in 0..32 {
-                    let flag = |bit: u32| form >> bit & 1 == 1;
-                    let [a_transposed, b_transposed, bias, add, out_f32] =
-                        [flag(0), flag(1), flag(2), flag(3), flag(4)];
-                    if bias && out_f32 && precision == Precision::Bf16 {
-                        continue;
-                    }
-                    let [a, b, c, d] = [(m * k, 1), (k * n, 2), (n, 3), (m * n, 4)]
-                        .map(|(len, seed)| values(len, seed));
-                    let place = offset * precision.size();
-                    let mut upload = |x: &[f32]| {
-                        let memory = queue.allocate(place + x.len() * 4).unwrap();
-                        queue.write_act(memory.at().plus(place), x).unwrap();
-                        memory
-                    };
-                    let [a_at, b_at, c_at] = [&a, &b, &c].map(|x| upload(x));
-                    let out_place = if out_f32 { offset * 4 } else { place };
-                    let out_at = queue.allocate(out_place + d.len() * 4).unwrap();
-                    // In place with transposed operands, out of another buffer without.
-                    let d_at = queue.allocate(out_place + d.len() * 4).unwrap();
-                    let [d_to, out] = [&d_at, &out_at].map(|memory| memory.at().plus(out_place));
-                    let add_at = if a_transposed { out } else { d_to };
-                    if out_f32 {
-                        queue.write_f32(add_at, &d).unwrap();
-                    } else {
-                        queue.write_act(add_at, &d).unwrap();
-                    }
-                    let matmul = Matmul {
-                        m,
-                        n,
-                        k,
-                        a: a_at.at().plus(place),
-                        a_transposed,
-                        b: b_at.at().plus(place),
-                        b_transposed,
-                        bias: bias.then(|| c_at.at().plus(place)),
-                        add: add.then_some(add_at),
-                        out,
-                        out_f32,
-                    };
-                    queue.matmul(matmul).unwrap();
-                    let mut found = vec![0.0; m * n];
-                    if out_f32 {
-                        queue.read_f32(&mut found, out).unwrap();
-                    } else {
-                        queue.read_act(&mut found, out).unwrap();
-                    }
-                    for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
-                        let mut expected = 0.0;
-                        for p in 0..k {
-                            expected +=
-                                at(&a, m, k, a_transposed, i, p) * at(&b, k, n, b_transposed, p, j);
-                        }
-                        if bias {
-                            expected += c[j];
-                        }
-                        if add {
-                            expected += d[i * n + j];
-                        }
-                        if precision == Precision::Bf16 && !out_f32 {
-                            let bits = crate::ring::to_bf16(expected);
-                            expected = f32::from_bits(u32::from(bits) << 16);
-                        }
-                        assert_eq!(
-                            found[i * n + j],
-                            expected,
-                            "{precision:?} {matmul} at {i}, {j}"
-                        );
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_plan_is_for_any_bias() {
-        let Some(mut queue) = crate::testing::queue(Precision::F32) else {
-            return;
-        };
-        // Two biases, each as aligned as the other; the operands; the output.
-        let memory = queue.allocate(5 * 256).unwrap();
-        let place = |i: usize| memory.at().plus(i * 256);
-        for (i, x) in [10.0, 20.0, 2.0, 3.0].into_iter().enumerate() {
-            queue.write_f32(place(i), &[x]).unwrap();
-        }
-        for (bias, expected) in [(0, 16.0), (1, 26.0), (0, 16.0)] {
-            let matmul = Matmul {
-                m: 1,
-                n: 1,
-                k: 1,
-                a: place(2),
-                a_transposed: false,
-                b: place(3),
-                b_transposed: false,
-                bias: Some(place(bias)),
-                add: None,
-                out: place(4),
-                out_f32: false,
-            };
-            queue.matmul(matmul).unwrap();
-            let mut back = [0.0];
-            queue.read_f32(&mut back, place(4)).unwrap();
-            assert_eq!(back, [expected]);
-        }
-    }
-
-    #[test]
-    fn a_sum_over_nothing_is_nothing() {
-        let Some(mut queue) = crate::testing::queue(Precision::F32) else {
-            return;
-        };
-        let memory = queue.allocate(24).unwrap();
-        queue.write_f32(memory.at(), &[7.0; 6]).unwrap();
-        let mut matmul = Matmul {
-            m: 2,
-            n: 3,
-            k: 0,
-            a: memory.at(),
-            a_transposed: true,
-            b: memory.at(),
-            b_transposed: false,
-            bias: None,
-            add: Some(memory.at()),
-            out: memory.at(),
-            out_f32: true,
-        };
-        let mut back = [0.0; 6];
-        for expected in [7.0, 0.0] {
-            queue.matmul(matmul).unwrap();
-            queue.read_f32(&mut back, memory.at()).unwrap();
-            assert_eq!(back, [expected; 6]);
-            matmul.add = None;
-        }
-    }
-}
+mod tests;

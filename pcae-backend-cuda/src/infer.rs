@@ -8,16 +8,38 @@ use pcae_kernel::error::{Error as KernelError, expect_len, product};
 
 use crate::Cuda;
 use crate::buffers::{Buf, Ids, Params, Scores};
+use crate::checks::{check_layer, check_span, positions, small};
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::gemm::Matmul;
 use crate::kernels;
+use crate::padding;
 use crate::queue::Shape;
-use crate::tokens::{BLOCK, check_span, positions, small};
+use crate::tokens::BLOCK;
 
 /// Columns of a token that a warp of `mean_similarity` keeps in registers, and its warps.
 const SLAB: usize = 1024;
 const SCORE_WARPS: usize = 16;
+
+/// Blocks that keep a device busy with scores: one for each of 132 multiprocessors.
+const SCORE_BLOCKS: usize = 132;
+
+/// Tokens of a sequence that one block of `mean_similarity` takes; all of them where there are enough sequences. It depends on sizes alone,
+/// and so do the bits of the scores.
+fn score_part(dims: TokenDims) -> usize {
+    let parts =
+        (SCORE_BLOCKS / dims.batch.max(1)).clamp(1, dims.tokens.div_ceil(SCORE_WARPS).max(1));
+    dims.tokens.div_ceil(parts).next_multiple_of(SCORE_WARPS)
+}
+
+/// Bytes for the sums of those parts, where a sequence has more than one.
+pub(crate) fn score_sums(dims: TokenDims) -> usize {
+    let parts = dims.tokens.div_ceil(score_part(dims).max(1));
+    match parts {
+        0 | 1 => 0,
+        _ => product(&[dims.batch, parts, dims.dim, size_of::<f32>()]),
+    }
+}
 
 /// Up to so many tokens are selected by counting; a sort takes fewer comparisons, one after the other.
 const COUNTED: usize = 1024;
@@ -36,16 +58,29 @@ impl Cuda {
     ) -> Result<(), Error> {
         expect_len(op, "out", out.len, dims.out_len())?;
         expect_len(op, "x", x.len, dims.in_len())?;
-        check_span(op, "weight", params.len, layer.weight, dims.weight_len())?;
-        check_span(op, "bias", params.len, layer.bias, dims.out_features)?;
+        check_layer(op, params.len, layer, dims)?;
+        let (mut a, mut b) = (x.at(0), params.product(layer.weight.start));
+        let mut row = dims.in_features;
+        if let Some(padded) = padding::padded(self.precision, dims) {
+            let size = padding::bytes(self.precision, dims, true);
+            let room = self.queue.workspace(size)?;
+            let behind = room.plus(dims.rows * padded * self.precision.size());
+            self.queue
+                .widen_rows(op, room, a, [dims.rows, row, padded])?;
+            self.queue
+                .widen_rows(op, behind, b, [dims.out_features, row, padded])?;
+            (a, b, row) = (room, behind, padded);
+        }
         self.queue.matmul(Matmul {
             m: dims.rows,
             n: dims.out_features,
             k: dims.in_features,
-            a: x.at(0),
+            a,
             a_transposed: false,
-            b: params.product(layer.weight.start),
+            a_row: row,
+            b,
             b_transposed: true,
+            b_row: row,
             bias: Some(params.product(layer.bias.start)),
             add,
             out: out.at(0),
@@ -223,24 +258,49 @@ impl Backend for Cuda {
             return Ok(());
         }
         small(OP, dims.len())?;
-        // The sum of the tokens, and each warp's part of a slab of it.
-        let floats = dims.dim.saturating_add(SCORE_WARPS * dims.dim.min(SLAB));
-        let shape = Shape {
-            grid: [small(OP, dims.batch)?, 1, 1],
-            block: kernels::MEAN_SIMILARITY.threads,
-            shared: small(OP, product(&[floats, size_of::<f32>()]))?,
+        let (x, scores) = (x.at(0), scores.at(0));
+        let [prefix, tokens, dim] = [dims.prefix, dims.tokens, dims.dim].map(|n| small(OP, n));
+        let (prefix, tokens, dim) = (prefix?, tokens?, dim?);
+        let shape = |parts, block, floats| -> Result<Shape, KernelError> {
+            Ok(Shape {
+                grid: [small(OP, dims.batch)?, parts, 1],
+                block,
+                shared: small(OP, product(&[floats, size_of::<f32>()]))?,
+            })
         };
-        self.queue.launch(
-            kernels::MEAN_SIMILARITY,
-            shape,
-            &[
-                scores.at(0).into(),
-                x.at(0).into(),
-                small(OP, dims.prefix)?.into(),
-                small(OP, dims.tokens)?.into(),
-                small(OP, dims.dim)?.into(),
-            ],
-        )
+        // Each warp's part of a slab of the sum of the tokens.
+        let slab = SCORE_WARPS * dims.dim.min(SLAB);
+        let each = score_part(dims);
+        if each >= dims.tokens {
+            let kernel = kernels::MEAN_SIMILARITY;
+            let shape = shape(1, kernel.threads, dims.dim.saturating_add(slab))?;
+            let args = [
+                scores.into(),
+                x.into(),
+                prefix.into(),
+                tokens.into(),
+                dim.into(),
+            ];
+            return self.queue.launch(kernel, shape, &args);
+        }
+        let (parts, each) = (small(OP, dims.tokens.div_ceil(each))?, small(OP, each)?);
+        let sums = self.queue.workspace(score_sums(dims))?;
+        let (first, second) = (kernels::SIMILARITY_SUMS, kernels::SIMILARITY_SCORES);
+        let [prefix, tokens, dim, each] = [prefix, tokens, dim, each].map(Into::into);
+        let args = [sums.into(), x.into(), prefix, tokens, dim, each];
+        self.queue
+            .launch(first, shape(parts, first.threads, slab)?, &args)?;
+        let args = [
+            scores.into(),
+            sums.into(),
+            x.into(),
+            prefix,
+            tokens,
+            dim,
+            each,
+        ];
+        self.queue
+            .launch(second, shape(parts, second.threads, dims.dim)?, &args)
     }
 
     fn select(

@@ -23,19 +23,22 @@ pub enum File {
     Loss,
     /// Norm of a vector, AdamW and moving average.
     Optimizer,
+    /// Matrix products that cuBLASLt does not do.
+    Product,
     /// Attention.
     Attention,
 }
 
 impl File {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Patches,
         Self::Tokens,
         Self::Select,
         Self::Rows,
         Self::Loss,
         Self::Optimizer,
+        Self::Product,
         Self::Attention,
     ];
 
@@ -48,6 +51,7 @@ impl File {
             Self::Rows => "rows.cu",
             Self::Loss => "loss.cu",
             Self::Optimizer => "optimizer.cu",
+            Self::Product => "product.cu",
             Self::Attention => "attention.cu",
         }
     }
@@ -61,6 +65,7 @@ impl File {
             Self::Rows => include_str!("../kernels/rows.cu"),
             Self::Loss => include_str!("../kernels/loss.cu"),
             Self::Optimizer => include_str!("../kernels/optimizer.cu"),
+            Self::Product => include_str!("../kernels/product.cu"),
             Self::Attention => include_str!("../kernels/attention.cu"),
         };
         format!(
@@ -121,7 +126,7 @@ macro_rules! kernels {
 // NAME = File "entry point" (args, threads, registers, shared);
 kernels! {
     GELU_IN_PLACE = Rows "gelu_in_place" (args 2, threads 256, registers 64, shared 0);
-    ADD_COLUMN_SUMS = Rows "add_column_sums" (args 5, threads 256, registers 64, shared 2048);
+    ADD_COLUMN_SUMS = Rows "add_column_sums" (args 6, threads 256, registers 64, shared 2048);
     GATHER_PATCHES = Patches "gather_patches" (args 11, threads 256, registers 64, shared 0);
     PIXEL_TARGETS = Patches "pixel_targets" (args 11, threads 256, registers 80, shared 0);
     EMBED_TOKENS = Tokens "embed_tokens" (args 11, threads 256, registers 64, shared 0);
@@ -134,6 +139,8 @@ kernels! {
     MEAN_POOL_BACKWARD = Tokens "mean_pool_backward" (args 6, threads 256, registers 64, shared 0);
     SUM_TOKENS = Tokens "sum_tokens" (args 8, threads 256, registers 64, shared 9216);
     MEAN_SIMILARITY = Select "mean_similarity" (args 5, threads 512, registers 128, shared 0);
+    SIMILARITY_SUMS = Select "similarity_sums" (args 6, threads 512, registers 128, shared 0);
+    SIMILARITY_SCORES = Select "similarity_scores" (args 7, threads 512, registers 128, shared 0);
     SELECT_BY_RANK = Select "select_by_rank" (args 6, threads 256, registers 40, shared 1024);
     SELECT_BY_SORT = Select "select_by_sort" (args 7, threads 1024, registers 64, shared 0);
     PIVOTED_QR_SCORES = Select "pivoted_qr_scores" (args 8, threads 512, registers 64, shared 256);
@@ -147,20 +154,21 @@ kernels! {
     LAYER_NORM_ODD_1024 = Rows "layer_norm_odd_1024" (args 7, threads 256, registers 96, shared 0);
     LAYER_NORM_ODD_16384 = Rows "layer_norm_odd_16384" (args 7, threads 1024, registers 64, shared 128);
     LAYER_NORM_BACKWARD_256 = Rows "layer_norm_backward_256" (args 10, threads 128, registers 80, shared 0);
-    LAYER_NORM_BACKWARD_512 = Rows "layer_norm_backward_512" (args 10, threads 128, registers 104, shared 0);
-    LAYER_NORM_BACKWARD_768 = Rows "layer_norm_backward_768" (args 10, threads 128, registers 136, shared 0);
-    LAYER_NORM_BACKWARD_1024 = Rows "layer_norm_backward_1024" (args 10, threads 128, registers 184, shared 0);
-    LAYER_NORM_BACKWARD_1536 = Rows "layer_norm_backward_1536" (args 10, threads 128, registers 136, shared 256);
-    LAYER_NORM_BACKWARD_2048 = Rows "layer_norm_backward_2048" (args 10, threads 128, registers 184, shared 256);
-    LAYER_NORM_BACKWARD_4096 = Rows "layer_norm_backward_4096" (args 10, threads 128, registers 184, shared 256);
-    LAYER_NORM_BACKWARD_ODD_256 = Rows "layer_norm_backward_odd_256" (args 10, threads 128, registers 80, shared 0);
-    LAYER_NORM_BACKWARD_ODD_4096 = Rows "layer_norm_backward_odd_4096" (args 10, threads 512, registers 80, shared 256);
+    LAYER_NORM_BACKWARD_512 = Rows "layer_norm_backward_512" (args 10, threads 128, registers 128, shared 0);
+    LAYER_NORM_BACKWARD_768 = Rows "layer_norm_backward_768" (args 10, threads 128, registers 168, shared 0);
+    LAYER_NORM_BACKWARD_1024 = Rows "layer_norm_backward_1024" (args 10, threads 128, registers 232, shared 0);
+    LAYER_NORM_BACKWARD_1536 = Rows "layer_norm_backward_1536" (args 10, threads 128, registers 168, shared 256);
+    LAYER_NORM_BACKWARD_2048 = Rows "layer_norm_backward_2048" (args 10, threads 128, registers 240, shared 256);
+    LAYER_NORM_BACKWARD_4096 = Rows "layer_norm_backward_4096" (args 10, threads 128, registers 232, shared 256);
+    LAYER_NORM_BACKWARD_ODD_256 = Rows "layer_norm_backward_odd_256" (args 10, threads 128, registers 96, shared 0);
+    LAYER_NORM_BACKWARD_ODD_4096 = Rows "layer_norm_backward_odd_4096" (args 10, threads 512, registers 112, shared 256);
     COLUMN_SUMS = Rows "column_sums" (args 5, threads 256, registers 48, shared 4096);
     COLUMN_SUMS_ODD = Rows "column_sums_odd" (args 5, threads 256, registers 48, shared 4096);
     COSINE_LOSS = Rows "cosine_loss" (args 7, threads 256, registers 96, shared 0);
     COSINE_LOSS_ODD = Rows "cosine_loss_odd" (args 7, threads 256, registers 104, shared 0);
     GELU_OF = Rows "gelu_of" (args 3, threads 256, registers 64, shared 0);
-    GELU_BACKWARD = Rows "gelu_backward" (args 3, threads 256, registers 80, shared 0);
+    GELU_BACKWARD = Rows "gelu_backward" (args 6, threads 256, registers 64, shared 4096);
+    GELU_BACKWARD_ODD = Rows "gelu_backward_odd" (args 6, threads 256, registers 80, shared 4096);
     SCALE_ROWS = Rows "scale_rows" (args 5, threads 256, registers 64, shared 0);
     ADD_SCALED_ROWS = Rows "add_scaled_rows" (args 5, threads 256, registers 80, shared 0);
     FINISH_SUM = Loss "finish_sum" (args 7, threads 1024, registers 32, shared 256);
@@ -170,6 +178,9 @@ kernels! {
     COLUMN_SPREADS = Loss "column_spreads" (args 5, threads 256, registers 40, shared 4096);
     SUM_SQUARES = Optimizer "sum_squares" (args 3, threads 256, registers 48, shared 128);
     ADAMW_EMA = Optimizer "adamw_ema" (args 16, threads 256, registers 48, shared 0);
+    PRODUCT = Product "product" (args 11, threads 256, registers 64, shared 8192);
+    SPREAD_BIAS = Product "spread_bias" (args 6, threads 256, registers 32, shared 0);
+    WIDEN_ROWS = Product "widen_rows" (args 5, threads 256, registers 48, shared 0);
     ATTENTION_32 = Attention "attention_32" (args 9, threads 128, registers 128, shared 0);
     ATTENTION_BACKWARD_32 = Attention "attention_backward_32" (args 11, threads 128, registers 168, shared 0);
     ATTENTION_64 = Attention "attention_64" (args 9, threads 128, registers 168, shared 0);

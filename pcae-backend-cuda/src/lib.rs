@@ -27,6 +27,7 @@
 mod attention;
 mod buffers;
 mod bytes;
+mod checks;
 mod compile;
 mod cuda;
 mod driver;
@@ -36,14 +37,17 @@ mod infer;
 pub mod kernels;
 mod memory;
 mod optimizer;
+mod padding;
 mod peak;
 mod queue;
 mod ring;
 mod rows;
+mod sums;
 #[cfg(test)]
 mod testing;
 mod tokens;
 mod train;
+mod versions;
 
 pub use buffers::{Buf, Ids, Params, Scores, Vector};
 pub use bytes::bytes;

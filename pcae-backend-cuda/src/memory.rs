@@ -6,6 +6,8 @@ use pcae_kernel::sizing::{Memory, Sizing};
 
 use crate::Precision;
 use crate::gemm;
+use crate::infer;
+use crate::padding;
 use crate::queue;
 
 /// What the task that `sizing` has seen takes from the device. The driver's own is not counted: its context, the kernels and the
@@ -24,12 +26,12 @@ pub fn memory(sizing: &Sizing, precision: Precision) -> Memory {
             .saturating_add(product(&[words, size_of::<u32>()])),
         state: product(&[sizes.vectors, size_of::<f32>()])
             .saturating_add(product(&[parameters, parameter])),
-        scratch: scratch(sizing.ops()),
+        scratch: scratch(sizing.ops(), precision),
     }
 }
 
 /// One workspace, as large as the largest that an operation has asked for, beside what every backend has.
-fn scratch(ops: &[Op]) -> usize {
+fn scratch(ops: &[Op], precision: Precision) -> usize {
     /// Groups of rows that are summed each by itself, at most, in whichever kernel of `rows.rs` and `tokens.rs`.
     const GROUPS: usize = 3 * 132;
     /// Blocks of a sum over all elements, at most.
@@ -40,13 +42,17 @@ fn scratch(ops: &[Op]) -> usize {
     let mut table = 0;
     for op in ops {
         workspace = workspace.max(match *op {
-            Op::LayerNormBackward(dims) => product(&[GROUPS, 2, dims.dim, F32]),
-            // The gradient of the bias.
-            Op::LinearParams(dims) => product(&[GROUPS, dims.out_features, F32]),
+            Op::LayerNormBackward(dims) => product(&[GROUPS, 3, dims.dim, F32]),
+            // The gradient of the bias, or of the one before a GELU.
+            Op::LinearParams(dims) => product(&[GROUPS, dims.out_features, F32])
+                .max(padding::bytes(precision, dims, false)),
+            Op::Linear(dims) => padding::bytes(precision, dims, true),
+            Op::LinearInput(dims) => product(&[GROUPS, dims.in_features, F32]),
             Op::Target(dims) => product(&[GROUPS, 3, dims.dim, F32]),
             Op::Loss(dims) => product(&[dims.rows.max(BLOCKS), F32]),
             Op::Vector { .. } => product(&[BLOCKS, F32]),
             Op::PivotedQr(dims) => product(&[dims.batch, dims.tokens, dims.dim, size_of::<f64>()]),
+            Op::MeanSimilarity(dims) => infer::score_sums(dims),
             Op::AdamW { elements, .. } => {
                 // Five words for each 4096 of them, and where segments begin.
                 table = table.max(product(&[elements.div_ceil(4096), 2, 5 * F32]));
@@ -55,12 +61,9 @@ fn scratch(ops: &[Op]) -> usize {
             // The sums of class and mask tokens have fewer groups than a layer norm's backward of the same width, which comes with
             // them.
             Op::Tokens { .. }
-            | Op::Linear(_)
-            | Op::LinearInput(_)
             | Op::LayerNorm(_)
             | Op::Attention(_)
             | Op::AttentionBackward(_)
-            | Op::MeanSimilarity(_)
             | Op::Select { .. }
             | Op::Transfer { .. } => 0,
         });

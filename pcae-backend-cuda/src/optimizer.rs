@@ -5,11 +5,11 @@ use pcae_kernel::error::Error as KernelError;
 
 use crate::Cuda;
 use crate::buffers::{Ids, Params, Vector};
+use crate::checks::small;
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::kernels;
 use crate::queue::{Arg, Queue, Shape};
-use crate::tokens::small;
 
 /// Parameters of a block of the kernel.
 const PIECE: usize = 4096;

@@ -19,6 +19,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use pcae_kernel::backend::RowDims;
 use pcae_kernel::error::Error as KernelError;
 
 use crate::Precision;
@@ -31,6 +32,8 @@ use crate::error::Error;
 use crate::gemm::{Gemm, Matmul};
 use crate::kernels::{File, KERNELS, Kernel};
 use crate::ring::{PIECE, Ring, to_bf16};
+use crate::sums::ColumnSums;
+use crate::versions::{self, Version};
 
 /// Graphs that are kept: of steps, of the last and shorter batch, of evaluations, at several sizes.
 const GRAPHS: usize = 32;
@@ -147,6 +150,9 @@ pub(crate) struct Queue {
     tape: Vec<u64>,
     /// Pieces of the tape.
     pieces: usize,
+    /// Counts what may change memory, and the sums that were there at a count.
+    changes: u64,
+    sums: Option<(u64, ColumnSums)>,
     changing: Vec<f32>,
     /// Errors by their code, which is counted from 1.
     faults: Vec<KernelError>,
@@ -169,7 +175,7 @@ pub(crate) struct Queue {
     fault_at: Memory,
     workspace: Option<Memory>,
 
-    gemm: Gemm,
+    pub(crate) gemm: Gemm,
     /// By the place in [`KERNELS`].
     functions: Vec<Loaded>,
     /// Whose functions those are.
@@ -191,7 +197,15 @@ impl Queue {
         context: Arc<Context>,
         precision: Precision,
     ) -> Result<(Self, Option<String>), Error> {
-        let (images, warning) = Compiler::new()?.all(&context, precision)?;
+        let compiler = Compiler::new()?;
+        let found = versions::Found {
+            driver: context.driver,
+            nvrtc: compiler.version(),
+            cublas: Version::of_cublas_found(),
+            needs_ptx: compiler.needs_ptx(context.capability),
+        };
+        found.check()?;
+        let (images, warning) = compiler.all(&context, precision)?;
         let modules = images
             .iter()
             .map(|image| Module::new(&context, image))
@@ -213,6 +227,8 @@ impl Queue {
             precision,
             tape: Vec::new(),
             pieces: 0,
+            changes: 0,
+            sums: None,
             changing: Vec::with_capacity(CHANGING),
             faults: Vec::with_capacity(64),
             known: Vec::new(),
@@ -245,6 +261,7 @@ impl Queue {
     pub(crate) fn allocate(&mut self, bytes: usize) -> Result<Memory, Error> {
         self.collect()?;
         let memory = self.heap.allocate(bytes)?;
+        self.changes += 1;
         // Nothing on the tape can refer to it yet.
         // SAFETY: just allocated; if it is dropped, the heap frees it behind this work.
         unsafe { self.stream.zero(memory.at(), memory.bytes())? };
@@ -281,6 +298,7 @@ impl Queue {
     /// Memory for what one operation's kernels hand to each other, of at least `bytes`, with any content. The next
     /// operation gets the same.
     pub(crate) fn workspace(&mut self, bytes: usize) -> Result<DevicePtr, Error> {
+        self.changes += 1;
         match &self.workspace {
             Some(memory) if memory.bytes() >= bytes => Ok(memory.at()),
             _ => {
@@ -398,6 +416,11 @@ impl Queue {
         self.appended()
     }
 
+    /// See [`Cuda::time_products`](crate::Cuda::time_products).
+    pub(crate) fn time_products(&mut self, timed: bool) {
+        self.gemm.time(timed);
+    }
+
     /// Values that may be others the next time that the same work is queued: a place which holds them while the work runs that
     /// is queued *next*. Ask for it just before the launch that reads it.
     ///
@@ -436,7 +459,19 @@ impl Queue {
         u32::try_from(at + 1).unwrap_or(u32::MAX)
     }
 
+    /// Keeps sums over rows in the workspace, until anything else is queued.
+    pub(crate) fn remember_sums(&mut self, sums: ColumnSums) {
+        self.sums = Some((self.changes, sums));
+    }
+
+    /// The sums over rows of a matrix, if nothing was queued since they were made.
+    pub(crate) fn sums_of(&self, of: DevicePtr, dims: RowDims) -> Option<ColumnSums> {
+        let (changes, sums) = self.sums?;
+        (changes == self.changes && (sums.of, sums.dims) == (of, dims)).then_some(sums)
+    }
+
     fn appended(&mut self) -> Result<(), Error> {
+        self.changes += 1;
         self.pieces += 1;
         if self.tape.len() > TAPE || self.changing.len() > CHANGING / 2 {
             self.flush()?;
@@ -599,6 +634,7 @@ impl Queue {
         if from.is_empty() {
             return Ok(());
         }
+        self.changes += 1;
         // What is queued reads what was there before.
         self.flush()?;
         self.context.bind()?;
@@ -747,7 +783,17 @@ fn issue(
                 let Some((words, after)) = after.split_first_chunk() else {
                     break;
                 };
-                gemm.run(stream, &Matmul::from_words(words))?;
+                let launch = |kernel: Kernel, shape: Shape, args: &[Arg]| {
+                    let mut words = [0; MAX_ARGS];
+                    let words = &mut words[..args.len()];
+                    for (word, arg) in words.iter_mut().zip(args) {
+                        *word = arg.0;
+                    }
+                    let function = functions[usize::from(kernel.id)].function;
+                    // SAFETY: as below; `Gemm` passes what the kernel takes.
+                    unsafe { stream.launch(function, shape.grid, shape.block, shape.shared, words) }
+                };
+                gemm.run(stream, &launch, &Matmul::from_words(words))?;
                 after
             }
             word::COPY => {

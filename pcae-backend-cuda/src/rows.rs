@@ -3,16 +3,17 @@
 use pcae_kernel::backend::RowDims;
 use pcae_kernel::error::{Error as KernelError, product};
 
+use crate::checks::small;
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
 use crate::queue::{Arg, Queue, Shape};
-use crate::tokens::small;
+use crate::sums::ColumnSums;
 
 /// Threads of a block of every kernel here that does not say otherwise.
-const BLOCK: u32 = 256;
+pub(crate) const BLOCK: u32 = 256;
 /// Blocks that keep any device busy: eight on each of 132 multiprocessors.
-const BUSY: usize = 8 * 132;
+pub(crate) const BUSY: usize = 8 * 132;
 
 /// A kernel that keeps rows of up to `dim` elements in registers.
 struct Kept {
@@ -107,14 +108,14 @@ fn float(at: DevicePtr, index: usize) -> DevicePtr {
 }
 
 /// How rows are cut into groups that are summed each by itself. It depends on the sizes alone, and so do the bits of the sum.
-struct Groups {
-    rows_each: usize,
-    count: u32,
+pub(crate) struct Groups {
+    pub(crate) rows_each: usize,
+    pub(crate) count: u32,
 }
 
 impl Groups {
     /// At most `most` groups of at least `least` rows, of a multiple of `turn`.
-    fn new(rows: usize, most: usize, least: usize, turn: usize) -> Self {
+    pub(crate) fn new(rows: usize, most: usize, least: usize, turn: usize) -> Self {
         let rows_each = rows.div_ceil(most).max(least).next_multiple_of(turn);
         // At most as many as asked for.
         let count = rows.div_ceil(rows_each) as u32;
@@ -138,7 +139,7 @@ impl Affine {
 
 impl Queue {
     /// Elements of 16 bytes.
-    fn lanes(&self) -> usize {
+    pub(crate) fn lanes(&self) -> usize {
         16 / self.precision.size()
     }
 
@@ -207,17 +208,17 @@ impl Queue {
         let groups = Groups::new(dims.rows, 3 * 132, 2 * turn, turn);
         let partial = self.workspace(product(&[
             groups.count as usize,
-            2,
+            3,
             dims.dim,
             size_of::<f32>(),
         ]))?;
         let shape = Shape {
             grid: [groups.count, 1, 1],
             block: kept.block,
-            // Two sums for each element of half of the threads.
+            // Three sums for each element of half of the threads.
             shared: match kept.rows() {
                 1 => 0,
-                _ => kept.block / 2 * kept.elements * 2 * size_of::<f32>() as u32,
+                _ => kept.block / 2 * kept.elements * 3 * size_of::<f32>() as u32,
             },
         };
         self.launch(
@@ -250,66 +251,17 @@ impl Queue {
                 partial.into(),
                 groups.count.into(),
                 dim.into(),
-            ],
-        )
-    }
-
-    /// Groups of rows for kernels that sum over them, 32 vectors of a row a block.
-    fn column_groups(&self, op: &'static str, dims: RowDims) -> Result<(u32, Groups), KernelError> {
-        let tiles = dims.dim.div_ceil(32 * self.lanes());
-        let groups = Groups::new(dims.rows, (BUSY / tiles).clamp(1, 264), 32, 8);
-        Ok((small(op, tiles)?, groups))
-    }
-
-    /// `to += sum over rows of x`.
-    pub(crate) fn add_rows(
-        &mut self,
-        op: &'static str,
-        dims: RowDims,
-        to: DevicePtr,
-        x: DevicePtr,
-    ) -> Result<(), Error> {
-        if dims.is_empty() {
-            return Ok(());
-        }
-        let (tiles, groups) = self.column_groups(op, dims)?;
-        let dim = small(op, dims.dim)?;
-        let partial = self.workspace(product(&[
-            groups.count as usize,
-            dims.dim,
-            size_of::<f32>(),
-        ]))?;
-        let kernel = match dims.dim.is_multiple_of(self.lanes()) {
-            true => kernels::COLUMN_SUMS,
-            false => kernels::COLUMN_SUMS_ODD,
-        };
-        let shape = Shape {
-            grid: [tiles, groups.count, 1],
-            block: BLOCK,
-            shared: 0,
-        };
-        self.launch(
-            kernel,
-            shape,
-            &[
-                partial.into(),
-                x.into(),
-                small(op, dims.rows)?.into(),
-                dim.into(),
-                small(op, groups.rows_each)?.into(),
+                3_u32.into(),
             ],
         )?;
-        self.launch(
-            kernels::ADD_COLUMN_SUMS,
-            line(dim.div_ceil(32)),
-            &[
-                to.into(),
-                Arg::NULL,
-                partial.into(),
-                groups.count.into(),
-                dim.into(),
-            ],
-        )
+        self.remember_sums(ColumnSums {
+            of: d_x,
+            dims,
+            partial: float(partial, 2 * dims.dim),
+            groups: groups.count,
+            sums: 3,
+        });
+        Ok(())
     }
 
     /// `out = mean over columns of the standard deviation of x`.
@@ -366,17 +318,6 @@ impl Queue {
     pub(crate) fn gelu(&mut self, len: usize, out: DevicePtr, x: DevicePtr) -> Result<(), Error> {
         let args = [out.into(), x.into(), Arg::from(len as u64)];
         self.launch(kernels::GELU_OF, self.elements(len), &args)
-    }
-
-    /// `d *= gelu'(x)`
-    pub(crate) fn gelu_backward(
-        &mut self,
-        len: usize,
-        d: DevicePtr,
-        x: DevicePtr,
-    ) -> Result<(), Error> {
-        let args = [d.into(), x.into(), Arg::from(len as u64)];
-        self.launch(kernels::GELU_BACKWARD, self.elements(len), &args)
     }
 
     /// `out = scale * x`, a factor for each `share` elements.

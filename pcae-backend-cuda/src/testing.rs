@@ -13,10 +13,15 @@ use crate::{Precision, device_count};
 
 const VARIABLE: &str = "PCAE_EMULATED";
 
+/// Whether devices are emulated ones.
+pub(crate) fn is_emulated() -> bool {
+    std::env::var_os(VARIABLE).is_some()
+}
+
 /// A queue on the device, if there is one.
 pub(crate) fn queue(precision: Precision) -> Option<Queue> {
     let found = device_count();
-    if std::env::var_os(VARIABLE).is_some() {
+    if is_emulated() {
         assert_eq!(found, Ok(1), "the emulated driver is found");
     } else if !matches!(found, Ok(1..)) {
         println!("skipped: no CUDA device ({found:?})");
@@ -61,7 +66,7 @@ pub(crate) fn allocations(work: impl FnOnce()) -> usize {
 
 #[test]
 fn on_the_emulator() {
-    if std::env::var_os(VARIABLE).is_some() || !cfg!(target_os = "linux") {
+    if is_emulated() || !cfg!(target_os = "linux") {
         return;
     }
     let build = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/emulator/build");

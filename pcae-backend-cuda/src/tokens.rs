@@ -5,6 +5,7 @@ use pcae_kernel::error::{Error as KernelError, expect_len, product};
 
 use crate::Cuda;
 use crate::buffers::{Buf, Ids, Params, Scores, Vector};
+use crate::checks::{check_span, positions, small};
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
@@ -20,38 +21,6 @@ const BUSY: u32 = 512;
 const WARPS: usize = BLOCK as usize / 32;
 /// Groups of rows in which a sum over many is made.
 const PARTS: usize = 128;
-
-/// What kernels count in 32 bits.
-pub(crate) fn small(op: &'static str, len: usize) -> Result<u32, KernelError> {
-    u32::try_from(len).map_err(|_| KernelError::Dimensions {
-        op,
-        expected: "fewer than 2^32 elements",
-        found: len,
-    })
-}
-
-/// That `len` parameters of `span` are there, of `total`.
-pub(crate) fn check_span(
-    op: &'static str,
-    what: &'static str,
-    total: usize,
-    span: Span,
-    len: usize,
-) -> Result<(), KernelError> {
-    expect_len(op, what, span.len, len)?;
-    expect_len(op, "params", total, span.end())
-}
-
-/// How many patches have a position in the table `span`; row 0 is the class token's.
-pub(crate) fn positions(
-    op: &'static str,
-    params: &Params,
-    span: Span,
-    dim: usize,
-) -> Result<usize, KernelError> {
-    check_span(op, "pos_embed", params.len, span, span.len)?;
-    Ok((span.len / dim.max(1)).saturating_sub(1))
-}
 
 impl Cuda {
     /// Elements that kernels take at once of rows of `dim`: 16 bytes, or one.
@@ -239,6 +208,7 @@ impl Cuda {
                 parts.into(),
                 groups.into(),
                 width.into(),
+                1_u32.into(),
             ],
         )
     }

@@ -9,10 +9,11 @@ use pcae_kernel::layout::Layout;
 
 use crate::Cuda;
 use crate::buffers::{Buf, Ids, Params, Scores, Vector};
+use crate::checks::{check_layer, check_loss, check_norm, check_pair, check_scale, check_span};
 use crate::error::Error;
 use crate::gemm::Matmul;
+use crate::padding;
 use crate::rows::Affine;
-use crate::tokens::check_span;
 
 impl TrainBackend for Cuda {
     type Vector = Vector;
@@ -138,17 +139,24 @@ impl TrainBackend for Cuda {
             k: dims.out_features,
             a: d_y.at(0),
             a_transposed: false,
+            a_row: dims.out_features,
             b: params.product(layer.weight.start),
             b_transposed: false,
+            b_row: dims.in_features,
             bias: None,
             add: None,
             out: d_x.at(0),
             out_f32: false,
         })?;
         match pre_gelu {
-            Some(pre_gelu) => self
-                .queue
-                .gelu_backward(dims.in_len(), d_x.at(0), pre_gelu.at(0)),
+            Some(pre_gelu) => {
+                let rows = RowDims {
+                    rows: dims.rows,
+                    dim: dims.in_features,
+                };
+                self.queue
+                    .gelu_backward(OP, rows, d_x.at(0), pre_gelu.at(0))
+            }
             None => Ok(()),
         }
     }
@@ -162,12 +170,26 @@ impl TrainBackend for Cuda {
         x: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "linear_backward_params";
-        check_span(OP, "weight", grads.len, layer.weight, dims.weight_len())?;
-        check_span(OP, "bias", grads.len, layer.bias, dims.out_features)?;
+        check_layer(OP, grads.len, layer, dims)?;
         expect_len(OP, "d_y", d_y.len, dims.out_len())?;
         expect_len(OP, "x", x.len, dims.in_len())?;
         if dims.rows == 0 {
             return Ok(());
+        }
+        // First, as long as sums of `d_y` that its kernel has made are there.
+        let rows = RowDims {
+            rows: dims.rows,
+            dim: dims.out_features,
+        };
+        let d_bias = grads.at(layer.bias.start);
+        self.queue.add_rows(OP, rows, d_bias, d_y.at(0))?;
+        let (mut input, mut row) = (x.at(0), dims.in_features);
+        if let Some(padded) = padding::padded(self.precision, dims) {
+            let size = padding::bytes(self.precision, dims, false);
+            let room = self.queue.workspace(size)?;
+            self.queue
+                .widen_rows(OP, room, input, [dims.rows, row, padded])?;
+            (input, row) = (room, padded);
         }
         let d_weight = grads.at(layer.weight.start);
         self.queue.matmul(Matmul {
@@ -176,19 +198,15 @@ impl TrainBackend for Cuda {
             k: dims.rows,
             a: d_y.at(0),
             a_transposed: true,
-            b: x.at(0),
+            a_row: dims.out_features,
+            b: input,
             b_transposed: false,
+            b_row: row,
             bias: None,
             add: Some(d_weight),
             out: d_weight,
             out_f32: true,
-        })?;
-        let rows = RowDims {
-            rows: dims.rows,
-            dim: dims.out_features,
-        };
-        let d_bias = grads.at(layer.bias.start);
-        self.queue.add_rows(OP, rows, d_bias, d_y.at(0))
+        })
     }
 
     fn layer_norm_saving(
@@ -513,8 +531,7 @@ impl Cuda {
     ) -> Result<(), Error> {
         expect_len(op, "out", out.len, dims.len())?;
         expect_len(op, "x", x.len, dims.len())?;
-        check_span(op, "weight", params.len, norm.weight, dims.dim)?;
-        check_span(op, "bias", params.len, norm.bias, dims.dim)?;
+        check_norm(op, params.len, norm, dims.dim)?;
         if let Some(stats) = &stats {
             expect_len(op, "stats", stats.len, product(&[dims.rows, 2]))?;
         }
@@ -526,50 +543,4 @@ impl Cuda {
         self.queue
             .layer_norm(op, dims, out.at(0), stats, x.at(0), Some(affine))
     }
-}
-
-/// `rows_per_scale` divides `rows`, and there is a scale for each group.
-fn check_scale(
-    op: &'static str,
-    rows: usize,
-    scale: &Buf,
-    rows_per_scale: usize,
-) -> Result<(), KernelError> {
-    if rows_per_scale == 0 || !rows.is_multiple_of(rows_per_scale) {
-        return Err(KernelError::Dimensions {
-            op,
-            expected: "rows that `rows_per_scale` divides",
-            found: rows_per_scale,
-        });
-    }
-    expect_len(op, "scale", scale.len, rows / rows_per_scale)
-}
-
-/// There is something to take the mean of, and room for the result.
-fn check_loss(
-    op: &'static str,
-    dims: RowDims,
-    losses: &Vector,
-    at: usize,
-) -> Result<(), KernelError> {
-    if dims.is_empty() {
-        return Err(KernelError::Dimensions {
-            op,
-            expected: "at least one row and column",
-            found: 0,
-        });
-    }
-    expect_len(op, "losses", losses.len, at.saturating_add(1))
-}
-
-fn check_pair(
-    op: &'static str,
-    dims: RowDims,
-    gradient: &Buf,
-    prediction: &Buf,
-    target: &Buf,
-) -> Result<(), KernelError> {
-    expect_len(op, "gradient", gradient.len, dims.len())?;
-    expect_len(op, "prediction", prediction.len, dims.len())?;
-    expect_len(op, "target", target.len, dims.len())
 }

@@ -161,6 +161,9 @@ fn similarity_to_the_mean_is_exact_at_any_width() {
             (1, 1, 19, 1024),
             (2, 1, 18, 1280),
             (1, 0, 3, 2053),
+            // As many sequences as keep a device busy, a block each.
+            (133, 1, 19, 40),
+            (133, 0, 17, 1025),
         ] {
             let dims = TokenDims {
                 batch,
@@ -199,6 +202,53 @@ fn similarity_to_the_mean_is_exact_at_any_width() {
         // Scores are cosines, at most 1: a few roundings of 6e-8.
         println!("{precision:?}: {worst:e}");
         assert!(worst < 4e-7, "{precision:?}: {worst:e}");
+    });
+}
+
+/// A sequence is cut into parts for several blocks; equal tokens of different parts have equal scores, and the first of them is selected.
+#[test]
+fn ties_between_parts_of_a_sequence_are_kept() {
+    both(|mut cuda, precision| {
+        for (batch, dim) in [(1, 384), (3, 40), (1, 33)] {
+            let dims = TokenDims {
+                batch,
+                prefix: 1,
+                tokens: 197,
+                dim,
+            };
+            // Five different ones.
+            let five = noise(dim as u64, 5 * dim);
+            let token = |i: usize| five[i % 5 * dim..][..dim].to_vec();
+            let values: Vec<f32> = (0..batch * 198).flat_map(|i| token(i % 198)).collect();
+            let x = buf(&mut cuda, &values);
+            let mut scores = cuda.scores(batch * 197).unwrap();
+            cuda.mean_similarity(dims, &mut scores, &x).unwrap();
+            let mut got = vec![0.0; batch * 197];
+            cuda.read_scores(&mut got, &scores).unwrap();
+            for (i, score) in got.iter().enumerate() {
+                assert_eq!(
+                    score.to_bits(),
+                    got[i % 197 % 5].to_bits(),
+                    "{precision:?} {i}"
+                );
+            }
+            let mut picked = cuda.ids(batch * 90).unwrap();
+            cuda.select(batch, 197, 90, &mut picked, &scores).unwrap();
+            let mut found = vec![0; batch * 90];
+            cuda.read_ids(&mut found, &picked).unwrap();
+
+            let mut reference = Reference::<f64, _>::owned();
+            let x = buf(&mut reference, &values);
+            let mut scores = reference.scores(batch * 197).unwrap();
+            reference.mean_similarity(dims, &mut scores, &x).unwrap();
+            let mut picked = reference.ids(batch * 90).unwrap();
+            reference
+                .select(batch, 197, 90, &mut picked, &scores)
+                .unwrap();
+            let mut expected = vec![0; batch * 90];
+            reference.read_ids(&mut expected, &picked).unwrap();
+            assert_eq!(found, expected, "{precision:?} {dims:?}");
+        }
     });
 }
 

@@ -318,6 +318,186 @@ fn biases_get_sums_over_many_rows() {
     });
 }
 
+/// Rows of no multiple of 16 bytes, as patches of 14 x 14 pixels: copied apart for tensor cores where that is worth it, forward and backward.
+#[test]
+fn linear_layers_of_odd_inputs() {
+    fn run<B: TrainBackend>(backend: &mut B, dims: LinearDims) -> [Vec<f32>; 2] {
+        let layout = layout(dims.weight_len().div_ceil(8).max(dims.out_features));
+        let layer = Linear {
+            weight: Span {
+                start: 3,
+                len: dims.weight_len(),
+            },
+            bias: Span {
+                start: 3 + dims.weight_len(),
+                len: dims.out_features,
+            },
+        };
+        let params = backend.params(&layout, &noise(1, layout.len())).unwrap();
+        let x = buf(backend, &noise(2, dims.in_len()));
+        let mut out = buf(backend, &vec![9.0; dims.out_len() + 3]);
+        backend
+            .linear(dims, &mut out, &x, &params, layer, Epilogue::Bias)
+            .unwrap();
+        let d_y = buf(backend, &noise(3, dims.out_len()));
+        let mut grads = vector(backend, &noise(4, layout.len()));
+        backend
+            .linear_backward_params(dims, &mut grads, layer, &d_y, &x)
+            .unwrap();
+        [
+            contents(backend, &out, dims.out_len() + 3),
+            vector_contents(backend, &grads, layer.bias.end() + 5),
+        ]
+    }
+    both(|mut cuda, precision| {
+        for (rows, in_features, out_features) in [
+            (130, 588, 128),
+            (128, 65, 136),
+            (127, 588, 130),
+            (200, 100, 129),
+        ] {
+            let dims = LinearDims {
+                rows,
+                in_features,
+                out_features,
+            };
+            let got = run(&mut cuda, dims);
+            let want = run(&mut Reference::<f64, _>::owned(), dims);
+            let what = format!("{precision:?} {dims:?}");
+            // Sums of up to 600 terms near 1 are near 25, and their bias may be added to them rounded.
+            let within = match precision {
+                Precision::F32 => 2e-5,
+                Precision::Bf16 => 0.01,
+            };
+            close(&what, &got[0], &want[0], Some(precision), within);
+            close(&what, &got[1], &want[1], None, 2e-5);
+        }
+    });
+}
+
+/// What is queued between a gradient and those of the layer's parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Between {
+    Nothing,
+    /// A kernel writes over it.
+    Kernel,
+    /// It is written anew.
+    Write,
+    /// It is dropped, and another one takes its place.
+    Other,
+    /// The gradients of fewer rows are asked for.
+    Fewer,
+}
+
+/// Kernels that make a gradient sum it too; those sums are only taken for the gradient that they are of.
+#[test]
+fn biases_get_the_sums_of_their_own_gradient() {
+    fn run<B: TrainBackend>(
+        backend: &mut B,
+        dims: RowDims,
+        of_norm: Option<Accum>,
+        between: Between,
+    ) -> Vec<f32> {
+        let (rows, dim) = (dims.rows, dims.dim);
+        let linear = |rows, in_features, out_features| LinearDims {
+            rows,
+            in_features,
+            out_features,
+        };
+        let layout = layout(2 * dim);
+        let params = backend.params(&layout, &noise(1, layout.len())).unwrap();
+        let span = |start, len| Span { start, len };
+        let layer = Linear {
+            weight: span(8, dim),
+            bias: span(0, 1),
+        };
+        let mut grads = vector(backend, &noise(2, layout.len()));
+        let mut d = buf(backend, &noise(3, dims.len()));
+        let (x, d_y) = (noise(4, dims.len()), noise(5, dims.len()));
+        let x = buf(backend, &x);
+        // A new buffer is a change, too.
+        let (before, two) = (buf(backend, &noise(7, rows)), buf(backend, &[2.0]));
+        if let Some(accum) = of_norm {
+            let d_y = buf(backend, &d_y);
+            let stats: Vec<f32> = (0..rows)
+                .flat_map(|i| [0.1 * (i % 3) as f32, 1.5])
+                .collect();
+            let stats = vector(backend, &stats);
+            let norm = Norm {
+                weight: span(8, dim),
+                bias: span(8 + dim, dim),
+            };
+            backend
+                .layer_norm_backward(
+                    dims, &mut d, accum, &mut grads, &d_y, &x, &stats, &params, norm,
+                )
+                .unwrap();
+        } else {
+            let d_y = buf(backend, &d_y[..rows]);
+            backend
+                .linear_backward_input(linear(rows, dim, 1), &mut d, &d_y, &params, layer, Some(&x))
+                .unwrap();
+        }
+        let mut rows = rows;
+        match between {
+            Between::Nothing => {}
+            Between::Kernel => {
+                let whole = RowDims {
+                    rows: 1,
+                    dim: dims.len(),
+                };
+                backend.scale_rows(whole, &mut d, &x, &two, 1).unwrap();
+            }
+            Between::Write => backend.write(&mut d, &noise(6, dims.len())).unwrap(),
+            Between::Other => {
+                drop(d);
+                d = backend.buf(dims.len()).unwrap();
+            }
+            Between::Fewer => rows -= 1,
+        }
+        let layer = Linear {
+            weight: span(8, dim),
+            bias: span(8 + dim, dim),
+        };
+        backend
+            .linear_backward_params(linear(rows, 1, dim), &mut grads, layer, &d, &before)
+            .unwrap();
+        vector_contents(backend, &grads, layout.len())
+    }
+    both(|mut cuda, precision| {
+        for (rows, dim) in [
+            (1, 8),
+            (70, 768),
+            (33, 300),
+            (7, 21),
+            (900, 16),
+            (5, 1280),
+            (9, 2056),
+        ] {
+            let dims = RowDims { rows, dim };
+            for of_norm in [None, Some(Accum::Replace), Some(Accum::Add)] {
+                for between in [
+                    Between::Nothing,
+                    Between::Kernel,
+                    Between::Write,
+                    Between::Other,
+                    Between::Fewer,
+                ] {
+                    let got = run(&mut cuda, dims, of_norm, between);
+                    let want = run(&mut Reference::<f64, _>::owned(), dims, of_norm, between);
+                    let what = format!("{precision:?} {dims:?} {of_norm:?} {between:?}");
+                    // Gradients of up to 4 are rounded to bf16, by 2^-7 at most, and a product before; such errors have no sign.
+                    let within = match precision {
+                        Precision::F32 => 1e-4,
+                        Precision::Bf16 => 0.02 * (rows as f32).sqrt(),
+                    };
+                    close(&what, &got, &want, None, within);
+                }
+            }
+        }
+    });
+}
+
 /// A linear layer of one weight, 1, and no bias leaves its input to GELU.
 #[test]
 fn gelu_and_its_derivative_over_their_whole_range() {

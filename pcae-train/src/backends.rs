@@ -70,6 +70,9 @@ pub fn build<J: Build>(machine: &Machine, job: J) -> Result<J::Output, Error> {
             reason,
         })
     };
+    if machine.tune && machine.backend != BackendKind::Cuda {
+        log::warn!("--tune changes nothing without --backend cuda");
+    }
     match (machine.backend, machine.precision()) {
         (BackendKind::Cpu, _) => {
             let backend = cpu(machine)?;
@@ -97,7 +100,8 @@ pub fn build<J: Build>(machine: &Machine, job: J) -> Result<J::Output, Error> {
                 CudaPrecision::F32 => "f32",
                 CudaPrecision::Bf16 => "bf16",
             };
-            let name = format!("cuda ({}, {precision})", backend.name());
+            let tuned = if machine.tune { ", tuned" } else { "" };
+            let name = format!("cuda ({}, {precision}{tuned})", backend.name());
             job.build(backend, &name)
         }
         (BackendKind::Reference, Precision::Bf16) => wrong(
@@ -216,7 +220,9 @@ pub fn cuda(machine: &Machine) -> Result<Cuda, Error> {
     if machine.isa.is_some() {
         return wrong("--set isa", "expected none for --backend cuda".to_owned());
     }
-    Cuda::new(0, precision).map_err(|error| Error::backend("cuda", error))
+    let mut cuda = Cuda::new(0, precision).map_err(|error| Error::backend("cuda", error))?;
+    cuda.time_products(machine.tune);
+    Ok(cuda)
 }
 
 fn cuda_precision(machine: &Machine) -> Result<CudaPrecision, Error> {

@@ -142,7 +142,7 @@ pub(crate) fn advice(error: &std::io::Error) -> &'static str {
 }
 
 /// Settings that have a flag of their own.
-const FLAGS: [&str; 21] = [
+const FLAGS: [&str; 22] = [
     "data",
     "model",
     "method",
@@ -161,6 +161,7 @@ const FLAGS: [&str; 21] = [
     "weights",
     "which",
     "threads",
+    "tune",
     "workers",
     "seed",
     "out",

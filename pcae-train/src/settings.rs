@@ -152,6 +152,9 @@ pub struct Machine {
     pub teacher_precision: Option<Precision>,
     /// Instruction set of the CPU backend; the best there is if `None`.
     pub isa: Option<String>,
+    /// Whether a GPU times the algorithms of each matrix product and keeps the fastest: the last bits of results may then change
+    /// from start to start.
+    pub tune: bool,
     /// Threads that compute; 0 for all.
     pub threads: usize,
     /// Threads that prepare batches; 0 to do so between the steps.
@@ -408,6 +411,7 @@ impl Default for Machine {
             precision: None,
             teacher_precision: None,
             isa: None,
+            tune: false,
             threads: 0,
             workers: 1,
             out: PathBuf::from(DEFAULT_OUT),
@@ -425,11 +429,12 @@ impl Machine {
     }
 
     /// The keys of these settings.
-    pub const KEYS: [&'static str; 7] = [
+    pub const KEYS: [&'static str; 8] = [
         "backend",
         "precision",
         "teacher_precision",
         "isa",
+        "tune",
         "threads",
         "workers",
         "out",

@@ -130,6 +130,31 @@ fn everything_is_measured() {
     }
 }
 
+/// On the emulator the fastest algorithm is never the first.
+#[test]
+fn algorithms_are_timed_where_that_is_asked_for() {
+    let Some(emulator) = emulator() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let json = folder.path().join("b.json");
+    let seconds = |more: &[&str], tuned: bool| {
+        let path = json.to_string_lossy();
+        let args = ["--what", "infer", "--breakdown", "--json", &path];
+        let output = bench(&emulator, &[&args, more].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        let text = fs::read(&json).expect("the report is there");
+        let report: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+        let result = &report["results"][0];
+        assert_eq!(result["tuned"], tuned, "{report}");
+        let parts = result["breakdown"].as_array().expect("parts");
+        let linear = parts.iter().find(|it| it["operation"] == "linear forward");
+        let linear = linear.expect("linear layers");
+        linear["seconds"].as_f64().expect("seconds") / linear["calls"].as_f64().expect("calls")
+    };
+    // By the device's clock, to which the emulator adds a millisecond where the algorithm is not the fastest.
+    let (first, fastest) = (seconds(&[], false), seconds(&["--tune"], true));
+    assert!(first > fastest + 5e-4, "{first} {fastest}");
+}
+
 #[test]
 fn what_a_device_has_not_is_refused() {
     let fails = |args: &[&str], expected: &[&str]| {

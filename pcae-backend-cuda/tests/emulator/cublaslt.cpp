@@ -2,9 +2,13 @@
 //
 // Held against what the library promises: pointers as aligned as the preference has said, an algorithm that was found for this
 // very product, a workspace as large as that algorithm wants (which is written), operands that do not overlap.
+//
+// Which products of odd sizes a library has an algorithm for depends on its version and the device, and is documented for none. So this
+// one refuses whole classes of them (`refuses`), offers algorithms that it then refuses, and says which is the fastest.
 
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -47,7 +51,8 @@ struct Algo {
     uint64_t magic, product, workspace;
     uint32_t alignments[4];
     uint64_t bias_alignment;
-    uint64_t unused[2];
+    uint64_t number;   // in the order in which they are offered
+    uint64_t is_refused;   // by cublasLtMatmul
 };
 static_assert(sizeof(Algo) == 64, "cublasLtMatmulAlgo_t");
 
@@ -59,6 +64,10 @@ struct Found {   // cublasLtMatmulHeuristicResult_t
     int reserved[4];
 };
 
+/// Algorithms for a product.
+constexpr int OFFERED = 4;
+/// The fastest, and by how much.
+constexpr uint64_t FASTEST = 2, NANOSECONDS = 1000000;
 constexpr uint64_t MAGIC = 0x70636165656d75ULL;
 
 Status refuse(Status status, const std::string& reason) {
@@ -91,6 +100,16 @@ Status check(const Desc& desc, const Layout& a, const Layout& b, const Layout& c
                                          std::to_string(m) + ", " + std::to_string(n) + "]");
     if (a.type != b.type || c.type != d.type || (a.type == R_32F && d.type != R_32F)) return refuse(NOT_SUPPORTED, "this combination of types");
     return SUCCESS;
+}
+
+enum class Refusal { NONE, SAID, NOTHING_FOUND };
+
+/// Whether there is no algorithm. What the documentation asks for the best use of tensor cores, 16 bytes, is what an epilogue needs here; columns
+/// of bf16 that begin at odd elements, and products of one term in f32, are not computed at all.
+Refusal refuses(const Desc& desc, const Layout& a, const Layout& b, const Layout& d, size_t k) {
+    if (a.type == R_16BF ? k % 2 == 1 && (a.leading % 2 == 1 || b.leading % 2 == 1) : k == 1) return Refusal::NOTHING_FOUND;
+    if (desc.epilogue == EPILOGUE_BIAS && (reinterpret_cast<uintptr_t>(desc.bias) % 16 != 0 || d.rows * d.size() % 16 != 0)) return Refusal::SAID;
+    return Refusal::NONE;
 }
 
 float load(const void* at, size_t i, int type) {
@@ -218,15 +237,30 @@ EXPORT Status cublasLtMatmulAlgoGetHeuristic(void*, const void* desc, const void
     if (asked < 1) return refuse(INVALID_VALUE, "no algorithm is asked for");
     // Otherwise partial sums may be rounded to the output's format, or added in any order.
     if (preference.reductions != 2) return refuse(NOT_SUPPORTED, "reduction schemes other than CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE are allowed");
+    switch (refuses(*static_cast<const Desc*>(desc), la, lb, ld, k)) {
+        case Refusal::SAID: return NOT_SUPPORTED;
+        case Refusal::NOTHING_FOUND: return SUCCESS;
+        case Refusal::NONE: break;
+    }
     size_t workspace = k >= 32 ? std::min<size_t>(preference.workspace, 4096) : 0;
-    Algo algo = {MAGIC, sum(*static_cast<const Desc*>(desc), la, lb, lc, ld), workspace, {}, {}, {}};
+    Algo algo = {MAGIC, sum(*static_cast<const Desc*>(desc), la, lb, lc, ld), workspace, {}, {}, {}, {}};
     // As cublasLt.h says: the alignment of the bias is taken from the pointer.
     const uintptr_t bias_at = reinterpret_cast<uintptr_t>(static_cast<const Desc*>(desc)->bias);
     algo.bias_alignment = bias_at == 0 ? 1 : std::min<uint64_t>(256, bias_at & -bias_at);
     memcpy(algo.alignments, preference.alignments, sizeof algo.alignments);
-    *static_cast<Found*>(results) = {algo, workspace, SUCCESS, 1.0f, {}};
-    *found = 1;
+    for (int number = 0; number < std::min(asked, OFFERED); number++) {
+        algo.number = static_cast<uint64_t>(number);
+        algo.is_refused = number == 1 || k % 16 == 14 || (number == 0 && k % 16 == 15);
+        // Of the second it is said at once, of others only when they are launched.
+        static_cast<Found*>(results)[number] = {algo, workspace, number == 1 ? NOT_SUPPORTED : SUCCESS, 1.0f, {}};
+        *found = number + 1;
+    }
     return SUCCESS;
+}
+
+EXPORT size_t cublasLtGetVersion() {
+    const char* set = getenv("PCAE_EMULATED_CUBLASLT");
+    return set != nullptr ? strtoul(set, nullptr, 10) : 130000;
 }
 
 EXPORT Status cublasLtMatmul(void*, const void* desc_handle, const void* alpha_at, const void* a, const void* a_layout, const void* b, const void* b_layout, const void* beta_at, const void* c,
@@ -238,6 +272,7 @@ EXPORT Status cublasLtMatmul(void*, const void* desc_handle, const void* alpha_a
     if (algo_at == nullptr) return refuse(NOT_SUPPORTED, "a product without an algorithm");
     const Algo algo = *static_cast<const Algo*>(algo_at);
     if (algo.magic != MAGIC || algo.product != sum(desc, la, lb, lc, ld)) return refuse(INVALID_VALUE, "the algorithm was found for another product");
+    if (algo.is_refused) return NOT_SUPPORTED;
     if (algo.workspace > workspace_bytes) return refuse(INVALID_VALUE, "the algorithm wants " + std::to_string(algo.workspace) + " bytes and gets " + std::to_string(workspace_bytes));
     if (algo.workspace > 0 && reinterpret_cast<uintptr_t>(workspace) % 256 != 0) return refuse(INVALID_VALUE, "the workspace is no multiple of 256");
     const void* operands[] = {a, b, c, d};
@@ -279,6 +314,7 @@ EXPORT Status cublasLtMatmul(void*, const void* desc_handle, const void* alpha_a
             return;
         }
         memset(workspace, 0xff, algo.workspace);
+        if (algo.number != FASTEST) emulated_spend(NANOSECONDS);
         // In f32, op(A) as [k][m] and op(B) as [n][k], filled up to whole tiles.
         size_t rows = (m + ROWS - 1) / ROWS * ROWS, columns = (n + COLUMNS - 1) / COLUMNS * COLUMNS;
         std::vector<float> left(rows * k), right(columns * k);

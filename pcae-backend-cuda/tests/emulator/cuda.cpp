@@ -111,6 +111,9 @@ struct Stream {
     std::thread::id capture_thread;
 };
 
+/// What `emulated_spend` has added to the clock.
+std::chrono::nanoseconds spent{0};
+
 struct Event {
     Stream* stream = nullptr;
     uint64_t at = 0;
@@ -373,6 +376,8 @@ extern "C" bool emulated_is_device(const void* at, size_t bytes) {
     return is_device(reinterpret_cast<uintptr_t>(at), bytes);
 }
 
+extern "C" void emulated_spend(uint64_t nanoseconds) { spent += std::chrono::nanoseconds(nanoseconds); }
+
 extern "C" void emulated_complain(const char* format, ...) {
     char text[4096];
     va_list arguments;
@@ -392,7 +397,8 @@ EXPORT Result cuInit(unsigned flags) {
 }
 
 EXPORT Result cuDriverGetVersion(int* version) {
-    *version = 13000;
+    const char* set = getenv("PCAE_EMULATED_DRIVER");
+    *version = set != nullptr ? atoi(set) : 13000;
     return SUCCESS;
 }
 
@@ -767,7 +773,7 @@ EXPORT Result cuEventRecord(void* handle, void* stream) {
     Event* event = static_cast<Event*>(handle);
     if (auto time = event->time) {
         *time = {};
-        if (Result code = enqueue(__func__, stream, {"cuEventRecord", [=](std::string&) { *time = std::chrono::steady_clock::now(); }, nullptr})) return code;
+        if (Result code = enqueue(__func__, stream, {"cuEventRecord", [=](std::string&) { *time = std::chrono::steady_clock::now() + spent; }, nullptr})) return code;
     }
     event->stream = found;
     event->at = found->enqueued;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include <functional>
 #include <string>
@@ -21,3 +22,6 @@ extern "C" bool emulated_is_device(const void* at, size_t bytes) __attribute__((
 
 /// Says on standard error what a call was refused for.
 extern "C" void emulated_complain(const char* format, ...) __attribute__((visibility("default"), format(printf, 1, 2)));
+
+/// Lets time pass for events, and for nothing else. From within work.
+extern "C" void emulated_spend(uint64_t nanoseconds) __attribute__((visibility("default")));

@@ -110,6 +110,8 @@ pub struct Measurement {
     /// Number format of the teacher, if it has another one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher_precision: Option<String>,
+    /// Whether each matrix product's algorithm was the fastest of some; only on a device.
+    pub tuned: Option<bool>,
     /// Of inference.
     pub drop_ratio: Option<f64>,
     /// Patch tokens before, between and after the stages, of inference.
@@ -546,6 +548,7 @@ impl Case {
             threads: (!self.is_on_cuda()).then_some(machine.threads),
             precision: name(machine.precision()),
             teacher_precision: teacher.filter(|_| is_step).map(name),
+            tuned: self.is_on_cuda().then_some(machine.tune),
             drop_ratio: self.network.map(|network| network.drop_ratio()),
             tokens: self.network.map(|network| network.tokens()),
             multiply_adds: self.network.map(|network| network.multiply_adds()),
@@ -569,6 +572,7 @@ impl Measurement {
             threads: None,
             precision: String::new(),
             teacher_precision: None,
+            tuned: None,
             drop_ratio: None,
             tokens: None,
             multiply_adds: None,

@@ -143,6 +143,9 @@ pub(super) struct PretrainArgs {
     /// Number format of the teacher's computation [default: the same]
     #[arg(long, value_name = "FORMAT")]
     teacher_precision: Option<String>,
+    /// On cuda, time the algorithms of each matrix product and keep the fastest; the run is then not the same to the last bit each time
+    #[arg(long)]
+    tune: bool,
     /// Passes over the data [default: 24]
     #[arg(long, conflicts_with = "steps")]
     epochs: Option<String>,
@@ -221,6 +224,9 @@ impl PretrainArgs {
             if let Some(value) = value {
                 overrides.push((key.to_owned(), value.clone()));
             }
+        }
+        if self.tune {
+            overrides.push(("tune".to_owned(), "true".to_owned()));
         }
         Ok(overrides)
     }
@@ -315,6 +321,9 @@ pub(super) struct BenchArgs {
     /// Instruction set of the CPU backend [default: the best there is]
     #[arg(long)]
     isa: Option<String>,
+    /// On cuda, time the algorithms of each matrix product and keep the fastest
+    #[arg(long)]
+    tune: bool,
     /// Any setting of the model, such as decoder_depth=8; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -351,6 +360,9 @@ impl BenchArgs {
         ];
         for (key, value) in flags {
             overrides.extend(value.map(|value| (key.to_owned(), value.clone())));
+        }
+        if self.tune {
+            overrides.push(("tune".to_owned(), "true".to_owned()));
         }
         let mut settings = vec![Settings::load(None, &overrides)?];
         for variant in &self.variant {
@@ -439,7 +451,7 @@ pub(super) fn is_machine_alone(
     if config.is_none() && overrides.iter().all(|(key, _)| is_machine(key)) {
         return Ok(());
     }
-    let reason = "expected alone, or with --backend, --precision, --threads, --workers or --set isa: the run keeps its \
+    let reason = "expected alone, or with --backend, --precision, --threads, --workers, --tune or --set isa: the run keeps its \
                   settings";
     Err(Error::Setting {
         name: "--resume".to_owned(),
