@@ -49,7 +49,7 @@ pub fn load(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> 
         reason,
     };
     let reader = Reader::open(&path)?;
-    let run = RunSettings::of(&reader);
+    let run = RunSettings::of(&path, &reader)?;
     // The initial values have the sizes and the pictures of the trained ones, whichever of them there are.
     let there = match which {
         Which::Untrained if reader.metadata().get("weights") == Some(&"teacher") => Which::Teacher,

@@ -29,6 +29,7 @@ use pcae_kernel::model::TrainState;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::settings::shared::is_same_recipe;
 use file::{FileError, Reader};
 
 pub(crate) const FORMAT: &str = "pcae";
@@ -432,7 +433,7 @@ pub fn load(
         })?;
         groups[*group][tensor.span.start..tensor.span.end()].copy_from_slice(&values);
     }
-    if entry("config")? != &identity.config {
+    if !is_same_recipe(entry("config")?, &identity.config) {
         return Err(wrong(
             "expected the settings of the run's config.toml, found others; restore config.toml or start a new run"
                 .to_owned(),

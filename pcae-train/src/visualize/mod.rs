@@ -79,7 +79,7 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
     }
     let path = locate(&plan.source)?;
     let reader = Reader::open(&path)?;
-    let run = RunSettings::of(&reader);
+    let run = RunSettings::of(&path, &reader)?;
     let mut hints = plan.hints.clone();
     let settings = run.as_ref().and_then(RunSettings::pretraining);
     // It is the teacher that drops tokens.
