@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output};
 
 use pcae_tests::{TINY, idx_folder, pcae, stderr, stdout};
 use pcae_train::checkpoint::Which;
@@ -165,6 +165,26 @@ fn bench_tells_speed_and_accuracy_of_budgets() {
     args.extend(["--threads", "1", "--json", &file]);
     let text = stdout(&succeeds(&args));
     let report: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    // Header and rows on one side, plans on the other: together in the order of their coming.
+    let both = Command::new("sh")
+        .args(["-c", r#""$0" "$@" 2>&1"#, BINARY])
+        .args(&args)
+        .output()
+        .unwrap();
+    let both = stdout(&both);
+    let lines: Vec<&str> = both.lines().collect();
+    let last_plan = lines
+        .iter()
+        .rposition(|line| line.contains("planned memory"));
+    let header = lines.iter().position(|line| line.contains("M mult-adds"));
+    assert!(last_plan < header, "{both}");
+    let mut wrong = vec!["bench", &classifier, "--accuracy", "--data", "nowhere"];
+    wrong.extend(["--repeats", "1"]);
+    let output = run(&wrong);
+    assert!(
+        stdout(&output).is_empty() && stderr(&output).contains("nowhere"),
+        "{output:?}"
+    );
     let evaluated = json(&["evaluate", &classifier, "--drop-ratio", "0,0.2,0.4"]);
     let rows = report["results"].as_array().unwrap();
     assert_eq!(rows.len(), 3);

@@ -172,8 +172,10 @@ fn closing(summary: &finetune::Summary) -> String {
     }
     text += &format!(
         "\ncurves      {out}/curves.png\nconfusion   {out}/confusion.csv\nbest        {out}/checkpoints/best.safetensors\n\
-         checkpoint  {out}/checkpoints/last.safetensors\nnext:\n  {program} evaluate {out} --drop-ratio 0,0.1,0.2,0.3,0.4    \
-         # one model, many budgets\n"
+         checkpoint  {out}/checkpoints/last.safetensors\nnext:\n\
+         \x20 {program} evaluate {out} --drop-ratio 0,0.1,0.2,0.3,0.4         # one model, many budgets\n\
+         \x20 {program} bench {out} --drop-ratio 0,0.2,0.4 --accuracy        # what they cost and what they are worth\n\
+         \x20 {program} deploy {out} --latency 20ms --out deployed.safetensors  # the most tokens that fit in 20 ms here\n"
     );
     text
 }
