@@ -142,12 +142,11 @@ fn title(path: &Path, reader: &Reader, which: Which) -> String {
         .metadata()
         .get("step")
         .map(|step| step.escape_default());
-    let average = reader.metadata().get("weights") == Some(&AVERAGE);
-    let which = if average {
-        AVERAGE.to_owned()
-    } else {
-        which.to_string()
-    };
+    // Of one that holds some alone it is the file that knows.
+    let which = reader
+        .metadata()
+        .get("weights")
+        .map_or_else(|| which.to_string(), |own| own.escape_default().to_string());
     let step = step.map_or_else(String::new, |step| format!(", the {which} of step {step}"));
     format!("{}{step}", path.display())
 }

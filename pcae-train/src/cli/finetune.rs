@@ -305,7 +305,7 @@ fn left_out(unreadable: usize) -> String {
 fn heading(report: &Report) -> String {
     format!(
         "checkpoint {}\ndata       {}{}\nbackend    {}, {} images at a time\n{:<15} {:>5}  {:<24} {:>12} {:>9} {:>9} {:>10}\n",
-        report.checkpoint.display(),
+        report.origin,
         report.data,
         left_out(report.unreadable),
         report.backend,

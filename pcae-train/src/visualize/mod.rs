@@ -19,6 +19,7 @@ use crate::checkpoint::file::Reader;
 use crate::checkpoint::locate;
 use crate::data::augment::{Scratch, Transform};
 use crate::data::{self, DataError, Picture};
+use crate::encoder;
 use crate::error::Error;
 use crate::output::{self, Kind};
 use crate::report::sheet::{Cell, Row, Sheet, write_png};
@@ -107,6 +108,12 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
                 path.display()
             ),
         });
+    };
+    let data = if plan.pictures.is_empty() {
+        let fingerprint = encoder.kept.get("data").map(String::as_str);
+        encoder::pictures(&path, data, fingerprint, encoder.vit.in_chans)?
+    } else {
+        data
     };
     let pictures = pictures(plan, &encoder.vit, data)?;
     let count = pictures.len();
