@@ -58,4 +58,6 @@ for ratio in 0.1 0.2 0.3 0.4; do
         --out "$out/reduced-$ratio"
     once "evaluate-reduced-$ratio" evaluate "$out/reduced-$ratio" --drop-ratio $ratio --criterion mean-similarity,random
 done
+[ -s "$out/results/bench.json" ] || "$pcae" bench "$out/finetune-pcae-0" --drop-ratio 0,0.1,0.2,0.3,0.4 --batch-size 8 --threads 1 \
+    --repeats 15 --json "$out/results/bench.json"
 once "evaluate-dense" evaluate "$out/finetune-pcae-0" --drop-ratio 0,0.1,0.2,0.3,0.4 --criterion mean-similarity,random

@@ -42,6 +42,7 @@ print()
 print("| drop ratio | multiply-adds | images/s | trained dense: similarity | random | trained so: similarity | random |")
 print("|---|---|---|---|---|---|---|")
 dense = load("evaluate-dense")
+speed = {row["drop_ratio"]: row["images_per_s"] for row in (load("bench") or {}).get("results", [])}
 for ratio in (0.0, 0.1, 0.2, 0.3, 0.4):
     own = load(f"evaluate-reduced-{ratio}") if ratio else None
     row = [f"{ratio}"]
@@ -52,6 +53,6 @@ for ratio in (0.0, 0.1, 0.2, 0.3, 0.4):
             match = [r for r in rows if r["criterion"] in (criterion, None)]
             found[id(report), criterion] = f"{100 * match[0]['top1']:.2f}" if match else "-"
             if match and criterion == "mean-similarity" and report is dense:
-                row += [f"{match[0]['multiply_adds'] / 1e6:.1f} M", f"{match[0]['images_per_s']:.0f}"]
+                row += [f"{match[0]['multiply_adds'] / 1e6:.1f} M", f"{speed[ratio]:.0f}" if ratio in speed else "-"]
     row += [found[id(report), criterion] for report in (dense, own) for criterion in ("mean-similarity", "random")]
     print("|", " | ".join(row), "|")

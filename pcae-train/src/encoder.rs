@@ -9,6 +9,7 @@ use pcae_kernel::layout::Layout;
 use crate::checkpoint::exchange::{self, Hints, Preprocessing};
 use crate::checkpoint::file::Reader;
 use crate::checkpoint::{Which, locate};
+use crate::data;
 use crate::data::augment::Transform;
 use crate::error::Error;
 use crate::run_settings::RunSettings;
@@ -26,6 +27,10 @@ pub struct Encoder {
     pub transform: Transform,
     /// The pictures that it was trained on; `None` for the embedded ones, or where the file does not say.
     pub data: Option<PathBuf>,
+    /// Their fingerprint, if the file has it.
+    pub data_fingerprint: Option<String>,
+    /// The file.
+    pub path: PathBuf,
     /// What was read, in a line: file, weights, `N of M tensors loaded`.
     pub origin: String,
 }
@@ -49,15 +54,16 @@ pub fn load(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> 
         reason,
     };
     let reader = Reader::open(&path)?;
-    let run = RunSettings::of(&reader);
+    let run = RunSettings::of(&path, &reader)?;
     // The initial values have the sizes and the pictures of the trained ones, whichever of them there are.
     let there = match which {
         Which::Untrained if reader.metadata().get("weights") == Some(&"teacher") => Which::Teacher,
         Which::Untrained => Which::Student,
         Which::Student | Which::Teacher => which,
     };
-    let (read, title) = exchange::read_which(&path, there, hints)?;
-    let (mut values, mut origin) = (read.values, format!("{title}: {}", read.report));
+    let read = exchange::read_which(&path, there, hints)?;
+    let mut origin = format!("{}: {}", read.title, read.report);
+    let mut values = read.values;
     if which == Which::Untrained {
         let pretrained = run.as_ref().and_then(RunSettings::pretraining);
         // Also `convert` writes settings, but no run had them: those have crops.
@@ -91,7 +97,58 @@ pub fn load(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> 
         values,
         transform,
         data: run.and_then(|run| run.data().map(Path::to_owned)),
+        data_fingerprint: read.kept.get("data").cloned(),
         origin,
+        path,
+    })
+}
+
+impl Encoder {
+    /// The folder of pictures to take, see [`pictures`].
+    ///
+    /// # Errors
+    /// As that.
+    pub(crate) fn pictures<'a>(
+        &'a self,
+        asked: Option<&'a Path>,
+    ) -> Result<Option<&'a Path>, Error> {
+        let fingerprint = self.data_fingerprint.as_deref();
+        pictures(
+            &self.path,
+            asked.or(self.data.as_deref()),
+            fingerprint,
+            self.vit.in_chans,
+        )
+    }
+}
+
+/// The folder of pictures to take where `data` is what was asked for, or else what the network at `path` was trained on; `None`
+/// for the embedded ones. What is exported, deployed or converted leaves the folder out on purpose, and keeps the `fingerprint`
+/// of its pictures: of others than the embedded ones it has to be given.
+///
+/// # Errors
+/// [`Error::Setting`] then.
+pub(crate) fn pictures<'a>(
+    path: &Path,
+    data: Option<&'a Path>,
+    fingerprint: Option<&str>,
+    in_chans: usize,
+) -> Result<Option<&'a Path>, Error> {
+    let (None, Some(fingerprint)) = (data, fingerprint) else {
+        return Ok(data);
+    };
+    let embedded = data::open(None, Some(in_chans))?.train.fingerprint()?;
+    if fingerprint == embedded {
+        return Ok(None);
+    }
+    Err(Error::Setting {
+        name: "--data".to_owned(),
+        reason: format!(
+            "expected the folder of the pictures, found none: '{}' does not name it (exported, deployed and converted files leave \
+             paths out), and was trained on others than the embedded ones ({}); give it",
+            path.display(),
+            fingerprint.escape_default()
+        ),
     })
 }
 

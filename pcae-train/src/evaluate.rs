@@ -12,6 +12,7 @@ use crate::checkpoint::Which;
 use crate::checkpoint::exchange::Hints;
 use crate::data::augment::Transform;
 use crate::data::{self, DataError, Dataset};
+use crate::encoder;
 use crate::error::Error;
 use crate::finetune::evaluation::Evaluator;
 use crate::finetune::{Confusion, Score, classes};
@@ -69,6 +70,8 @@ pub struct Row {
 pub struct Report {
     /// The checkpoint's file.
     pub checkpoint: PathBuf,
+    /// The file, which of its weights, and what was found there, in a line.
+    pub origin: String,
     /// The data, in words.
     pub data: String,
     /// What computed.
@@ -131,7 +134,12 @@ pub fn run(
             budgets.push((ratio, task));
         }
     }
-    let path = plan.data.as_deref().or(settings.data.as_deref());
+    let path = encoder::pictures(
+        &trained.path,
+        plan.data.as_deref().or(settings.data.as_deref()),
+        trained.data_fingerprint.as_deref(),
+        task.vit.in_chans,
+    )?;
     let held_out = data::open(path, Some(task.vit.in_chans))?.held_out;
     let class_map = classes::map(&held_out, &classes)?;
     let crops = Crops {
@@ -153,6 +161,7 @@ pub fn run(
             class_map,
             report: Report {
                 checkpoint: trained.path,
+                origin: trained.origin,
                 data: held_out.describe(),
                 backend: String::new(),
                 batch_size: plan.batch_size,

@@ -320,7 +320,7 @@ pub fn open_labelled(
     data: Option<&Path>,
     val: Option<&Path>,
 ) -> Result<Splits, Error> {
-    let data = data.or(encoder.data.as_deref());
+    let data = encoder.pictures(data)?;
     let channels = Some(encoder.vit.in_chans);
     let splits = match (data, val) {
         (_, None) => data::open(data, channels)?,
@@ -439,6 +439,8 @@ mod tests {
             values,
             transform,
             data: None,
+            data_fingerprint: None,
+            path: PathBuf::new(),
             origin: String::new(),
         }
     }

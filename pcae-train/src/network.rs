@@ -123,6 +123,30 @@ pub(crate) const fn drop_ratio(reduction: &Reduction) -> f64 {
     }
 }
 
+/// What commands say of the token budget that they took, in a line.
+pub(crate) fn budget(vit: &VitConfig, reduction: &Reduction) -> String {
+    let network = Network::Encoder {
+        vit: *vit,
+        reduction: *reduction,
+    };
+    match &network.tokens()[..] {
+        [all] => format!("all {all} patch tokens"),
+        tokens => {
+            let blocks: Vec<String> = reduction
+                .drop_layers
+                .iter()
+                .map(|block| block.to_string())
+                .collect();
+            format!(
+                "{} patch tokens: drop ratio {} after blocks {}",
+                arrows(tokens),
+                drop_ratio(reduction),
+                blocks.join(", ")
+            )
+        }
+    }
+}
+
 /// `196 -> 178 -> 161`
 pub(crate) fn arrows(tokens: &[usize]) -> String {
     let tokens: Vec<String> = tokens.iter().map(usize::to_string).collect();

@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
+use serde_json::Value;
 
 use crate::checkpoint::FORMAT;
 use crate::checkpoint::file::Reader;
+use crate::error::Error;
 use crate::finetune::FinetuneSettings;
 use crate::settings::Settings;
-use crate::settings::shared::Crops;
+use crate::settings::shared::{Crops, from_recipe};
 
 /// The settings of a run.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,18 +21,30 @@ pub(crate) enum RunSettings {
 }
 
 impl RunSettings {
-    /// Those in the metadata of a file, which `convert` writes too, as far as it knows them; `None` if there are none.
-    pub(crate) fn of(reader: &Reader) -> Option<Self> {
+    /// Those in the metadata of `file`, which `convert` writes too, as far as it knows them; `None` if there are none.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if this version cannot read them.
+    pub(crate) fn of(file: &Path, reader: &Reader) -> Result<Option<Self>, Error> {
+        let wrong = |reason| Error::Checkpoint {
+            path: file.to_owned(),
+            reason,
+        };
         let metadata = reader.metadata();
         let ours = metadata.get("format") == Some(&FORMAT);
-        let config = metadata.get("config").filter(|_| ours)?;
-        let config: serde_json::Value = serde_json::from_str(config).ok()?;
-        if metadata.contains_key("classes") {
-            let settings = FinetuneSettings::from_recipe(config).ok()?;
-            return Some(Self::Finetune(Box::new(settings)));
-        }
-        let settings = Settings::deserialize(config).ok()?;
-        Some(Self::Pretrain(Box::new(settings)))
+        let Some(config) = metadata.get("config").filter(|_| ours) else {
+            return Ok(None);
+        };
+        let config: Value = serde_json::from_str(config).map_err(|error| {
+            wrong(format!(
+                "its configuration is no JSON: {error}; copy the file again"
+            ))
+        })?;
+        Ok(Some(if metadata.contains_key("classes") {
+            Self::Finetune(from_recipe(config).map_err(wrong)?)
+        } else {
+            Self::Pretrain(from_recipe(config).map_err(wrong)?)
+        }))
     }
 
     /// Those of a run of `pcae pretrain`.

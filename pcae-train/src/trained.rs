@@ -32,6 +32,8 @@ pub struct Trained {
     pub deployment: Option<Deployment>,
     /// What was read, in a line.
     pub origin: String,
+    /// Fingerprint of the pictures that it was trained on, if the file has it.
+    pub data_fingerprint: Option<String>,
     /// Metadata that say what it is, to be written again.
     pub(crate) metadata: Vec<(String, String)>,
 }
@@ -109,13 +111,14 @@ impl Trained {
                 classes.len()
             ),
             deployment,
+            data_fingerprint: weights.metadata("data").map(str::to_owned),
             metadata: metadata(TASK_CLASSIFY, weights, which, &config, Some(names)),
             finetuned: Some(Finetuned { settings, classes }),
         })
     }
 
     fn encoder(weights: &Weights, which: Which, hints: &Hints) -> Result<Self, Error> {
-        let (read, title) = exchange::read_which(weights.path(), which, hints)?;
+        let read = exchange::read_which(weights.path(), which, hints)?;
         let vit = read.vit;
         let dense = encoder::reduction(&vit, 0.0, None)?;
         let deployment = weights.deployment()?;
@@ -150,8 +153,9 @@ impl Trained {
             path: read.path,
             network: network.with(reduction)?,
             values,
-            origin: format!("{title}: {}", read.report),
+            origin: format!("{}: {}", read.title, read.report),
             deployment,
+            data_fingerprint: weights.metadata("data").map(str::to_owned),
             metadata: metadata(task, weights, which, &config, None),
             finetuned: None,
         })
@@ -245,7 +249,7 @@ fn metadata(
         ("config".to_owned(), config.to_string()),
     ];
     metadata.extend(classes.map(|classes| ("classes".to_owned(), classes)));
-    for key in ["step", "top1"] {
+    for key in ["step", "top1", "data"] {
         let value = weights.metadata(key);
         metadata.extend(value.map(|value| (key.to_owned(), value.to_owned())));
     }

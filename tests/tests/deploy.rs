@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output};
 
 use pcae_tests::{TINY, idx_folder, pcae, stderr, stdout};
 use pcae_train::checkpoint::Which;
@@ -140,12 +140,15 @@ fn a_classifier_and_all_that_go_by_its_budget() {
     let file = place.path("model.onnx");
     for (source, more, tokens) in [
         (&out, &[][..], "49 -> 35 -> 25 -> 18"),
-        (&out, &["--drop-ratio", "0"], ", 49"),
+        (&out, &["--drop-ratio", "0"], "all 49"),
         (&classifier, &[], "49 -> 40 -> 32 -> 26"),
     ] {
         let args = [&["onnx", source, "--out", &file], more].concat();
         let text = stdout(&succeeds(&args));
-        assert!(text.contains(&format!("{tokens} patch tokens")), "{text}");
+        assert!(
+            text.contains(&format!("budget    {tokens} patch tokens")),
+            "{text}"
+        );
     }
     let knn = json(&["knn", &out, "--data", &data, "--k", "5"]);
     assert_eq!(knn["drop_ratio"], 0.3);
@@ -165,6 +168,26 @@ fn bench_tells_speed_and_accuracy_of_budgets() {
     args.extend(["--threads", "1", "--json", &file]);
     let text = stdout(&succeeds(&args));
     let report: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    // Header and rows on one side, plans on the other: together in the order of their coming.
+    let both = Command::new("sh")
+        .args(["-c", r#""$0" "$@" 2>&1"#, BINARY])
+        .args(&args)
+        .output()
+        .unwrap();
+    let both = stdout(&both);
+    let lines: Vec<&str> = both.lines().collect();
+    let last_plan = lines
+        .iter()
+        .rposition(|line| line.contains("planned memory"));
+    let header = lines.iter().position(|line| line.contains("M mult-adds"));
+    assert!(last_plan < header, "{both}");
+    let mut wrong = vec!["bench", &classifier, "--accuracy", "--data", "nowhere"];
+    wrong.extend(["--repeats", "1"]);
+    let output = run(&wrong);
+    assert!(
+        stdout(&output).is_empty() && stderr(&output).contains("nowhere"),
+        "{output:?}"
+    );
     let evaluated = json(&["evaluate", &classifier, "--drop-ratio", "0,0.2,0.4"]);
     let rows = report["results"].as_array().unwrap();
     assert_eq!(rows.len(), 3);
@@ -294,7 +317,114 @@ fn encoders() {
     succeeds(&["convert", &encoder, "--out", &converted]);
     assert_eq!(deploy(&converted, &["--dtype", "f16"]), json!(KEPT));
     let text = stdout(&succeeds(&["onnx", &out, "--out", &place.path("x.onnx")]));
-    assert!(text.contains("encoder, 49 -> 35 -> 25 -> 18"), "{text}");
+    for part in [
+        "budget    49 -> 35 -> 25 -> 18 patch tokens",
+        ", the student of step 3:",
+        "wrote",
+        ": encoder",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+}
+
+/// What is read from a file says which weights and which budget they are, as far as the file keeps them; the folder of the pictures
+/// it does not keep, and where they are wanted it is asked for.
+#[test]
+fn what_a_deployed_file_keeps() {
+    let place = Place::new();
+    let (classifier, data) = (place.classifier(), place.path("data"));
+    let [out, converted, exported, larger] = ["out", "converted", "exported", "larger"]
+        .map(|name| place.path(&format!("{name}.safetensors")));
+    let args = [
+        "deploy",
+        &classifier,
+        "--out",
+        &out,
+        "--repeats",
+        "1",
+        "--drop-ratio",
+        "0.3",
+    ];
+    succeeds(&args);
+    let text = stdout(&succeeds(&["convert", &out, "--out", &converted]));
+    for part in [
+        "encoder   ",
+        ", the student of step ",
+        "budget    49 -> 35 -> 25 -> 18 patch tokens: drop ratio 0.3",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    succeeds(&["export", &classifier, "--out", &exported]);
+    let best = Path::new(&classifier).join("checkpoints/best.safetensors");
+    let run = Reader::open(&best).unwrap();
+    for (file, is_deployed) in [(&out, true), (&converted, true), (&exported, false)] {
+        let reader = Reader::open(Path::new(file)).unwrap();
+        let metadata = reader.metadata();
+        for key in ["step", "data", "weights", "top1", "classes"] {
+            assert_eq!(metadata.get(key), run.metadata().get(key), "{file}: {key}");
+        }
+        assert_eq!(metadata.contains_key("deployment"), is_deployed, "{file}");
+        assert!(!metadata["config"].contains("\"data\""), "{file}");
+    }
+    // Chosen for one size of picture.
+    let args = ["convert", &out, "--out", &larger, "--img-size", "56"];
+    let text = stdout(&succeeds(&args));
+    assert!(text.contains("`pcae deploy` chose is left out"), "{text}");
+    assert!(
+        !Reader::open(Path::new(&larger))
+            .unwrap()
+            .metadata()
+            .contains_key("deployment")
+    );
+
+    let features = place.path("features.npy");
+    let sheet = place.path("sheet.png");
+    let embed = ["embed", &out, "--out", &features];
+    let visualize = ["visualize", &out, "--count", "1", "--out", &sheet];
+    for args in [
+        &embed[..],
+        &visualize,
+        &["evaluate", &converted],
+        &["knn", &exported],
+        &["probe", &exported],
+    ] {
+        fails(
+            2,
+            args,
+            &[
+                "--data",
+                "does not name it",
+                "out.safetensors",
+                "200 pictures",
+            ]
+            .map(|part| match part {
+                "out.safetensors" => args[1],
+                part => part,
+            }),
+        );
+        assert!(!Path::new(&sheet).exists());
+    }
+    let output = succeeds(&[&embed[..], &["--data", &data]].concat());
+    let text = stderr(&output);
+    assert!(
+        text.contains(
+            "budget    49 -> 35 -> 25 -> 18 patch tokens: drop ratio 0.3 after blocks 0, 1, 2"
+        ),
+        "{text}"
+    );
+    succeeds(&[&visualize[..], &["--data", &data]].concat());
+    // Four columns: the input and three stages, as deployed.
+    let of_budget = fs::read(&sheet).unwrap();
+    let asked = [
+        "--data",
+        &data,
+        "--drop-ratio",
+        "0.3",
+        "--drop-layers",
+        "0,1,2",
+    ];
+    succeeds(&[&visualize[..], &asked].concat());
+    assert!(fs::read(&sheet).unwrap() == of_budget, "another budget");
 }
 
 #[test]

@@ -656,3 +656,87 @@ fn classes_are_known_by_name() {
         "{text}"
     );
 }
+
+/// Puts `new` for `old` into the header of a safetensors file.
+fn edit_header(path: &Path, old: &str, new: &str) {
+    let bytes = fs::read(path).unwrap();
+    let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header = std::str::from_utf8(&bytes[8..8 + len]).unwrap();
+    assert!(header.contains(old), "{old} in {header}");
+    let mut header = header.trim_end().replace(old, new);
+    // The tensors stay aligned.
+    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+    let mut edited = (header.len() as u64).to_le_bytes().to_vec();
+    edited.extend_from_slice(header.as_bytes());
+    edited.extend_from_slice(&bytes[8 + len..]);
+    fs::write(path, edited).unwrap();
+}
+
+/// A run from before `which` was called so is read, and goes on; one with a key that nobody knows says that another version
+/// wrote it, wherever it is read.
+#[test]
+fn runs_of_other_versions() {
+    let place = Place::new();
+    place.finetune("run", &["--steps", "4"]);
+    let out = place.path("run");
+    let rename = |old: &str, new: &str| {
+        let config = Path::new(&out).join("config.toml");
+        let text = fs::read_to_string(&config).unwrap();
+        assert!(text.contains(&format!("\n{old} = ")), "{text}");
+        let text = text.replace(&format!("\n{old} = "), &format!("\n{new} = "));
+        fs::write(&config, text).unwrap();
+        for name in ["best", "last"] {
+            let path = Path::new(&out).join(format!("checkpoints/{name}.safetensors"));
+            edit_header(&path, &format!(r#"\"{old}\":"#), &format!(r#"\"{new}\":"#));
+        }
+    };
+    let own = json(&["evaluate", &out, "--json"]);
+    rename("which", "weights_from");
+    assert_eq!(
+        json(&["evaluate", &out, "--json"])["results"][0]["loss"],
+        own["results"][0]["loss"]
+    );
+    succeeds(&["finetune", "--resume", &out]);
+    // Its settings are a start, over which flags go.
+    let (config, again) = (format!("{out}/config.toml"), place.path("again"));
+    let args = [
+        "finetune", "--config", &config, "--which", "teacher", "--out", &again,
+    ];
+    succeeds(&args);
+    let written = fs::read_to_string(Path::new(&again).join("config.toml")).unwrap();
+    assert!(
+        written.contains("which = \"teacher\"") && !written.contains("weights_from"),
+        "{written}"
+    );
+    // What is made of it is of today.
+    let half = place.path("half.safetensors");
+    succeeds(&["export", &out, "--out", &half, "--dtype", "bf16"]);
+    assert!(
+        stdout(&succeeds(&[
+            "evaluate",
+            &half,
+            "--data",
+            &place.path("data")
+        ]))
+        .contains("top-1")
+    );
+
+    rename("weights_from", "weights_of");
+    let embedded = place.path("features.npy");
+    let commands: [&[&str]; 6] = [
+        &["evaluate", &out],
+        &["knn", &out],
+        &["embed", &out, "--out", &embedded],
+        &["visualize", &out, "--out", &place.path("sheet.png")],
+        &["bench", &out, "--accuracy"],
+        &["finetune", "--resume", &out],
+    ];
+    for args in commands {
+        let output = run(args);
+        let text = stderr(&output);
+        assert_ne!(output.status.code(), Some(0), "{args:?}");
+        for part in ["weights_of", "another version of pcae"] {
+            assert!(text.contains(part), "{args:?}: {part:?} in {text}");
+        }
+    }
+}

@@ -51,6 +51,8 @@ fn encoder() -> Encoder {
     });
     Encoder {
         path: PathBuf::new(),
+        title: String::new(),
+        kept: std::collections::BTreeMap::new(),
         vit: VIT,
         values,
         preprocessing: None,

@@ -229,6 +229,11 @@ pub fn run(
     let mut machine = MachineReport::new();
     let mut limits =
         Limits::new(plan.bandwidth || plan.breakdown || plan.what.contains(&What::Peak));
+    let scores = scores(plan, machine.threads)?;
+    let mut cases = cases(plan, machine.threads)?;
+    for case in &cases {
+        progress(Progress::Planned(&case.blank()?, case.memory))?;
+    }
     let mut results = Vec::new();
     if plan.what.contains(&What::Peak) {
         peaks(plan, machine.threads, &mut limits, |result| {
@@ -237,8 +242,6 @@ pub fn run(
             Ok(())
         })?;
     }
-    let scores = scores(plan, machine.threads)?;
-    let mut cases = cases(plan, machine.threads)?;
     // What cannot be told is not shared out: one after the other.
     let room = match cases.first() {
         Some(case) if case.is_on_cuda() => limits.device_memory(&case.settings.machine)?,
@@ -253,9 +256,6 @@ pub fn run(
         });
         let together = together.count().max(1);
         let rest = cases.split_off(together);
-        for case in &cases {
-            progress(Progress::Planned(&case.blank()?, case.memory))?;
-        }
         for mut result in measure(cases, plan, &mut limits)? {
             let score = scores.iter().find(|score| score.is_of(&result));
             result.top1 = score.map(|score| score.top1);

@@ -29,6 +29,7 @@ use pcae_kernel::model::TrainState;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::settings::shared::is_same_recipe;
 use file::{FileError, Reader};
 
 pub(crate) const FORMAT: &str = "pcae";
@@ -141,12 +142,11 @@ fn title(path: &Path, reader: &Reader, which: Which) -> String {
         .metadata()
         .get("step")
         .map(|step| step.escape_default());
-    let average = reader.metadata().get("weights") == Some(&AVERAGE);
-    let which = if average {
-        AVERAGE.to_owned()
-    } else {
-        which.to_string()
-    };
+    // Of one that holds some alone it is the file that knows.
+    let which = reader
+        .metadata()
+        .get("weights")
+        .map_or_else(|| which.to_string(), |own| own.escape_default().to_string());
     let step = step.map_or_else(String::new, |step| format!(", the {which} of step {step}"));
     format!("{}{step}", path.display())
 }
@@ -432,7 +432,7 @@ pub fn load(
         })?;
         groups[*group][tensor.span.start..tensor.span.end()].copy_from_slice(&values);
     }
-    if entry("config")? != &identity.config {
+    if !is_same_recipe(entry("config")?, &identity.config) {
         return Err(wrong(
             "expected the settings of the run's config.toml, found others; restore config.toml or start a new run"
                 .to_owned(),

@@ -6,9 +6,11 @@ use std::process::ExitCode;
 use pcae_kernel::config::{Budget, Criterion, Place, Reduction};
 
 use super::write_out;
+use crate::checkpoint::deployment;
 use crate::checkpoint::exchange::{self, Hints};
+use crate::checkpoint::weights::Weights;
 use crate::error::Error;
-use crate::network::{Network, arrows, drop_ratio};
+use crate::network::{budget, drop_ratio};
 use crate::onnx::{self, Batch};
 use crate::output::{self, Kind};
 use crate::settings::{BackendKind, CriterionSpec, DropLayersSpec, Machine, PlaceSpec};
@@ -65,6 +67,16 @@ fn size(text: &str) -> Result<[usize; 2], String> {
     }
 }
 
+/// The file and which of its weights, their budget, and what was found.
+fn taken(encoder: &exchange::Encoder, reduction: &Reduction) -> String {
+    format!(
+        "encoder   {}: {}\nbudget    {}\n",
+        encoder.title,
+        encoder.report,
+        budget(&encoder.vit, reduction)
+    )
+}
+
 #[derive(Debug, clap::Args)]
 pub(super) struct ConvertArgs {
     /// A safetensors file, a folder with model.safetensors in it, or a run directory (its best checkpoint, else its newest)
@@ -91,7 +103,15 @@ impl ConvertArgs {
         };
         let encoder = exchange::read(&self.source, &hints)?;
         output::check("--out", &self.out, Kind::Safetensors, &[&encoder.path])?;
-        write_out(&format!("{}\n", encoder.report))?;
+        let own = own_reduction(&encoder.path, encoder.vit.depth)?;
+        let dense = encoder::reduction(&encoder.vit, 0.0, None)?;
+        write_out(&taken(&encoder, &own.unwrap_or(dense)))?;
+        let is_deployed = Weights::open(&encoder.path)?.deployment()?.is_some();
+        if is_deployed && !encoder.kept.contains_key(deployment::KEY) {
+            write_out(
+                "what `pcae deploy` chose is left out: it is of another size of picture, or of other weights\n",
+            )?;
+        }
         exchange::write(&self.out, &encoder)?;
         let vit = &encoder.vit;
         let head = encoder.head.as_ref().map_or_else(String::new, |head| {
@@ -157,20 +177,14 @@ impl OnnxArgs {
     pub(super) fn run(&self) -> Result<ExitCode, Error> {
         let encoder = exchange::read(&self.source, &self.hints.hints())?;
         output::check("--out", &self.out, Kind::Onnx, &[&encoder.path])?;
-        let vit = encoder.vit;
         let reduction = self.reduction(&encoder)?;
         onnx::export(&self.out, &encoder, &reduction, self.batch, !self.encoder)?;
-        let network = Network::Encoder { vit, reduction };
+        write_out(&taken(&encoder, &reduction))?;
         let what = match encoder.head.filter(|_| !self.encoder) {
             Some(head) => format!("classifier of {} classes", head.num_classes),
             None => "encoder".to_owned(),
         };
-        write_out(&format!(
-            "{}\nwrote {}: {what}, {} patch tokens\n",
-            encoder.report,
-            self.out.display(),
-            arrows(&network.tokens())
-        ))?;
+        write_out(&format!("wrote {}: {what}\n", self.out.display()))?;
         Ok(ExitCode::SUCCESS)
     }
 

@@ -149,7 +149,7 @@ pub(super) struct ProbeArgs {
     /// SGD and LARS: pictures in a step [default: 256]
     #[arg(long)]
     batch_size: Option<usize>,
-    /// SGD and LARS: peak learning rate [default: 0.5 (sgd) or 10 (lars) * batch_size / 256]
+    /// SGD and LARS: peak learning rate [default: 5 rates are tried on held-back training pictures]
     #[arg(long)]
     lr: Option<f64>,
     /// SGD and LARS: weight decay [default: 0]

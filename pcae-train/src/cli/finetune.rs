@@ -172,8 +172,10 @@ fn closing(summary: &finetune::Summary) -> String {
     }
     text += &format!(
         "\ncurves      {out}/curves.png\nconfusion   {out}/confusion.csv\nbest        {out}/checkpoints/best.safetensors\n\
-         checkpoint  {out}/checkpoints/last.safetensors\nnext:\n  {program} evaluate {out} --drop-ratio 0,0.1,0.2,0.3,0.4    \
-         # one model, many budgets\n"
+         checkpoint  {out}/checkpoints/last.safetensors\nnext:\n\
+         \x20 {program} evaluate {out} --drop-ratio 0,0.1,0.2,0.3,0.4         # one model, many budgets\n\
+         \x20 {program} bench {out} --drop-ratio 0,0.2,0.4 --accuracy        # what they cost and what they are worth\n\
+         \x20 {program} deploy {out} --latency 20ms --out deployed.safetensors  # the most tokens that fit in 20 ms here\n"
     );
     text
 }
@@ -303,7 +305,7 @@ fn left_out(unreadable: usize) -> String {
 fn heading(report: &Report) -> String {
     format!(
         "checkpoint {}\ndata       {}{}\nbackend    {}, {} images at a time\n{:<15} {:>5}  {:<24} {:>12} {:>9} {:>9} {:>10}\n",
-        report.checkpoint.display(),
+        report.origin,
         report.data,
         left_out(report.unreadable),
         report.backend,

@@ -173,24 +173,26 @@ fn bench_command(args: &BenchArgs) -> Result<ExitCode, Error> {
         }
     }
     let plan = args.plan()?;
+    // Over the first figure: what is refused is refused before, and no line comes between the header and its rows.
+    let mut header = Some(match &plan.trained {
+        Some(trained) => format!("network    {}\n{}", trained.origin, bench::budget_header()),
+        None => bench::header(),
+    });
     let is_trained = plan.trained.is_some();
-    if let Some(trained) = &plan.trained {
-        write_out(&format!("network    {}\n", trained.origin))?;
-    }
-    write_out(&if is_trained {
-        bench::budget_header()
-    } else {
-        bench::header()
-    })?;
     let report = bench::run(&plan, |progress| match progress {
         bench::Progress::Planned(result, memory) => {
             eprint!("{}", bench::planned(result, memory));
             Ok(())
         }
-        bench::Progress::Measured(result) if is_trained && result.what == What::Infer => {
-            write_out(&bench::budget_row(result))
+        bench::Progress::Measured(result) => {
+            let mut text = header.take().unwrap_or_default();
+            text += &if is_trained && result.what == What::Infer {
+                bench::budget_row(result)
+            } else {
+                bench::row(result)
+            };
+            write_out(&text)
         }
-        bench::Progress::Measured(result) => write_out(&bench::row(result)),
     })?;
     write_out(&bench::limits(&report.machine))?;
     if let Some(path) = &args.roofline {

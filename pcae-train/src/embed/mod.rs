@@ -29,7 +29,7 @@ use crate::error::Error;
 use crate::features::{Extractor, Frozen, Pool, Tap, layer};
 use crate::inspect::plain;
 use crate::interrupt;
-use crate::network::drop_ratio;
+use crate::network::{budget, drop_ratio};
 use crate::output as output_files;
 use crate::progress::{Progress, rate};
 use output::{Format, Raw};
@@ -113,7 +113,7 @@ pub fn run(plan: &Plan) -> Result<Report, Error> {
                 .to_owned(),
         ));
     }
-    let data = plan.data.as_deref().or(encoder.data.as_deref());
+    let data = encoder.pictures(plan.data.as_deref())?;
     let inputs: Vec<&Path> = data.into_iter().collect();
     for ending in [NAMES, UNREADABLE] {
         output_files::refuse_inputs("--out", &beside(&plan.out, ending), &inputs)?;
@@ -181,6 +181,7 @@ impl Job for Embedding<'_> {
             });
         }
         eprintln!("encoder   {}", self.encoder.origin);
+        eprintln!("budget    {}", budget(&self.encoder.vit, &self.reduction));
         eprintln!("data      {}", count(self.source.len(), "picture"));
         eprintln!("backend   {name}");
         if partial.state.done > 0 {

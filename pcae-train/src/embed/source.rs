@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use crate::backends::count;
 use crate::data::folder::{self, Archive};
 use crate::data::{self, DataError, Picture, Splits};
 use crate::inspect::plain;
@@ -69,10 +70,10 @@ impl Source {
                         path: path.to_owned(),
                         expected: "either pictures or tar files of pictures".to_owned(),
                         found: format!(
-                            "{} pictures, the first {}, beside {} tar files, the first {}",
-                            paths.len(),
+                            "{}, the first {}, beside {}, the first {}",
+                            count(paths.len(), "picture"),
                             picture.display(),
-                            shards.len(),
+                            count(shards.len(), "tar file"),
                             shard.display()
                         ),
                         advice: "give a folder of either, or move the others out of it",

@@ -30,6 +30,7 @@ pub struct FinetuneSettings {
     /// A run directory or a safetensors file to start from, or `none`.
     pub weights: Option<WeightsSpec>,
     /// Which of its weights.
+    #[serde(alias = "weights_from")]
     pub which: Which,
     /// Preset of the encoder.
     pub model: Option<String>,
@@ -309,9 +310,9 @@ impl FinetuneSettings {
     /// The settings in the metadata of a checkpoint, see [`FinetuneSettings::recipe_json`].
     ///
     /// # Errors
-    /// What is wrong with them, in words.
+    /// What is wrong with them and what to do, in words.
     pub fn from_recipe(config: Value) -> Result<Self, String> {
-        Self::deserialize(config).map_err(|error| error.to_string())
+        shared::from_recipe(config)
     }
 
     /// As TOML.

@@ -414,6 +414,8 @@ mod tests {
         let len = Layout::encoder(&VIT).len();
         Encoder {
             path: "x".into(),
+            title: "x".to_owned(),
+            kept: std::collections::BTreeMap::new(),
             vit: VIT,
             values: (0..len).map(|i| i as f32).collect(),
             preprocessing: None,

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-/// Pairs of steps and changes of the gradient that are kept.
-const MEMORY: usize = 10;
+/// Pairs of steps and changes of the gradient that are kept: with 10 the weak penalties take up to twice the iterations.
+const MEMORY: usize = 25;
 /// Parts of the slope that a step must win (Armijo) and may leave (weak Wolfe).
 const WIN: f64 = 1e-4;
 const LEAVE: f64 = 0.9;

@@ -5,7 +5,7 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::condition::{Condition, products};
+use super::condition::Condition;
 use super::lbfgs::{Minimum, minimize};
 use super::scores::{Head, Scores};
 
@@ -13,12 +13,16 @@ use super::scores::{Head, Scores};
 const PIECES: usize = 32;
 /// Rows at a time within a piece: their f64 copies stay in the cache.
 const BLOCK: usize = 256;
-/// A gradient by [`Condition`]'s coordinates whose elements are all below this moves no prediction: in them a guess has the unit
-/// matrix as its Hessian.
-const TOLERANCE: f64 = 1e-6;
-/// The same while penalties are compared, of which each is ten times the next.
-const ROUGH_TOLERANCE: f64 = 1e-5;
+/// A gradient by [`Condition`]'s coordinates whose elements are all below this moves no prediction: in them each class has the unit
+/// matrix as its Hessian. Measured on 60,000 pictures with features of 96 (penalty 1e-6): the loss is within 2e-6 of the one after three
+/// times as many iterations. What is left below is along shifts of all classes together, of which only the penalty knows.
+const TOLERANCE: f64 = 1e-5;
+/// A thousand where a fit from the next stronger penalty takes 30 to 250.
 const ITERATIONS: usize = 1000;
+/// Iterations after which coordinates are those of the place that was come to: one that is far from the start has another Hessian.
+const CONDITION_EVERY: usize = 200;
+/// Most elements of a Hessian's blocks, 256 MiB; of more there is their mean.
+const MOST_ELEMENTS: usize = 1 << 25;
 
 /// A fit's data and penalty.
 pub(super) struct Problem<'a> {
@@ -105,22 +109,104 @@ impl Problem<'_> {
         (loss, gradient)
     }
 
-    /// The best parameters, looked for from `start` on. `products` are those of `x`.
-    fn fit(&self, products: &Array2<f64>, start: Option<Vec<f64>>, tolerance: f64) -> Minimum {
-        let weights = self.classes * self.x.ncols();
-        let condition = Condition::new(products, self.classes, self.l2);
-        let mut start = start.unwrap_or_else(|| vec![0.0; self.len()]);
-        condition.coordinates(&mut start[..weights]);
-        let mut params = vec![0.0; self.len()];
-        let mut end = minimize(start, ITERATIONS, tolerance, |coordinates, gradient| {
-            params.copy_from_slice(coordinates);
-            condition.weights(&mut params[..weights]);
-            let value = self.value(&params, gradient);
-            condition.gradient(&mut gradient[..weights]);
-            value
-        });
-        condition.weights(&mut end.x[..weights]);
-        end
+    /// The Hessian's block of each class at `params`, without the penalty: `Xᵀ diag(p (1 - p)) X / n` with a column of ones for
+    /// the bias. Of many classes with many features the mean of all blocks.
+    fn hessians(&self, params: &[f64]) -> Vec<Array2<f64>> {
+        let (rows, dim) = self.x.dim();
+        let (weight, bias) = params.split_at(self.classes * dim);
+        let blocks = if self.classes * (dim + 1) * (dim + 1) <= MOST_ELEMENTS {
+            self.classes
+        } else {
+            1
+        };
+        let mut hessians = vec![Array2::zeros((dim + 1, dim + 1)); blocks];
+        let Ok(weight) = ArrayView2::from_shape((self.classes, dim), weight) else {
+            return hessians;
+        };
+        for start in (0..rows).step_by(BLOCK) {
+            let range = start..(start + BLOCK).min(rows);
+            let mut x = Array2::ones((range.len(), dim + 1));
+            x.slice_mut(s![.., ..dim])
+                .assign(&self.x.slice(s![range, ..]).mapv(f64::from));
+            let mut spread = x.slice(s![.., ..dim]).dot(&weight.t());
+            for mut row in spread.axis_iter_mut(Axis(0)) {
+                row.iter_mut().zip(bias).for_each(|(l, bias)| *l += bias);
+                let most = row.fold(f64::NEG_INFINITY, |most, &logit| most.max(logit));
+                row.mapv_inplace(|logit| (logit - most).exp());
+                let sum = row.sum();
+                row.mapv_inplace(|p| p / sum * (1.0 - p / sum));
+                if blocks == 1 {
+                    row[0] = row.sum() / self.classes as f64;
+                }
+            }
+            // Each block by one thread, in the order of the rows.
+            hessians
+                .par_iter_mut()
+                .enumerate()
+                .for_each(|(class, hessian)| {
+                    let scale = spread.column(class).to_owned().insert_axis(Axis(1)) / rows as f64;
+                    general_mat_mul(1.0, &x.t(), &(&x * &scale), 1.0, hessian);
+                });
+        }
+        hessians
+    }
+
+    /// The best parameters, looked for from `start` on.
+    fn fit(&self, start: Option<Vec<f64>>) -> Minimum {
+        let dim = self.x.ncols();
+        let weights = self.classes * dim;
+        // The weights of a class and its bias in a row, and back.
+        let gather = |params: &[f64]| -> Vec<f64> {
+            let rows = params[..weights].chunks_exact(dim).zip(&params[weights..]);
+            rows.flat_map(|(w, bias)| w.iter().chain([bias]).copied())
+                .collect()
+        };
+        let scatter = |rows: &[f64], params: &mut [f64]| {
+            let (weight, bias) = params.split_at_mut(weights);
+            let to = weight.chunks_exact_mut(dim).zip(bias);
+            for ((weight, bias), row) in to.zip(rows.chunks_exact(dim + 1)) {
+                weight.copy_from_slice(&row[..dim]);
+                *bias = row[dim];
+            }
+        };
+        let mut params = start.unwrap_or_else(|| vec![0.0; self.len()]);
+        let mut iterations = 0;
+        loop {
+            let hessians = self.hessians(&params);
+            let conditions: Vec<Condition> = hessians
+                .iter()
+                .map(|hessian| Condition::new(hessian, self.l2))
+                .collect();
+            let each = |rows: &mut [f64], change: fn(&Condition, &mut [f64])| {
+                let conditions = conditions.iter().cycle();
+                rows.chunks_exact_mut(dim + 1)
+                    .zip(conditions)
+                    .for_each(|(row, condition)| change(condition, row));
+            };
+            let mut start = gather(&params);
+            each(&mut start, Condition::coordinates);
+            let mut d_params = vec![0.0; self.len()];
+            let most = CONDITION_EVERY.min(ITERATIONS - iterations);
+            let mut end = minimize(start, most, TOLERANCE, |coordinates, gradient| {
+                let mut rows = coordinates.to_vec();
+                each(&mut rows, Condition::weights);
+                scatter(&rows, &mut params);
+                let value = self.value(&params, &mut d_params);
+                gradient.copy_from_slice(&gather(&d_params));
+                each(gradient, Condition::gradient);
+                value
+            });
+            each(&mut end.x, Condition::weights);
+            scatter(&end.x, &mut params);
+            iterations += end.iterations;
+            if end.converged || iterations >= ITERATIONS {
+                return Minimum {
+                    x: params,
+                    iterations,
+                    ..end
+                };
+            }
+        }
     }
 
     fn head(&self, params: &[f64]) -> Head {
@@ -183,7 +269,6 @@ pub(super) fn fit(
     let mut l2 = penalties.first().copied().unwrap_or(0.0);
     if penalties.len() > 1 {
         let ((x, labels), (unseen, unseen_labels)) = (part(fit), part(choose));
-        let products = products(x.view());
         for &penalty in &penalties {
             let problem = Problem {
                 x: x.view(),
@@ -192,7 +277,7 @@ pub(super) fn fit(
                 l2: penalty,
             };
             // From the strong to the weak, each from where the one before ended.
-            let end = problem.fit(&products, start.take(), ROUGH_TOLERANCE);
+            let end = problem.fit(start.take());
             let scores = Scores::of(&problem.head(&end.x).logits(unseen.view()), &unseen_labels);
             tried.push(Tried {
                 l2: penalty,
@@ -214,7 +299,7 @@ pub(super) fn fit(
         l2,
     };
     let start = best.map(|(_, params)| params);
-    let end = problem.fit(&products(x), start, TOLERANCE);
+    let end = problem.fit(start);
     Fitted {
         head: problem.head(&end.x),
         l2,
@@ -288,9 +373,9 @@ mod tests {
             classes: 3,
             l2: 1e-3,
         };
-        let end = problem.fit(&products(x.view()), None, TOLERANCE);
+        let end = problem.fit(None);
         let bias = &end.x[6..];
-        // A gradient of 1e-6 over curvatures of 0.1 to 0.25.
+        // A gradient of 1e-5 by coordinates over roots of curvatures, 0.4 to 0.5.
         assert!(
             (bias[0] - bias[1] - (0.5_f64 / 0.3).ln()).abs() < 1e-4,
             "{bias:?}"
@@ -320,7 +405,7 @@ mod tests {
                 classes: 2,
                 l2,
             };
-            let end = problem.fit(&products(x.view()), None, TOLERANCE);
+            let end = problem.fit(None);
             let slope = |w: f64| 0.8 - 1.0 / (1.0 + (-2.0 * w).exp()) - l2 * w;
             let (mut low, mut high) = (0.0, 10.0);
             for _ in 0..100 {
@@ -336,8 +421,7 @@ mod tests {
         }
     }
 
-    /// Features of which each is nearly the one before it, with next to no penalty: without
-    /// [`Condition`] it takes 738 iterations.
+    /// Features of which each is nearly the one before it, with next to no penalty.
     #[test]
     fn alike_features_are_told_apart_in_few_iterations() {
         let (mut x, labels) = data(600, 24, 3, 1.0);
@@ -353,8 +437,70 @@ mod tests {
             classes: 3,
             l2: 1e-6,
         };
-        let end = problem.fit(&products(x.view()), None, TOLERANCE);
+        let end = problem.fit(None);
         assert!(end.converged && end.iterations < 200, "{}", end.iterations);
+    }
+
+    /// Central differences of the gradient by each class's own weights; the mean of the blocks where there is no room for all.
+    #[test]
+    fn hessians_are_those_of_the_value() {
+        let (x, labels) = data(BLOCK + 61, 4, 3, 0.7);
+        let problem = Problem {
+            x: x.view(),
+            labels: &labels,
+            classes: 3,
+            l2: 0.0,
+        };
+        let mut stream = Stream::new(9, 0, 0, Purpose::Init);
+        let params: Vec<f64> = (0..problem.len())
+            .map(|_| f64::from(stream.normal()))
+            .collect();
+        let hessians = problem.hessians(&params);
+        let place = |class: usize, i: usize| if i < 4 { class * 4 + i } else { 12 + class };
+        for (class, hessian) in hessians.iter().enumerate() {
+            for i in 0..5 {
+                let at = |step: f64| {
+                    let (mut moved, mut gradient) = (params.clone(), vec![0.0; params.len()]);
+                    moved[place(class, i)] += step;
+                    problem.value(&moved, &mut gradient);
+                    gradient
+                };
+                let (above, below) = (at(1e-5), at(-1e-5));
+                for j in 0..5 {
+                    let numeric = (above[place(class, j)] - below[place(class, j)]) / 2e-5;
+                    // As the gradient's: some 1e-11 of rounding, and the step squared.
+                    let error = (hessian[(i, j)] - numeric).abs();
+                    assert!(error < 1e-9, "{class} {i} {j}: {error}");
+                }
+            }
+        }
+    }
+
+    /// Confusable classes, features of very different weight, next to no penalty and a start far away: 243 iterations. With the
+    /// Hessian of a guess alone, and ten pairs in L-BFGS, 606.
+    #[test]
+    fn a_weak_penalty_is_no_reason_not_to_converge() {
+        let (mut x, labels) = data(4000, 40, 8, 0.0);
+        let mut stream = Stream::new(11, 0, 0, Purpose::Init);
+        let centres = Array2::from_shape_fn((8, 40), |_| stream.normal());
+        for (mut row, &label) in x.axis_iter_mut(Axis(0)).zip(&labels) {
+            // Pairs of classes differ in the last columns alone.
+            let (pair, odd) = (label as usize / 2 * 2, label % 2 == 1);
+            for (column, x) in row.iter_mut().enumerate() {
+                let far = 4.0 * centres[(pair, column)];
+                *x = 0.05 * *x * (column + 1) as f32
+                    + far
+                    + if odd && column > 36 { 1.0 } else { 0.0 };
+            }
+        }
+        let problem = Problem {
+            x: x.view(),
+            labels: &labels,
+            classes: 8,
+            l2: 1e-7,
+        };
+        let end = problem.fit(None);
+        assert!(end.converged && end.iterations < 400, "{}", end.iterations);
     }
 
     #[test]
@@ -398,7 +544,7 @@ mod tests {
                 .num_threads(threads)
                 .build()
                 .unwrap();
-            pool.install(|| problem.fit(&products(x.view()), None, TOLERANCE).x)
+            pool.install(|| problem.fit(None).x)
         };
         assert_eq!(on(1), on(3));
     }

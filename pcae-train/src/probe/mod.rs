@@ -5,49 +5,35 @@ mod lbfgs;
 mod linear;
 mod logistic;
 mod scores;
+mod steps;
 
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use ndarray::{Array2, Axis};
+use ndarray::Array2;
 use pcae_kernel::backend::TrainBackend;
 use pcae_kernel::config::Reduction;
 use pcae_kernel::rng::{Purpose, Stream};
-use pcae_kernel::schedule::learning_rate;
 use serde::Serialize;
 
 use crate::backends::{self, Job, count};
 use crate::data::Splits;
-use crate::data::loader::{Loader, LoaderConfig};
 use crate::encoder::Encoder;
 use crate::error::Error;
 use crate::features::{
-    Extracted, Extractor, Frozen, Pool, Tap, class_name, extract_all, layer, matrix, open_labelled,
+    Extracted, Extractor, Frozen, Pool, Tap, class_name, extract_all, layer, open_labelled,
 };
 use crate::knn::standardise;
 use crate::network::drop_ratio;
-use crate::progress::Progress;
-use linear::{Optimizer, Probe, Recipe};
 pub use logistic::Tried;
 use scores::Scores;
+pub use steps::TriedRate;
 
 /// Penalties that are tried where nobody says which.
 const DEFAULT_PENALTIES: [f64; 9] = [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8];
-/// Of how many training pictures one chooses the penalty.
+/// Of how many training pictures one chooses the penalty or the learning rate.
 const CHOOSE_EVERY: usize = 5;
-/// A guess costs the logarithm of the number of classes: a loss of this is no longer coming down.
-const DIVERGED: f32 = 1e3;
-/// MAE's momentum.
-const MOMENTUM: f32 = 0.9;
-/// MAE's schedule: 90 epochs, 10 of them of rising rate.
-const DEFAULT_EPOCHS: u64 = 90;
-const WARMUP_OF: u64 = 9;
-const DEFAULT_BATCH: usize = 256;
-/// Peak learning rates for 256 pictures a step, by trial on the embedded set.
-const SGD_LR: f64 = 0.5;
-const LARS_LR: f64 = 10.0;
-
 /// What the classifier is trained by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -84,7 +70,7 @@ pub struct Plan {
     pub epochs: Option<u64>,
     /// Pictures in a step of SGD and LARS.
     pub batch_size: Option<usize>,
-    /// Peak learning rate of SGD and LARS.
+    /// Peak learning rate of SGD and LARS; chosen on held-back training pictures if `None`.
     pub lr: Option<f64>,
     /// Weight decay of SGD and LARS.
     pub weight_decay: Option<f64>,
@@ -129,6 +115,8 @@ pub struct Report {
     pub converged: Option<bool>,
     /// Peak learning rate of SGD and LARS.
     pub lr: Option<f64>,
+    /// The rates that were tried for it.
+    pub tried_lr: Vec<TriedRate>,
     /// Each class.
     pub per_class: Vec<ClassScore>,
     /// Seconds to train the classifier, features apart.
@@ -251,6 +239,7 @@ struct Solved {
     iterations: Option<usize>,
     converged: Option<bool>,
     lr: Option<f64>,
+    tried_lr: Vec<TriedRate>,
 }
 
 impl Job for Probing<'_> {
@@ -330,6 +319,7 @@ impl Job for Probing<'_> {
             iterations: solved.iterations,
             converged: solved.converged,
             lr: solved.lr,
+            tried_lr: solved.tried_lr,
             per_class: per_class.collect(),
             seconds: began.elapsed().as_secs_f64(),
         })
@@ -359,6 +349,7 @@ fn logistic(plan: &Plan, mut train: Part, mut held_out: Part, classes: usize) ->
         iterations: Some(fitted.iterations),
         converged: Some(fitted.converged),
         lr: None,
+        tried_lr: Vec::new(),
     }
 }
 
@@ -379,127 +370,6 @@ fn hold_back(labels: &[u32], seed: u64) -> (Vec<usize>, Vec<usize>) {
     fit.sort_unstable();
     choose.sort_unstable();
     (fit, choose)
-}
-
-impl Probing<'_> {
-    /// SGD or LARS, on the features of one view or of new crops in each epoch.
-    fn steps<B: TrainBackend>(
-        &self,
-        backend: &mut B,
-        name: &str,
-        mut extractor: Extractor<B>,
-        train: Part,
-        held_out: Part,
-    ) -> Result<Solved, Error> {
-        let (plan, dataset) = (self.plan, &self.splits.train);
-        let largest = train.labels.len();
-        let batch_size = plan.batch_size.unwrap_or(DEFAULT_BATCH.min(largest));
-        if batch_size < 2 || batch_size > largest {
-            return Err(Error::Setting {
-                name: named("batch_size"),
-                reason: format!(
-                    "expected 2 to {largest}, the number of training pictures (batch norm needs two), found {batch_size}"
-                ),
-            });
-        }
-        let (optimizer, default_lr) = match plan.solver {
-            Solver::Lars => (Optimizer::Lars, LARS_LR),
-            Solver::Sgd | Solver::Logistic => (Optimizer::Sgd, SGD_LR),
-        };
-        let recipe = Recipe {
-            optimizer,
-            momentum: MOMENTUM,
-            weight_decay: plan.weight_decay.unwrap_or(0.0) as f32,
-        };
-        let lr = plan.lr.unwrap_or(default_lr * batch_size as f64 / 256.0);
-        let epochs = plan.epochs.unwrap_or(DEFAULT_EPOCHS);
-        let per_epoch = (largest / batch_size) as u64;
-        let steps = epochs.saturating_mul(per_epoch);
-        let mut probe = Probe::new(recipe, train.x.ncols(), dataset.num_classes(), plan.seed);
-        let mut loader = if plan.augment {
-            let config = LoaderConfig {
-                batch_size,
-                seed: plan.seed,
-                start: 0,
-                workers: plan.frozen.machine.workers,
-            };
-            let transform = self.encoder.transform.clone();
-            Some(Loader::new(dataset.clone(), transform, config)?)
-        } else {
-            None
-        };
-        let mut order: Vec<usize> = (0..largest).collect();
-        let mut progress = Progress::new(0, steps);
-        let began = Instant::now();
-        let (mut step, mut loss) = (0, f64::NAN);
-        for epoch in 0..epochs {
-            if loader.is_none() {
-                order.sort_unstable();
-                Stream::new(plan.seed, epoch, 0, Purpose::Shuffle).shuffle(&mut order);
-            }
-            loss = 0.0;
-            for rows in order.chunks_exact(batch_size) {
-                let (x, labels) = match &mut loader {
-                    Some(loader) => {
-                        let batch = loader.next()?;
-                        let x = self.augmented(backend, name, &mut extractor, &batch.images)?;
-                        let label = |&i: &u64| dataset.label(i as usize).unwrap_or_default();
-                        let labels = batch.samples.iter().map(label).collect();
-                        loader.recycle(batch);
-                        (x, labels)
-                    }
-                    None => {
-                        let labels = rows.iter().map(|&row| train.labels[row]);
-                        (train.x.select(Axis(0), rows), labels.collect::<Vec<u32>>())
-                    }
-                };
-                let rate = learning_rate(step, steps, steps / WARMUP_OF, lr, 0.0);
-                let now = probe.step(x.view(), &labels, rate as f32);
-                if now.is_nan() || now > DIVERGED {
-                    return Err(Error::Setting {
-                        name: named("lr"),
-                        reason: format!(
-                            "expected a rate at which the loss falls, found {lr}, at which it is {now:.3e} after {}; lower it",
-                            count(step as usize, "step")
-                        ),
-                    });
-                }
-                step += 1;
-                loss += f64::from(now) / per_epoch as f64;
-                let images = step as f64 * batch_size as f64;
-                progress.set(step, images / began.elapsed().as_secs_f64(), now);
-            }
-        }
-        progress.finish();
-        Ok(Solved {
-            logits: [&train.x, &held_out.x].map(|x| probe.logits(x.view())),
-            loss,
-            l2: None,
-            tried: Vec::new(),
-            iterations: None,
-            converged: None,
-            lr: Some(lr),
-        })
-    }
-
-    /// Features of pictures that are there already.
-    fn augmented<B: TrainBackend>(
-        &self,
-        backend: &mut B,
-        name: &str,
-        extractor: &mut Extractor<B>,
-        images: &[f32],
-    ) -> Result<Array2<f32>, Error> {
-        let len = self.encoder.transform.output_len();
-        let mut out = [Vec::new()];
-        for images in images.chunks(self.plan.frozen.batch_size * len) {
-            extractor
-                .extract(backend, images, images.len() / len, &[self.tap], &mut out)
-                .map_err(|error| Error::backend(name, error))?;
-        }
-        let [out] = out;
-        matrix(images.len() / len, out)
-    }
 }
 
 /// What is to be known about a fit that was ended early.
@@ -530,6 +400,18 @@ impl fmt::Display for Report {
                     ""
                 }
             )?;
+        }
+        for tried in &self.tried_lr {
+            let top1 = tried.top1.map_or_else(
+                || "the loss rises beyond all bounds".to_owned(),
+                |top1| format!("{} of the held-back training pictures", percent(top1)),
+            );
+            let taken = if self.lr == Some(tried.lr) {
+                ", taken"
+            } else {
+                ""
+            };
+            writeln!(f, "learning rate {}: {top1}{taken}", tried.lr)?;
         }
         if let (Some(iterations), Some(converged)) = (self.iterations, self.converged) {
             writeln!(

@@ -6,11 +6,15 @@ use std::path::Path;
 use pcae_kernel::config::VitConfig;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::Machine;
 use crate::data::augment::{Transform, channel_stats};
 use crate::data::{DataError, Dataset};
 use crate::error::{Error, flag};
+
+/// Keys that earlier versions wrote, each of which is also an alias of its field, and what they are called now.
+const RENAMED: [(&str, &str); 1] = [("weights_from", "which")];
 
 /// Defaults, under the TOML of `config`, under `overrides` (`key`, value as TOML or plain text). Where nothing names a run
 /// directory, it is `out`.
@@ -33,6 +37,11 @@ pub(crate) fn load<T: DeserializeOwned>(
         }
         None => toml::Table::new(),
     };
+    for (old, new) in RENAMED {
+        if let Some(value) = table.remove(old) {
+            table.insert(new.to_owned(), value);
+        }
+    }
     for (key, text) in overrides {
         let mut one = toml::Table::new();
         one.insert(key.clone(), value(text));
@@ -68,9 +77,15 @@ pub(crate) fn load<T: DeserializeOwned>(
 /// # Errors
 /// [`Error::ConfigFile`].
 pub(crate) fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, Error> {
-    toml::from_str(text).map_err(|error| Error::ConfigFile {
-        path: path.to_owned(),
-        reason: one_line(&error),
+    toml::from_str(text).map_err(|error| {
+        let mut reason = one_line(&error);
+        if reason.contains("unknown field") {
+            reason += "; correct it, or if another version of pcae wrote the file, use that one";
+        }
+        Error::ConfigFile {
+            path: path.to_owned(),
+            reason,
+        }
     })
 }
 
@@ -89,6 +104,37 @@ pub(crate) fn recipe_json(settings: &impl Serialize) -> String {
         fields.retain(|key, value| !Machine::KEYS.contains(&key.as_str()) && !value.is_null());
     }
     value.to_string()
+}
+
+/// The settings in the metadata of a checkpoint, see [`recipe_json`].
+///
+/// # Errors
+/// What is wrong with them and what to do, in words.
+pub(crate) fn from_recipe<T: DeserializeOwned>(config: Value) -> Result<T, String> {
+    T::deserialize(config).map_err(|error| {
+        // Of an unknown key also all known ones are said, which help only whoever typed it.
+        let found = error.to_string();
+        let found = found.split(", expected").next().unwrap_or_default();
+        format!(
+            "expected in its metadata settings that this version of pcae knows, found {}; another version of pcae wrote it: \
+             use that one",
+            found.escape_default()
+        )
+    })
+}
+
+/// Whether two recipes are one, whichever version of this program wrote them.
+pub(crate) fn is_same_recipe(a: &str, b: &str) -> bool {
+    let parsed = |recipe| {
+        let mut fields: serde_json::Map<String, Value> = serde_json::from_str(recipe).ok()?;
+        for (old, new) in RENAMED {
+            if let Some(value) = fields.remove(old) {
+                fields.insert(new.to_owned(), value);
+            }
+        }
+        Some(fields)
+    };
+    a == b || matches!((parsed(a), parsed(b)), (Some(a), Some(b)) if a == b)
 }
 
 fn settings_error(error: &dyn fmt::Display) -> Error {

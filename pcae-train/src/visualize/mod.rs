@@ -19,6 +19,7 @@ use crate::checkpoint::file::Reader;
 use crate::checkpoint::locate;
 use crate::data::augment::{Scratch, Transform};
 use crate::data::{self, DataError, Picture};
+use crate::encoder;
 use crate::error::Error;
 use crate::output::{self, Kind};
 use crate::report::sheet::{Cell, Row, Sheet, write_png};
@@ -79,7 +80,7 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
     }
     let path = locate(&plan.source)?;
     let reader = Reader::open(&path)?;
-    let run = RunSettings::of(&reader);
+    let run = RunSettings::of(&path, &reader)?;
     let mut hints = plan.hints.clone();
     let settings = run.as_ref().and_then(RunSettings::pretraining);
     // It is the teacher that drops tokens.
@@ -107,6 +108,12 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
                 path.display()
             ),
         });
+    };
+    let data = if plan.pictures.is_empty() {
+        let fingerprint = encoder.kept.get("data").map(String::as_str);
+        encoder::pictures(&path, data, fingerprint, encoder.vit.in_chans)?
+    } else {
+        data
     };
     let pictures = pictures(plan, &encoder.vit, data)?;
     let count = pictures.len();

@@ -14,6 +14,7 @@ mod take;
 mod timm;
 mod write;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -28,7 +29,7 @@ pub(crate) use write::config;
 pub use write::write;
 
 use super::file::Reader;
-use super::{Which, locate, prefix, title};
+use super::{FORMAT, TEACHER, Which, deployment, locate, prefix, title};
 use crate::error::Error;
 use beside::Known;
 use names::{Names, Qkv, Scheme, obstacle};
@@ -63,6 +64,10 @@ pub struct Hints {
 pub struct Encoder {
     /// The safetensors file.
     pub path: PathBuf,
+    /// The file and which of its weights, in words.
+    pub title: String,
+    /// Metadata of a file of this program that [`write`] keeps: what was trained for how long, on what, and for which budget.
+    pub kept: BTreeMap<String, String>,
     /// Its configuration.
     pub vit: VitConfig,
     /// Its parameters, in the order of [`Layout::encoder`].
@@ -344,11 +349,11 @@ impl Shapes {
 }
 
 /// [`read`]s one of the encoders of a checkpoint of this program; of a file of others it is the one that `hints` tell, and
-/// [`Which::Student`] stands for it. Returns also the file and which of its weights, in words.
+/// [`Which::Student`] stands for it.
 ///
 /// # Errors
 /// As [`read`], or [`Error::Checkpoint`] if it has not those weights.
-pub fn read_which(path: &Path, which: Which, hints: &Hints) -> Result<(Encoder, String), Error> {
+pub fn read_which(path: &Path, which: Which, hints: &Hints) -> Result<Encoder, Error> {
     let path = locate(path)?;
     let reader = Reader::open(&path)?;
     let mut hints = hints.clone();
@@ -356,7 +361,7 @@ pub fn read_which(path: &Path, which: Which, hints: &Hints) -> Result<(Encoder, 
         let prefix = prefix(&path, &reader, which)?;
         hints.prefix = (!prefix.is_empty()).then(|| prefix.to_owned());
     }
-    Ok((read(&path, &hints)?, title(&path, &reader, which)))
+    read(&path, &hints)
 }
 
 /// Reads the encoder at `path`, which [`locate`] may look for.
@@ -523,7 +528,13 @@ pub fn read(path: &Path, hints: &Hints) -> Result<Encoder, Error> {
             name.escape_default()
         )));
     }
+    let which = match scheme.prefix.as_str() {
+        TEACHER => Which::Teacher,
+        _ => Which::Student,
+    };
     Ok(Encoder {
+        title: title(&path, &reader, which),
+        kept: kept(&reader, &scheme, own_size == Some(img_size)),
         path,
         vit,
         values,
@@ -533,6 +544,27 @@ pub fn read(path: &Path, hints: &Hints) -> Result<Encoder, Error> {
         decoder,
         report,
     })
+}
+
+/// What a file of this program says of its training, and the budget that `pcae deploy` chose, which is that of one size.
+fn kept(reader: &Reader, scheme: &Scheme, at_own_size: bool) -> BTreeMap<String, String> {
+    let metadata = reader.metadata();
+    if metadata.get("format") != Some(&FORMAT) {
+        return BTreeMap::new();
+    }
+    let alone = scheme.prefix.is_empty();
+    let keys = [
+        ("step", true),
+        ("data", true),
+        ("weights", alone),
+        ("top1", alone && at_own_size),
+        (deployment::KEY, alone && at_own_size),
+    ];
+    let of = |key| metadata.get(key).map(|value| (*value).to_owned());
+    keys.into_iter()
+        .filter(|(_, is_kept)| *is_kept)
+        .filter_map(|(key, _)| Some((key.to_owned(), of(key)?)))
+        .collect()
 }
 
 fn setting(name: &str, reason: String) -> Error {

@@ -1,6 +1,5 @@
 //! Writing an encoder with timm's names, for this program and for others.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use pcae_kernel::config::{ClassifierConfig, Pool, Reduction, VitConfig};
@@ -15,7 +14,7 @@ use crate::trained::{forget_data, merged};
 
 /// Writes `encoder`, with its head and its decoder if it has them, under timm's and MAE's names. The metadata say what
 /// [`super::read`] wants to know: under `config` the settings of the model, by their names in `config.toml`. A classifier of
-/// `pcae finetune` keeps its settings and its classes, and so is one for `pcae evaluate`.
+/// `pcae finetune` keeps its settings and its classes, and so is one for `pcae evaluate`; a deployed file keeps its budget.
 ///
 /// # Errors
 /// [`Error::File`] if the disk fails; a previous file is then intact.
@@ -63,7 +62,8 @@ pub fn write(path: &Path, encoder: &Encoder) -> Result<(), Error> {
             data: TensorData::F32(values),
         });
     }
-    let mut metadata = BTreeMap::from([
+    let mut metadata = encoder.kept.clone();
+    metadata.extend([
         ("format".to_owned(), FORMAT.to_owned()),
         ("version".to_owned(), VERSION.to_owned()),
         ("source".to_owned(), encoder.report.naming.to_owned()),
