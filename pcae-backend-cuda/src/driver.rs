@@ -6,7 +6,7 @@
 //! - `cuDeviceGetCount`, `cuDeviceGet`, `cuDeviceGetName`, `cuDeviceGetAttribute`, `cuDevicePrimaryCtxRetain`,
 //!   `cuDevicePrimaryCtxRelease_v2`, `cuCtxSetCurrent`
 //! - `cuMemAlloc_v2`, `cuMemFree_v2`, `cuMemGetInfo_v2`, `cuMemHostAlloc`, `cuMemFreeHost`
-//! - `cuStreamCreate`, `cuStreamDestroy_v2`, `cuStreamSynchronize`, `cuEventCreate`, `cuEventRecord`, `cuEventSynchronize`,
+//! - `cuStreamCreate`, `cuStreamDestroy_v2`, `cuStreamSynchronize`, `cuStreamWaitEvent`, `cuEventCreate`, `cuEventRecord`, `cuEventSynchronize`,
 //!   `cuEventElapsedTime_v2`, `cuEventDestroy_v2`
 //! - `cuMemcpyHtoDAsync_v2`, `cuMemcpyDtoHAsync_v2`, `cuMemcpyDtoDAsync_v2`, `cuMemsetD8Async`
 //! - `cuModuleLoadData`, `cuModuleUnload`, `cuModuleGetFunction`, `cuFuncSetAttribute`, `cuLaunchKernel`
@@ -40,7 +40,7 @@ use crate::error::Error;
 const OLDEST: u32 = 80;
 
 /// What every block of memory is a multiple of.
-const GRAIN: usize = 256;
+pub(crate) const GRAIN: usize = 256;
 
 /// A place in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -666,6 +666,18 @@ impl Stream {
         // SAFETY: both exist.
         check("cuEventRecord", unsafe {
             result::event::record(event.raw, self.raw)
+        })
+    }
+
+    /// Has what comes later wait until `event` is reached, as it was last recorded; if it never was, for nothing.
+    pub(crate) fn wait_for(&self, event: &Event) -> Result<(), Error> {
+        // SAFETY: both exist.
+        check("cuStreamWaitEvent", unsafe {
+            result::stream::wait_event(
+                self.raw,
+                event.raw,
+                sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
+            )
         })
     }
 

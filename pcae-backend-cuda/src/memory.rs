@@ -38,6 +38,7 @@ fn scratch(ops: &[Op]) -> usize {
 
     let mut workspace = 0;
     let mut table = 0;
+    let mut stages = 0;
     for op in ops {
         workspace = workspace.max(match *op {
             Op::LayerNormBackward(dims) => product(&[GROUPS, 2, dims.dim, F32]),
@@ -50,6 +51,10 @@ fn scratch(ops: &[Op]) -> usize {
             Op::AdamW { elements, .. } => {
                 // Five words for each 4096 of them, and where segments begin.
                 table = table.max(product(&[elements.div_ceil(4096), 2, 5 * F32]));
+                0
+            }
+            Op::Pixels(dims) => {
+                stages = stages.max(queue::stages(dims));
                 0
             }
             // The sums of class and mask tokens have fewer groups than a layer norm's backward of the same width, which comes with
@@ -67,6 +72,7 @@ fn scratch(ops: &[Op]) -> usize {
     }
     workspace
         .saturating_add(table)
+        .saturating_add(stages)
         .saturating_add(gemm::WORKSPACE)
         .saturating_add(queue::OWN)
 }

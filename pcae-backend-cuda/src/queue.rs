@@ -10,11 +10,13 @@
 //!   it are dropped with it.
 //! - Copies go through pinned memory of the queue's own, of which a part is used again only when an event behind its copy
 //!   was reached.
-//! - [`Queue`] waits for its stream before anything of it is dropped.
+//! - [`Queue`] waits for its streams before anything of it is dropped.
 //!
 //! # Bounds
 //! [`GRAPHS`] graphs are kept, the one that was used longest ago goes first. A tape of more than [`TAPE`] words, or more than half of
 //! the changing values, is run by itself. Nothing is allocated on the host or the device once tapes repeat.
+
+mod upload;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,6 +33,8 @@ use crate::error::Error;
 use crate::gemm::{Gemm, Matmul};
 use crate::kernels::{File, KERNELS, Kernel};
 use crate::ring::{PIECE, Ring, to_bf16};
+use upload::Upload;
+pub(crate) use upload::stages;
 
 /// Graphs that are kept: of steps, of the last and shorter batch, of evaluations, at several sizes.
 const GRAPHS: usize = 32;
@@ -159,6 +163,7 @@ pub(crate) struct Queue {
     pub(crate) runs: Runs,
 
     ring: Ring,
+    upload: Upload,
     halves: [(Pinned, Event); 2],
     fault_seen: Pinned,
     /// Where [`Queue::start_clock`] and [`Queue::stop_clock`] were, once there was one.
@@ -221,6 +226,7 @@ impl Queue {
             clock: 0,
             runs: Runs::default(),
             ring: Ring::new(&context)?,
+            upload: Upload::new(&context)?,
             halves: [half()?, half()?],
             fault_seen: Pinned::new(&context, FAULT)?,
             clocks: None,
@@ -263,6 +269,7 @@ impl Queue {
         }
         self.flush()?;
         self.context.bind()?;
+        self.upload.stream.wait()?;
         self.stream.wait()?;
         let blocks = self.heap.take();
         self.forget(&blocks);
@@ -452,10 +459,15 @@ impl Queue {
         self.context.bind()?;
         let run = self.send_changing().and_then(|()| self.run());
         // After a failure too: what could not run once will not run the next time.
+        self.clear();
+        run
+    }
+
+    /// Forgets what is queued.
+    fn clear(&mut self) {
         self.tape.clear();
         self.pieces = 0;
         self.changing.clear();
-        run
     }
 
     /// Runs what is queued and waits for it, and returns the error of a fault.
@@ -689,6 +701,7 @@ impl Drop for Queue {
     fn drop(&mut self) {
         // Before pinned memory, graphs, modules and workspaces go. What is only queued is never seen by anybody.
         let _ = self.context.bind();
+        let _ = self.upload.stream.wait();
         let _ = self.stream.wait();
         self.known.clear();
         self.heap.close();
