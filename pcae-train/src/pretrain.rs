@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
-use pcae_kernel::backend::{AdamW, TrainBackend};
+use pcae_kernel::backend::{AdamW, Pixels, TrainBackend};
 use pcae_kernel::config::{PretrainConfig, Reduction, Target};
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
@@ -16,6 +16,7 @@ use crate::backends::Job;
 use crate::bench::describe;
 use crate::checkpoint::Identity;
 use crate::data::augment::Transform;
+use crate::data::images::{Images, View};
 use crate::data::loader::{Batch, eval_batches};
 use crate::data::{Dataset, Splits};
 use crate::error::Error;
@@ -126,6 +127,9 @@ fn planned_memory(settings: &Settings, recipe: &Recipe, splits: &Splits) -> Resu
     let mut step = StepModel::new(&mut sizing, settings, task).map_err(failed)?;
     let mut evaluation = Evaluation::new(&mut sizing, settings, recipe, splits).map_err(failed)?;
     step.model
+        .load_pixels(&mut sizing, Pixels::default(), &[], &[])
+        .map_err(failed)?;
+    step.model
         .accumulate(&mut sizing, &mut state, 1.0, &mut step.scorer)
         .map_err(failed)?;
     let adamw = AdamW {
@@ -139,8 +143,9 @@ fn planned_memory(settings: &Settings, recipe: &Recipe, splits: &Splits) -> Resu
     state.update(&mut sizing, &adamw, None).map_err(failed)?;
     if let Some(encoder) = &mut evaluation.encoder {
         let dim = task.vit.embed_dim;
+        let images = View::Bytes(task.vit.pixels(EVAL_BATCH), Pixels::default());
         encoder
-            .encode(&mut sizing, &state.student, &[], EVAL_BATCH, dim)
+            .encode(&mut sizing, &state.student, images, EVAL_BATCH, dim)
             .map_err(failed)?;
     }
     backends::memory(&settings.machine, &sizing)
@@ -436,9 +441,12 @@ impl<B: TrainBackend> StepModel<B> {
             self.ids_keep.extend_from_slice(keep);
             self.ids_remove.extend_from_slice(remove);
         }
-        self.model
-            .load(backend, &batch.images, &self.ids_keep, &self.ids_remove)
-            .map_err(failed)?;
+        let (keep, remove) = (&self.ids_keep, &self.ids_remove);
+        match batch.images.view() {
+            View::Bytes(_, pixels) => self.model.load_pixels(backend, pixels, keep, remove),
+            View::Values(images) => self.model.load(backend, images, keep, remove),
+        }
+        .map_err(failed)?;
         if settings.drop_path > 0.0 {
             draws::drop_path(key, task.vit.depth, settings.drop_path, &mut self.drop_path);
             self.model
@@ -529,7 +537,7 @@ impl<B: TrainBackend> Evaluation<B> {
         }
         let features = |dataset| {
             self.features(dataset, self.transform.output_len(), |images, _| {
-                Ok(images.to_vec())
+                Ok(images.values().into_owned())
             })
         };
         let (train, held_out) = (features(&self.train)?, features(&self.held_out)?);
@@ -552,7 +560,7 @@ impl<B: TrainBackend> Evaluation<B> {
         let dim = state.layout.vit.embed_dim;
         let mut features = |dataset| {
             self.features(dataset, dim, |images, batch| {
-                let features = encoder.encode(backend, &state.student, images, batch, dim);
+                let features = encoder.encode(backend, &state.student, images.view(), batch, dim);
                 features.map_err(|error| Error::backend(name, error))
             })
         };
@@ -568,7 +576,7 @@ impl<B: TrainBackend> Evaluation<B> {
         &self,
         dataset: &Dataset,
         dim: usize,
-        mut encode: impl FnMut(&[f32], usize) -> Result<Vec<f32>, Error>,
+        mut encode: impl FnMut(&Images, usize) -> Result<Vec<f32>, Error>,
     ) -> Result<Features, Error> {
         let mut x = Vec::with_capacity(dataset.len() * dim);
         let mut labels = Vec::with_capacity(dataset.len());
@@ -594,11 +602,11 @@ impl<B: TrainBackend> Encoder<B> {
         &mut self,
         backend: &mut B,
         params: &B::Params,
-        images: &[f32],
+        images: View<'_>,
         batch: usize,
         dim: usize,
     ) -> Result<Vec<f32>, B::Error> {
-        backend.write(&mut self.images, images)?;
+        images.write(backend, &mut self.images)?;
         self.vit.forward(
             backend,
             params,

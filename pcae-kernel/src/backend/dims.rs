@@ -152,8 +152,8 @@ impl PixelDims {
     }
 }
 
-/// Pictures of 8 bits, and how they are normalised.
-#[derive(Clone, Copy, Debug)]
+/// Pictures of 8 bits, and how they are normalised; by default none.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Pixels<'a> {
     /// `[B, height, width, channels]`, as decoders give them.
     pub values: &'a [u8],

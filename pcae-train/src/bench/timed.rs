@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use pcae_kernel::backend::{
     Accum, AdamW, AttentionDims, Backend, Clip, DecoderDims, EmbedParams, Epilogue, Linear,
-    LinearDims, Norm, PatchDims, PixelDims, Pixels, RowDims, Segment, Span, TokenDims, TrainBackend,
+    LinearDims, Norm, PatchDims, PixelDims, Pixels, RowDims, Segment, Span, TokenDims,
+    TrainBackend,
 };
 use pcae_kernel::layout::Layout;
 use pcae_kernel::op::{Op, OpKind};

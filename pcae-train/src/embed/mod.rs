@@ -22,6 +22,7 @@ use serde::Serialize;
 
 use crate::backends::{self, Job, count};
 use crate::data::augment::{Scratch, Transform};
+use crate::data::images::Images;
 use crate::data::{DataError, Picture};
 use crate::durable::{atomic_write, sync_folder};
 use crate::encoder::Encoder;
@@ -144,8 +145,8 @@ struct Embedding<'a> {
 
 /// A batch on its way to the encoder.
 struct Prepared {
-    /// `[readable, channels, height, width]`
-    images: Vec<f32>,
+    /// The readable ones.
+    images: Images,
     names: Vec<String>,
     /// Names and reasons.
     unreadable: Vec<(String, String)>,
@@ -326,7 +327,7 @@ impl Embedding<'_> {
     fn prepare(&self, pool: &ThreadPool, range: std::ops::Range<usize>) -> Prepared {
         let transform = &self.encoder.transform;
         let len = transform.output_len();
-        let mut images = vec![0.0; range.len() * len];
+        let mut images = vec![0; range.len() * len];
         let results: Vec<Result<(), DataError>> = pool.install(|| {
             images
                 .par_chunks_exact_mut(len)
@@ -335,7 +336,7 @@ impl Embedding<'_> {
                     || (Picture::default(), Scratch::default()),
                     |(picture, scratch), (out, i)| {
                         self.source.picture(i, transform.channels, picture)?;
-                        transform.eval(picture, scratch, out)
+                        transform.eval_bytes(picture, scratch, out)
                     },
                 )
                 .collect()
@@ -354,7 +355,7 @@ impl Embedding<'_> {
         }
         images.truncate(names.len() * len);
         Prepared {
-            images,
+            images: Images::of_bytes(transform, images),
             names,
             unreadable,
             end: range.end,

@@ -6,7 +6,7 @@ mod settings;
 
 use std::path::{Path, PathBuf};
 
-use pcae_kernel::backend::{AdamW, TrainBackend};
+use pcae_kernel::backend::{AdamW, Pixels, TrainBackend};
 use pcae_kernel::flops;
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
@@ -18,6 +18,7 @@ use crate::backends::Job;
 use crate::bench::describe;
 use crate::checkpoint::weights::Weights;
 use crate::checkpoint::{self, AVERAGE, Identity, TASK_CLASSIFY, Which};
+use crate::data::images::{Images, View};
 use crate::data::loader::Batch;
 use crate::data::mix::Shape;
 use crate::data::{Dataset, Splits};
@@ -147,6 +148,11 @@ fn planned_memory(settings: &FinetuneSettings, recipe: &FinetuneRecipe) -> Resul
     let mut step = StepModel::new(&mut sizing, recipe).map_err(failed)?;
     let evaluator = Evaluator::new(&mut sizing, &recipe.task, EVAL_BATCH, settings.seed);
     let mut evaluator = evaluator.map_err(failed)?;
+    if !recipe.augmentation.makes_values() {
+        step.model
+            .load_pixels(&mut sizing, Pixels::default(), &[])
+            .map_err(failed)?;
+    }
     step.model
         .accumulate(&mut sizing, &mut state, 1.0, &mut step.scorer)
         .map_err(failed)?;
@@ -444,16 +450,22 @@ impl<B: TrainBackend> Task<B> for Finetuning<'_, B> {
         };
         self.recipe.mix.apply(
             &mut Stream::new(seed, 0, batch.index, Purpose::Mix),
-            &mut batch.images,
+            match &mut batch.images {
+                Images::Values(values) => values,
+                // Which are not mixed.
+                Images::Bytes(_) => &mut [],
+            },
             shape,
             &self.labels,
             task.num_classes,
             &mut self.targets,
         );
         let StepModel { model, scorer } = &mut self.step;
-        model
-            .load(backend, &batch.images, &self.targets)
-            .map_err(failed)?;
+        match batch.images.view() {
+            View::Bytes(_, pixels) => model.load_pixels(backend, pixels, &self.targets),
+            View::Values(images) => model.load(backend, images, &self.targets),
+        }
+        .map_err(failed)?;
         let key = Key {
             seed,
             epoch: batch.epoch,

@@ -475,6 +475,7 @@ impl FinetuneSettings {
             transform: shared::transform(&task.vit, &splits.train, crops, mean, std)?,
             rand_augment: *self.rand_augment.get_or_insert(defaults.rand_augment),
             erase_prob: *self.erase_prob.get_or_insert(defaults.erase_prob),
+            mixes: mix.mixes_images(),
         };
         augmentation.check().map_err(typed)?;
         Ok(FinetuneRecipe {
