@@ -152,6 +152,14 @@ pub fn device_count() -> Result<usize, Error> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
+/// Bytes of the memory of device number `device`, counted from 0, that nobody has, while a context is there.
+///
+/// # Errors
+/// [`Error::Library`] without a driver, [`Error::Device`] if there is no such device, [`Error::Driver`] if the driver fails.
+pub fn free_memory(device: usize) -> Result<usize, Error> {
+    Context::new(device)?.free_memory()
+}
+
 /// A device and its primary context.
 #[derive(Debug)]
 pub(crate) struct Context {

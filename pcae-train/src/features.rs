@@ -82,7 +82,7 @@ impl Frozen {
     /// # Errors
     /// As [`encoder::load`], or [`Error::Setting`] and [`Error::Config`] for settings that cannot be.
     pub fn load(&self) -> Result<(Encoder, Reduction), Error> {
-        let workers = self.machine.workers;
+        let workers = self.machine.workers();
         let checks = [
             ("--batch-size", self.batch_size, 1..=1 << 20),
             ("--workers", workers, 0..=MAX_THREADS),

@@ -75,6 +75,16 @@ struct Prefetch {
     coordinator: Option<JoinHandle<()>>,
 }
 
+/// Bytes of all batches that exist at a time.
+pub(crate) fn memory(augmentation: &Augmentation, batch_size: usize) -> usize {
+    let element = match augmentation.makes_values() {
+        true => size_of::<f32>(),
+        false => size_of::<u8>(),
+    };
+    let len = augmentation.transform.output_len().saturating_mul(element);
+    len.saturating_mul(batch_size).saturating_mul(QUEUE + 2)
+}
+
 impl Loader {
     /// Checks the settings and starts the workers.
     ///

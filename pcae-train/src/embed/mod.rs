@@ -250,7 +250,7 @@ impl Embedding<'_> {
         let batch_size = self.plan.frozen.batch_size.min(end - first);
         let mut extractor =
             Extractor::new(backend, &self.encoder, batch_size, self.reduction).map_err(failed)?;
-        let workers = self.plan.frozen.machine.workers.max(1);
+        let workers = self.plan.frozen.machine.workers().max(1);
         let pool = ThreadPoolBuilder::new()
             .num_threads(workers)
             .build()

@@ -23,6 +23,7 @@ use crate::data::loader::Batch;
 use crate::data::mix::Shape;
 use crate::data::{Dataset, Splits};
 use crate::error::Error;
+use crate::fit::BatchSize;
 use crate::metrics::{Record, series};
 use crate::network::{Network, arrows};
 use crate::report::curves::{Curves, write_png};
@@ -30,7 +31,7 @@ use crate::run_dir::{RunDir, RunState};
 use crate::training::draws::{self, Key};
 use crate::training::names::LOSS;
 use crate::training::{self, Figures, Start, Task};
-use crate::{backends, data};
+use crate::{backends, data, fit};
 pub use evaluation::{Confusion, Score};
 pub use settings::{FinetuneRecipe, FinetuneSettings, PoolSpec, WeightsSpec};
 
@@ -118,6 +119,7 @@ fn launch(
     resume: Option<(RunDir, RunState)>,
 ) -> Result<Summary, Error> {
     let splits = data::open(settings.data.as_deref(), settings.in_chans)?;
+    let fitted = fit(&mut settings, &splits)?;
     let recipe = settings.resolve(&splits)?;
     let machine = settings.machine.clone();
     let memory = planned_memory(&settings, &recipe)?;
@@ -127,10 +129,35 @@ fn launch(
             settings,
             recipe,
             memory,
+            fitted,
             splits,
             resume,
         },
     )
+}
+
+/// Chooses how many pictures a micro-batch has where the settings leave that open, and says so in a line.
+fn fit(settings: &mut FinetuneSettings, splits: &Splits) -> Result<Option<String>, Error> {
+    if settings.batch_size != Some(BatchSize::Auto) {
+        return Ok(None);
+    }
+    let mut one = FinetuneSettings {
+        batch_size: Some(BatchSize::Pictures(1)),
+        ..settings.clone()
+    };
+    let recipe = one.resolve(splits)?;
+    let (machine, vit) = (&settings.machine, &recipe.task.vit);
+    let fitted = fit::largest(machine, vit, splits.train.len(), |batch| {
+        let mut recipe = recipe.clone();
+        recipe.plan.batch_size = batch;
+        let memory = planned_memory(&one, &recipe)?.total();
+        let loader = backends::of_loader(machine, &recipe.augmentation, batch);
+        Ok(memory.saturating_add(loader))
+    })?;
+    settings.batch_size = Some(BatchSize::Pictures(fitted.batch_size));
+    // Which took a pass over the data.
+    (settings.mean, settings.std) = (one.mean, one.std);
+    Ok(Some(fitted.line))
 }
 
 /// What the backend will hold when everything has run once: the state, a step and an evaluation.
@@ -208,6 +235,8 @@ struct Run {
     recipe: FinetuneRecipe,
     /// What was planned.
     memory: Memory,
+    /// How the batch size was chosen, if it was.
+    fitted: Option<String>,
     splits: Splits,
     resume: Option<(RunDir, RunState)>,
 }
@@ -220,6 +249,7 @@ impl Job for Run {
             settings,
             recipe,
             memory,
+            fitted,
             splits,
             resume,
         } = self;
@@ -256,12 +286,12 @@ impl Job for Run {
                 &splits,
                 &layout,
                 name,
-                memory,
+                (memory, fitted),
                 origin,
             ),
             dataset: splits.train.clone(),
             augmentation: recipe.augmentation.clone(),
-            workers: settings.machine.workers,
+            workers: settings.machine.workers(),
             out: settings.machine.out.clone(),
             resume,
         };
@@ -343,7 +373,7 @@ fn introduction(
     splits: &Splits,
     layout: &Layout,
     backend: &str,
-    memory: Memory,
+    (memory, fitted): (Memory, Option<String>),
     origin: Option<String>,
 ) -> Vec<String> {
     let FinetuneRecipe { task, plan, .. } = recipe;
@@ -364,6 +394,7 @@ fn introduction(
     ];
     lines.extend(origin.map(|origin| format!("weights   {origin}")));
     lines.push(format!("backend   {backend}"));
+    lines.extend(fitted);
     lines.push(format!(
         "memory    planned: {}, data apart",
         describe(memory)

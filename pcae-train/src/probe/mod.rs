@@ -422,7 +422,7 @@ impl Probing<'_> {
                 batch_size,
                 seed: plan.seed,
                 start: 0,
-                workers: plan.frozen.machine.workers,
+                workers: plan.frozen.machine.workers(),
             };
             let transform = self.encoder.transform.clone();
             Some(Loader::new(dataset.clone(), transform, config)?)
