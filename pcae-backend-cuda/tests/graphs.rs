@@ -179,6 +179,10 @@ impl<B: TrainBackend> Run<B> {
         self.state
             .update(&mut self.backend, &constants, Some(0.5))
             .unwrap();
+        // Another place in every step, which is no other graph.
+        self.state
+            .record(&mut self.backend, 1, step as usize)
+            .unwrap();
     }
 
     fn grads(&mut self) -> Vec<f32> {

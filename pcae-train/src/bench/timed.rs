@@ -298,6 +298,24 @@ impl<B: TrainBackend> TrainBackend for Timed<B> {
         self.inner.vector(len)
     }
 
+    fn start_read(
+        &mut self,
+        from: &Self::Vector,
+        at: usize,
+        len: usize,
+    ) -> Result<(), Self::Error> {
+        self.inner.start_read(from, at, len)
+    }
+
+    fn finish_read(
+        &mut self,
+        to: &mut [f32],
+        from: &Self::Vector,
+        at: usize,
+    ) -> Result<(), Self::Error> {
+        self.inner.finish_read(to, from, at)
+    }
+
     fn is_queued(&self) -> bool {
         self.inner.is_queued()
     }

@@ -347,7 +347,7 @@ impl<B: TrainBackend> Work<B> for Step<B> {
             .accumulate(backend, &mut self.state, 1.0, &mut MeanSimilarity)?;
         self.state.update(backend, &self.adamw, None)?;
         if backend.is_queued() {
-            return self.state.record(backend, 0);
+            return self.state.record(backend, 0, 0);
         }
         self.state.scalars(backend).map(|_| ())
     }
