@@ -8,9 +8,10 @@
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Params, Precision};
+use pcae_backend_cpu::{Bf16Unit, Buf, Cpu, Isa, Params, Precision};
 use pcae_kernel::backend::{
-    Accum, AdamW, AttentionDims, Backend, Epilogue, LinearDims, RowDims, Segment, TrainBackend,
+    Accum, AdamW, AttentionDims, Backend, Epilogue, LinearDims, RowDims, Segment, Span,
+    TrainBackend,
 };
 use pcae_kernel::config::VitConfig;
 use pcae_kernel::init::init;
@@ -53,7 +54,7 @@ impl Block {
 }
 
 /// Values in no order that a predictor could learn, none of them tiny.
-fn filled(cpu: &mut Cpu, len: usize) -> Vec<f32> {
+fn filled(cpu: &mut Cpu, len: usize) -> Buf {
     let values: Vec<f32> = (0..len).map(|i| (i as f32 * 0.7).sin()).collect();
     let mut buf = cpu.buf(len).unwrap();
     cpu.write(&mut buf, &values).unwrap();
@@ -205,7 +206,13 @@ fn adamw(criterion: &mut Criterion) {
         }
     });
     let (cpu, student) = (&mut bench.cpu, &mut bench.params);
-    let mut teacher = student.clone();
+    let mut values = vec![0.0; layout.len()];
+    let all = Span {
+        start: 0,
+        len: layout.len(),
+    };
+    cpu.read_params(&mut values, student, all).unwrap();
+    let mut teacher = cpu.params(&layout, &values).unwrap();
     let mut vector = || cpu.vector(layout.len()).unwrap();
     let (mut grads, mut exp_avg, mut exp_avg_sq) = (vector(), vector(), vector());
     let mut step = AdamW {

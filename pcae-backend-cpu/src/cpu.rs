@@ -4,7 +4,7 @@ use core::cmp::Ordering;
 
 use pcae_kernel::backend::{
     AttentionDims, Backend, EmbedParams, Epilogue, Linear, LinearDims, NORM_EPS, Norm, PatchDims,
-    RowDims, SCORE_EPS, Span, TokenDims,
+    PixelDims, Pixels, RowDims, SCORE_EPS, Span, TokenDims,
 };
 use pcae_kernel::error::{Error as KernelError, expect_len, product};
 use pcae_kernel::layout::{Kind, Layout};
@@ -18,6 +18,7 @@ use crate::gemm::{
 };
 use crate::isa::Isa;
 use crate::memory;
+use crate::pixels;
 use crate::rows;
 use crate::threads::{Pieces, Threads};
 
@@ -536,6 +537,37 @@ impl Backend for Cpu {
 
     fn write(&mut self, to: &mut Buf, from: &[f32]) -> Result<(), Error> {
         front_mut("write", "to", to, from.len())?.copy_from_slice(from);
+        Ok(())
+    }
+
+    fn write_pixels(
+        &mut self,
+        dims: PixelDims,
+        to: &mut Buf,
+        from: Pixels<'_>,
+    ) -> Result<(), Error> {
+        const OP: &str = "write_pixels";
+        let to = front_mut(OP, "to", to, dims.len())?;
+        from.check(OP, dims)?;
+        if to.is_empty() {
+            return Ok(());
+        }
+        let (channels, width) = (dims.channels, dims.width);
+        let plane = dims.height * width;
+        self.threads.for_each(
+            dims.batch * channels,
+            2 * plane,
+            Pieces::new(to, plane),
+            |i, to| {
+                let (b, channel) = (i / channels, i % channels);
+                let values = &from.values[b * channels * plane..][..channels * plane];
+                let (mean, std) = (from.mean[channel], from.std[channel]);
+                pixels::normalise(to, &values[channel..], channels, mean, std);
+                if from.is_flipped(b) {
+                    to.chunks_exact_mut(width).for_each(<[f32]>::reverse);
+                }
+            },
+        );
         Ok(())
     }
 

@@ -45,6 +45,7 @@ mod isa;
 mod math;
 mod memory;
 mod peak;
+mod pixels;
 mod plan;
 mod rows;
 mod simd;

@@ -104,7 +104,8 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
             | Op::LayerNorm(_)
             | Op::Tokens { .. }
             | Op::AdamW { .. }
-            | Op::Transfer { .. } => {}
+            | Op::Transfer { .. }
+            | Op::Pixels(_) => {}
         }
     }
     bytes::<f32>(floats.saturating_add(LINE))

@@ -130,3 +130,76 @@ extern "C" __global__ void __launch_bounds__(256)
         collect_pixels<1>(out, images, ids, patches, dims, fault, code);
     }
 }
+
+/// Pixels that a thread of `normalise_pixels` takes at once, of all channels.
+#define RUN 16
+
+/// Pictures in runs of pixels; `table` [CHANNELS, 256] says what a pixel becomes.
+template <unsigned CHANNELS>
+__device__ __forceinline__ void normalise_runs(act_t* out, const unsigned char* values, const unsigned char* flips, const float* table, unsigned runs,
+                                               unsigned height, unsigned width) {
+    constexpr unsigned SIZE = Vec<act_t>::SIZE;
+    const unsigned row_runs = width / RUN, picture_runs = height * row_runs, plane = height * width;
+    for (unsigned run = blockIdx.x * blockDim.x + threadIdx.x; run < runs; run += gridDim.x * blockDim.x) {
+        // 16 bytes for each channel, in which the channels take turns.
+        unsigned bytes[4 * CHANNELS];
+#pragma unroll
+        for (unsigned i = 0; i < CHANNELS; ++i) {
+            uint4 word = reinterpret_cast<const uint4*>(values)[static_cast<size_t>(run) * CHANNELS + i];
+            bytes[4 * i] = word.x, bytes[4 * i + 1] = word.y, bytes[4 * i + 2] = word.z, bytes[4 * i + 3] = word.w;
+        }
+        unsigned picture = run / picture_runs, within = run - picture * picture_runs;
+        unsigned row = within / row_runs, column = within - row * row_runs;
+        const bool flip = flips[picture] != 0;
+        act_t* to = out + static_cast<size_t>(picture) * CHANNELS * plane + row * width + (flip ? row_runs - 1 - column : column) * RUN;
+#pragma unroll
+        for (unsigned channel = 0; channel < CHANNELS; ++channel) {
+#pragma unroll
+            for (unsigned part = 0; part < RUN; part += SIZE) {
+                Vec<act_t> straight, chosen;
+#pragma unroll
+                for (unsigned i = 0; i < SIZE; ++i) {
+                    unsigned at = (part + i) * CHANNELS + channel;
+                    straight.v[i] = table[channel * 256 + (bytes[at / 4] >> at % 4 * 8 & 255u)];
+                }
+#pragma unroll
+                for (unsigned i = 0; i < SIZE; ++i) chosen.v[i] = flip ? straight.v[SIZE - 1 - i] : straight.v[i];
+                store_vec(to + static_cast<size_t>(channel) * plane + (flip ? RUN - SIZE - part : part), chosen);
+            }
+        }
+    }
+}
+
+/// Pixels of 8 bits as values, some pictures mirrored: out [B, channels, height, width]. `staged` starts on a multiple of 16 and holds mean and standard
+/// deviation, f32 [channels] each, whether a picture is mirrored [B], and from the next multiple of 16 on values [B, height, width, channels].
+///
+/// Any grid of blocks of 256 threads; there are fewer than 2^32 elements. Rows of whole runs, of one or three channels, are read and written in words of
+/// 16 bytes, and what a pixel becomes is looked up: two exact divisions take longer. Reads a byte for each element, and writes it.
+extern "C" __global__ void __launch_bounds__(256)
+    normalise_pixels(act_t* out, const unsigned char* staged, unsigned batch, unsigned channels, unsigned height, unsigned width) {
+    __shared__ float table[3 * 256];
+    const float* mean = reinterpret_cast<const float*>(staged);
+    const float* std = mean + channels;
+    const unsigned char* flips = reinterpret_cast<const unsigned char*>(std + channels);
+    const unsigned char* values = staged + (2 * sizeof(float) * channels + batch + 15) / 16 * 16;
+    auto normalise = [&](unsigned value, unsigned channel) { return (static_cast<float>(value) / 255.0f - mean[channel]) / std[channel]; };
+    const bool by_runs = width % RUN == 0 && (channels == 1 || channels == 3) && aligned_16(out);
+    if (!by_runs) {
+        auto load = [&](size_t at) {
+            unsigned element = static_cast<unsigned>(at), line = element / width, x = element - line * width;
+            unsigned plane = line / height, y = line - plane * height, picture = plane / channels, channel = plane - picture * channels;
+            if (flips[picture] != 0) x = width - 1 - x;
+            return normalise(values[((static_cast<size_t>(picture) * height + y) * width + x) * channels + channel], channel);
+        };
+        for_each_word(static_cast<size_t>(batch) * channels * height * width, load, [&](size_t at, float value) { out[at] = to_act(value); });
+        return;
+    }
+    for (unsigned i = threadIdx.x; i < channels * 256; i += blockDim.x) table[i] = normalise(i % 256, i / 256);
+    __syncthreads();
+    const unsigned runs = batch * height * (width / RUN);
+    if (channels == 1) {
+        normalise_runs<1>(out, values, flips, table, runs, height, width);
+    } else {
+        normalise_runs<3>(out, values, flips, table, runs, height, width);
+    }
+}

@@ -39,6 +39,8 @@ pub fn bytes(op: &Op, precision: Precision) -> u64 {
             };
             elements * float + copies
         }
+        // They arrive, are read, and become values.
+        Op::Pixels(dims) => dims.len() as u64 * (2 + act),
         // On the host's side it is no bus of the device's.
         Op::Transfer { elements } => *elements as u64 * act,
     }

@@ -27,7 +27,7 @@ impl Precision {
     }
 }
 
-/// The CUDA backend: one device, one stream.
+/// The CUDA backend: one device, a stream for all work, and one for pictures on their way to it.
 ///
 /// Operations are noted and run later, at the latest when something is read: see the crate's documentation. Buffers belong to the
 /// backend that made them.

@@ -6,7 +6,7 @@
 //! - `cuDeviceGetCount`, `cuDeviceGet`, `cuDeviceGetName`, `cuDeviceGetAttribute`, `cuDevicePrimaryCtxRetain`,
 //!   `cuDevicePrimaryCtxRelease_v2`, `cuCtxSetCurrent`
 //! - `cuMemAlloc_v2`, `cuMemFree_v2`, `cuMemGetInfo_v2`, `cuMemHostAlloc`, `cuMemFreeHost`
-//! - `cuStreamCreate`, `cuStreamDestroy_v2`, `cuStreamSynchronize`, `cuEventCreate`, `cuEventRecord`, `cuEventSynchronize`,
+//! - `cuStreamCreate`, `cuStreamDestroy_v2`, `cuStreamSynchronize`, `cuStreamWaitEvent`, `cuEventCreate`, `cuEventRecord`, `cuEventSynchronize`,
 //!   `cuEventElapsedTime_v2`, `cuEventDestroy_v2`
 //! - `cuMemcpyHtoDAsync_v2`, `cuMemcpyDtoHAsync_v2`, `cuMemcpyDtoDAsync_v2`, `cuMemsetD8Async`
 //! - `cuModuleLoadData`, `cuModuleUnload`, `cuModuleGetFunction`, `cuFuncSetAttribute`, `cuLaunchKernel`
@@ -43,7 +43,7 @@ use crate::versions::{self, Version};
 const OLDEST: u32 = 80;
 
 /// What every block of memory is a multiple of.
-const GRAIN: usize = 256;
+pub(crate) const GRAIN: usize = 256;
 
 /// A place in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -153,6 +153,14 @@ pub fn device_count() -> Result<usize, Error> {
     }
     let count = result::device::get_count().map_err(|error| failed("cuDeviceGetCount", error))?;
     Ok(usize::try_from(count).unwrap_or(0))
+}
+
+/// Bytes of the memory of device number `device`, counted from 0, that nobody has, while a context is there.
+///
+/// # Errors
+/// [`Error::Library`] without a driver, [`Error::Device`] if there is no such device, [`Error::Driver`] if the driver fails.
+pub fn free_memory(device: usize) -> Result<usize, Error> {
+    Context::new(device)?.free_memory()
 }
 
 /// A device and its primary context.
@@ -680,6 +688,18 @@ impl Stream {
         // SAFETY: both exist.
         check("cuEventRecord", unsafe {
             result::event::record(event.raw, self.raw)
+        })
+    }
+
+    /// Has what comes later wait until `event` is reached, as it was last recorded; if it never was, for nothing.
+    pub(crate) fn wait_for(&self, event: &Event) -> Result<(), Error> {
+        // SAFETY: both exist.
+        check("cuStreamWaitEvent", unsafe {
+            result::stream::wait_event(
+                self.raw,
+                event.raw,
+                sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
+            )
         })
     }
 

@@ -1,8 +1,8 @@
 //! What inference needs: `impl Backend for Cuda`.
 
 use pcae_kernel::backend::{
-    AttentionDims, Backend, EmbedParams, Epilogue, Linear, LinearDims, Norm, PatchDims, RowDims,
-    TokenDims,
+    AttentionDims, Backend, EmbedParams, Epilogue, Linear, LinearDims, Norm, PatchDims, PixelDims,
+    Pixels, RowDims, TokenDims,
 };
 use pcae_kernel::error::{Error as KernelError, expect_len, product};
 
@@ -111,6 +111,21 @@ impl Backend for Cuda {
     fn write(&mut self, to: &mut Buf, from: &[f32]) -> Result<(), Error> {
         expect_len("write", "to", to.len, from.len())?;
         self.queue.write_act(to.at(0), from)
+    }
+
+    fn write_pixels(
+        &mut self,
+        dims: PixelDims,
+        to: &mut Buf,
+        pixels: Pixels<'_>,
+    ) -> Result<(), Error> {
+        const OP: &str = "write_pixels";
+        expect_len(OP, "to", to.len, dims.len())?;
+        pixels.check(OP, dims)?;
+        if dims.is_empty() {
+            return Ok(());
+        }
+        self.queue.write_pixels(dims, to.at(0), pixels)
     }
 
     fn read(&mut self, to: &mut [f32], from: &Buf) -> Result<(), Error> {

@@ -53,7 +53,7 @@ pub use buffers::{Buf, Ids, Params, Scores, Vector};
 pub use bytes::bytes;
 pub use compile::Compiler;
 pub use cuda::{Cuda, Precision};
-pub use driver::device_count;
+pub use driver::{device_count, free_memory};
 pub use error::Error;
 pub use memory::memory;
 pub use queue::Runs;

@@ -40,6 +40,7 @@ fn scratch(ops: &[Op], precision: Precision) -> usize {
 
     let mut workspace = 0;
     let mut table = 0;
+    let mut stages = 0;
     for op in ops {
         workspace = workspace.max(match *op {
             Op::LayerNormBackward(dims) => product(&[GROUPS, 3, dims.dim, F32]),
@@ -58,6 +59,10 @@ fn scratch(ops: &[Op], precision: Precision) -> usize {
                 table = table.max(product(&[elements.div_ceil(4096), 2, 5 * F32]));
                 0
             }
+            Op::Pixels(dims) => {
+                stages = stages.max(queue::stages(dims));
+                0
+            }
             // The sums of class and mask tokens have fewer groups than a layer norm's backward of the same width, which comes with
             // them.
             Op::Tokens { .. }
@@ -70,6 +75,7 @@ fn scratch(ops: &[Op], precision: Precision) -> usize {
     }
     workspace
         .saturating_add(table)
+        .saturating_add(stages)
         .saturating_add(gemm::WORKSPACE)
         .saturating_add(queue::OWN)
 }

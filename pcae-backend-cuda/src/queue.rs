@@ -10,11 +10,14 @@
 //!   it are dropped with it.
 //! - Copies go through pinned memory of the queue's own, of which a part is used again only when an event behind its copy
 //!   was reached.
-//! - [`Queue`] waits for its stream before anything of it is dropped.
+//! - [`Queue`] waits for its streams before anything of it is dropped.
 //!
 //! # Bounds
 //! [`GRAPHS`] graphs are kept, the one that was used longest ago goes first. A tape of more than [`TAPE`] words, or more than half of
 //! the changing values, is run by itself. Nothing is allocated on the host or the device once tapes repeat.
+
+mod reading;
+mod upload;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -34,6 +37,9 @@ use crate::kernels::{File, KERNELS, Kernel};
 use crate::ring::{PIECE, Ring, to_bf16};
 use crate::sums::ColumnSums;
 use crate::versions::{self, Version};
+use reading::Reading;
+use upload::Upload;
+pub(crate) use upload::stages;
 
 /// Graphs that are kept: of steps, of the last and shorter batch, of evaluations, at several sizes.
 const GRAPHS: usize = 32;
@@ -165,8 +171,10 @@ pub(crate) struct Queue {
     pub(crate) runs: Runs,
 
     ring: Ring,
+    upload: Upload,
     halves: [(Pinned, Event); 2],
     fault_seen: Pinned,
+    reading: Reading,
     /// Where [`Queue::start_clock`] and [`Queue::stop_clock`] were, once there was one.
     clocks: Option<[Event; 2]>,
     clock_runs: bool,
@@ -237,8 +245,10 @@ impl Queue {
             clock: 0,
             runs: Runs::default(),
             ring: Ring::new(&context)?,
+            upload: Upload::new(&context)?,
             halves: [half()?, half()?],
             fault_seen: Pinned::new(&context, FAULT)?,
+            reading: Reading::new(&context)?,
             clocks: None,
             clock_runs: false,
             changing_at: heap.allocate(CHANGING * size_of::<f32>())?,
@@ -280,6 +290,7 @@ impl Queue {
         }
         self.flush()?;
         self.context.bind()?;
+        self.upload.stream.wait()?;
         self.stream.wait()?;
         let blocks = self.heap.take();
         self.forget(&blocks);
@@ -406,6 +417,22 @@ impl Queue {
         self.appended()
     }
 
+    /// Copies within the device behind what is queued, which is run.
+    pub(crate) fn copy_apart(
+        &mut self,
+        to: DevicePtr,
+        from: DevicePtr,
+        bytes: usize,
+    ) -> Result<(), Error> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.flush()?;
+        self.context.bind()?;
+        // SAFETY: the operation has checked where both lie.
+        unsafe { self.stream.copy(to, from, bytes) }
+    }
+
     /// Queues a matrix product.
     pub(crate) fn matmul(&mut self, matmul: Matmul) -> Result<(), Error> {
         if matmul.m == 0 || matmul.n == 0 {
@@ -487,10 +514,15 @@ impl Queue {
         self.context.bind()?;
         let run = self.send_changing().and_then(|()| self.run());
         // After a failure too: what could not run once will not run the next time.
+        self.clear();
+        run
+    }
+
+    /// Forgets what is queued.
+    fn clear(&mut self) {
         self.tape.clear();
         self.pieces = 0;
         self.changing.clear();
-        run
     }
 
     /// Runs what is queued and waits for it, and returns the error of a fault.
@@ -640,91 +672,13 @@ impl Queue {
         self.context.bind()?;
         self.ring.send(&self.stream, to, from, convert)
     }
-
-    /// Copies f32 from the device, after what is queued. All reads wait for it, and return the error of a fault first.
-    pub(crate) fn read_f32(&mut self, to: &mut [f32], from: DevicePtr) -> Result<(), Error> {
-        self.read(to, from, |x: f32| x)
-    }
-
-    /// Copies bf16 from the device as f32.
-    pub(crate) fn read_bf16(&mut self, to: &mut [f32], from: DevicePtr) -> Result<(), Error> {
-        self.read(to, from, |x: u16| f32::from_bits(u32::from(x) << 16))
-    }
-
-    /// Copies activations from the device.
-    pub(crate) fn read_act(&mut self, to: &mut [f32], from: DevicePtr) -> Result<(), Error> {
-        match self.precision {
-            Precision::F32 => self.read_f32(to, from),
-            Precision::Bf16 => self.read_bf16(to, from),
-        }
-    }
-
-    /// Copies indices from the device.
-    pub(crate) fn read_u32(&mut self, to: &mut [u32], from: DevicePtr) -> Result<(), Error> {
-        self.read(to, from, |x: u32| x)
-    }
-
-    fn read<T, U: Plain>(
-        &mut self,
-        to: &mut [T],
-        from: DevicePtr,
-        convert: impl Fn(U) -> T,
-    ) -> Result<(), Error> {
-        self.flush()?;
-        self.context.bind()?;
-        let fault_at = self.fault_at.at();
-        // SAFETY: only read below, behind an event that follows the copy. A copy of a read that failed may be under way:
-        // it brings the same words.
-        let seen = unsafe { self.fault_seen.part::<u32>(0, 2) };
-        // SAFETY: two words are there.
-        unsafe { self.stream.download(seen, fault_at)? };
-        let piece = PIECE / size_of::<U>();
-        let total = to.len();
-        let pieces = total.div_ceil(piece).max(1);
-        let len = |i: usize| piece.min(total - (i * piece).min(total));
-        let (stream, halves) = (&self.stream, &mut self.halves);
-        let fetch = |halves: &mut [(Pinned, Event); 2], i: usize| {
-            let (pinned, event) = &mut halves[i % 2];
-            if len(i) > 0 {
-                // SAFETY: what the last copy brought was read before this is called; a copy of a read that failed comes before
-                // this one in the stream, and nobody looks until the event behind this one.
-                let part = unsafe { pinned.part::<U>(0, len(i)) };
-                // SAFETY: the caller's buffer has as many elements.
-                unsafe { stream.download(part, from.plus(i * PIECE))? };
-            }
-            stream.record(event)
-        };
-        fetch(halves, 0)?;
-        for i in 0..pieces {
-            if i + 1 < pieces {
-                fetch(halves, i + 1)?;
-            }
-            let (pinned, event) = &mut halves[i % 2];
-            event.wait()?;
-            if i == 0 {
-                // SAFETY: the copy lies before the event.
-                let seen = unsafe { self.fault_seen.part::<u32>(0, 2) };
-                let [code, detail] = [seen[0], seen[1]];
-                if code != 0 {
-                    // SAFETY: memory of the queue.
-                    unsafe { stream.zero(fault_at, FAULT)? };
-                    return Err(fault(&self.faults, code, detail));
-                }
-            }
-            // SAFETY: the event behind its copy was reached, the next copy goes to the other half.
-            let part = unsafe { pinned.part::<U>(0, len(i)) };
-            for (to, x) in to[i * piece..].iter_mut().zip(part) {
-                *to = convert(*x);
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
         // Before pinned memory, graphs, modules and workspaces go. What is only queued is never seen by anybody.
         let _ = self.context.bind();
+        let _ = self.upload.stream.wait();
         let _ = self.stream.wait();
         self.known.clear();
         self.heap.close();

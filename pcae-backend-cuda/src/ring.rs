@@ -6,17 +6,18 @@ use std::sync::Arc;
 use crate::driver::{Context, DevicePtr, Event, Pinned, Plain, Stream};
 use crate::error::Error;
 
-/// Bytes of pinned memory, used round and round: a batch of 256 pictures of 224 x 224 in bf16, and more, so that the host can send
-/// the next one while the device is busy.
+/// Bytes of pinned memory, used round and round: three batches of 256 pictures of 224 x 224 in 8 bits, so that the host can
+/// send the next one while the device is busy.
 pub(crate) const RING: usize = 128 << 20;
 
-/// Copies that may be under way.
-const COPIES: usize = 64;
+/// Copies that may be under way: those of some steps, each of a batch in pieces and of what is drawn for every block.
+const COPIES: usize = 256;
 
 /// Bytes of one copy.
 pub(crate) const PIECE: usize = 4 << 20;
 
-/// Pinned memory from which copies to the device go, used round and round.
+/// Pinned memory from which copies to the device go, used round and round, on whichever stream. A part is used again when its own copy is
+/// done and all those before it.
 #[derive(Debug)]
 pub(crate) struct Ring {
     pinned: Pinned,

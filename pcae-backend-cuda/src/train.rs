@@ -22,6 +22,16 @@ impl TrainBackend for Cuda {
         Vector::new(&mut self.queue, len)
     }
 
+    fn start_read(&mut self, from: &Vector, at: usize, len: usize) -> Result<(), Error> {
+        expect_len("start_read", "from", from.len, at.saturating_add(len))?;
+        self.queue.start_read(from.at(at), len)
+    }
+
+    fn finish_read(&mut self, to: &mut [f32], from: &Vector, at: usize) -> Result<(), Error> {
+        expect_len("finish_read", "from", from.len, at.saturating_add(to.len()))?;
+        self.queue.finish_read(to, from.at(at))
+    }
+
     fn is_queued(&self) -> bool {
         true
     }
@@ -470,7 +480,8 @@ impl TrainBackend for Cuda {
         expect_len("copy_vector", "from", from.len, span.end())?;
         expect_len("copy_vector", "to", to.len, at.saturating_add(span.len))?;
         let bytes = span.len * size_of::<f32>();
-        self.queue.copy(to.at(at), from.at(span.start), bytes)
+        // By itself: `at` is another one in every step, and a step is to stay one graph.
+        self.queue.copy_apart(to.at(at), from.at(span.start), bytes)
     }
 
     fn norm(&mut self, out: &mut Vector, at: usize, x: &Vector) -> Result<(), Error> {

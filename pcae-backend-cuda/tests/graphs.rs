@@ -5,7 +5,7 @@
 )]
 
 use pcae_backend_cuda::{Cuda, Precision};
-use pcae_kernel::backend::{AdamW, TrainBackend};
+use pcae_kernel::backend::{AdamW, Pixels, TrainBackend};
 use pcae_kernel::config::{
     Budget, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig, Reduction, Target,
     VitConfig,
@@ -141,9 +141,15 @@ impl<B: TrainBackend> Run<B> {
         for micro in 0..2 {
             let mut rng = Stream::new(7, step, micro, Purpose::Init);
             let vit = &config.vit;
-            let images: Vec<f32> = (0..BATCH * vit.in_chans * vit.img_size[0] * vit.img_size[1])
-                .map(|_| 3.0 * rng.uniform() - 1.5)
+            let values: Vec<u8> = (0..vit.pixels(BATCH).len())
+                .map(|_| rng.below(256) as u8)
                 .collect();
+            let pixels = Pixels {
+                values: &values,
+                flips: Some(&[true, false, true]),
+                mean: &[0.5; 3],
+                std: &[0.33; 3],
+            };
             let (mut keep, mut remove) = (vec![], vec![]);
             for _ in 0..BATCH {
                 let mut ids: Vec<u32> = (0..vit.num_patches() as u32).collect();
@@ -151,7 +157,7 @@ impl<B: TrainBackend> Run<B> {
                 keep.extend_from_slice(&ids[..config.visible()]);
                 remove.extend_from_slice(&ids[config.visible()..]);
             }
-            task.load(backend, &images, &keep, &remove).unwrap();
+            task.load_pixels(backend, pixels, &keep, &remove).unwrap();
             let scales: Vec<f32> = (0..2 * vit.depth * BATCH)
                 .map(|_| if rng.uniform() < 0.2 { 0.0 } else { 1.25 })
                 .collect();
@@ -172,6 +178,10 @@ impl<B: TrainBackend> Run<B> {
         };
         self.state
             .update(&mut self.backend, &constants, Some(0.5))
+            .unwrap();
+        // Another place in every step, which is no other graph.
+        self.state
+            .record(&mut self.backend, 1, step as usize)
             .unwrap();
     }
 

@@ -1,7 +1,7 @@
 //! What a task takes from the device is what was planned.
 
 use pcae_backend_cuda::{Cuda, Precision, memory};
-use pcae_kernel::backend::{AdamW, TrainBackend};
+use pcae_kernel::backend::{AdamW, Pixels, TrainBackend};
 use pcae_kernel::config::{
     Budget, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig, Reduction, Target,
     VitConfig,
@@ -71,12 +71,18 @@ impl<B: TrainBackend> Training<B> {
             momentum: 0.99,
         };
         let task = task();
-        let images: Vec<f32> = (0..BATCH * 2 * 24 * 40).map(|i| (i as f32).sin()).collect();
+        let values: Vec<u8> = (0..BATCH * 2 * 24 * 40).map(|i| (i * 37) as u8).collect();
+        let pixels = Pixels {
+            values: &values,
+            flips: None,
+            mean: &[0.5; 2],
+            std: &[0.3; 2],
+        };
         let (keep, remove): (Vec<_>, Vec<_>) =
             (0..task.vit.num_patches() as u32).partition(|&i| (i as usize) < task.visible());
         let (keep, remove) = (keep.repeat(BATCH), remove.repeat(BATCH));
         self.state.begin_step(backend)?;
-        self.model.load(backend, &images, &keep, &remove)?;
+        self.model.load_pixels(backend, pixels, &keep, &remove)?;
         self.model
             .accumulate(backend, &mut self.state, 1.0, &mut MeanSimilarity)?;
         self.state.update(backend, &adamw, Some(1.0))?;

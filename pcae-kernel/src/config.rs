@@ -2,6 +2,8 @@
 
 use core::fmt;
 
+use crate::backend::PixelDims;
+
 /// Most blocks that an encoder or a decoder may have.
 pub const MAX_DEPTH: usize = 64;
 /// Widths, image edges and the like are at most this: products of three still fit 64 bits.
@@ -229,6 +231,16 @@ impl VitConfig {
         ) {
             (Some(rows), Some(cols)) => [rows, cols],
             _ => [0, 0],
+        }
+    }
+
+    /// The shape of `batch` pictures.
+    pub const fn pixels(&self, batch: usize) -> PixelDims {
+        PixelDims {
+            batch,
+            channels: self.in_chans,
+            height: self.img_size[0],
+            width: self.img_size[1],
         }
     }
 

@@ -1,6 +1,6 @@
 //! Operations by their dimensions: what a call works on and moves, without doing it.
 
-use crate::backend::{AttentionDims, LinearDims, RowDims, TokenDims};
+use crate::backend::{AttentionDims, LinearDims, PixelDims, RowDims, TokenDims};
 use crate::error::product;
 
 /// One call of a backend's method.
@@ -57,6 +57,8 @@ pub enum Op {
         /// Copied.
         elements: usize,
     },
+    /// Pictures of 8 bits from the host, normalised.
+    Pixels(PixelDims),
 }
 
 /// Operations that a profile shows as one.
@@ -86,7 +88,7 @@ pub enum OpKind {
     Vectors,
     /// [`Op::AdamW`]
     Optimizer,
-    /// [`Op::Transfer`]
+    /// [`Op::Transfer`], [`Op::Pixels`]
     Transfer,
 }
 
@@ -164,7 +166,7 @@ impl Op {
             Self::Loss(_) | Self::Target(_) => OpKind::Loss,
             Self::Vector { .. } => OpKind::Vectors,
             Self::AdamW { .. } => OpKind::Optimizer,
-            Self::Transfer { .. } => OpKind::Transfer,
+            Self::Transfer { .. } | Self::Pixels(_) => OpKind::Transfer,
         }
     }
 
@@ -208,6 +210,8 @@ impl Op {
                 product(&[8, *elements]).saturating_add(product(&[2, *followed]))
             }
             Self::Transfer { elements } => product(&[2, *elements]),
+            // Four pixels are read in the place of an element.
+            Self::Pixels(dims) => dims.len().saturating_add(dims.len().div_ceil(4)),
         };
         elements as u64
     }

@@ -4,7 +4,8 @@ use alloc::vec::Vec;
 
 use crate::backend::{
     Accum, AdamW, AttentionDims, Backend, Clip, DecoderDims, EmbedParams, Epilogue, Linear,
-    LinearDims, Norm, PatchDims, RowDims, Segment, Span, TokenDims, TrainBackend,
+    LinearDims, Norm, PatchDims, PixelDims, Pixels, RowDims, Segment, Span, TokenDims,
+    TrainBackend,
 };
 use crate::error::Error;
 use crate::layout::{Kind, Layout};
@@ -128,6 +129,16 @@ impl Backend for Sizing {
         self.note(Op::Transfer {
             elements: from.len(),
         })
+    }
+
+    /// The dimensions alone count: `pixels` may be empty.
+    fn write_pixels(
+        &mut self,
+        dims: PixelDims,
+        _to: &mut Sized,
+        _pixels: Pixels<'_>,
+    ) -> Result<(), Error> {
+        self.note(Op::Pixels(dims))
     }
 
     fn read(&mut self, to: &mut [f32], _from: &Sized) -> Result<(), Error> {

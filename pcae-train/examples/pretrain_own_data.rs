@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         data: Some(data.into()),
         model: "vit-ti16".into(), // 224 by 224; see `VitConfig::PRESETS`
         epochs: Some(epochs.parse()?),
-        batch_size: 16,
+        batch_size: 16.into(),
         machine: Machine {
             out: "runs/own".into(), // curves, metrics and checkpoints; `pretrain::resume` goes on
             ..Machine::default()

@@ -7,6 +7,8 @@ use pcae_kernel::op::Op;
 use pcae_kernel::reference::Reference;
 use pcae_kernel::sizing::{Memory, Sizes, Sizing};
 
+use crate::data::loader;
+use crate::data::regularize::Augmentation;
 use crate::error::Error;
 use crate::settings::{BackendKind, Machine, Precision};
 use crate::training::plan::MAX_THREADS;
@@ -169,6 +171,79 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
     }
 }
 
+/// Memory that a run may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Available {
+    /// Bytes that nobody has.
+    pub free: usize,
+    /// Bytes of them that are better left, for what is not planned.
+    pub margin: usize,
+    /// Where, for messages.
+    pub whose: &'static str,
+}
+
+/// The memory that the backend which `machine` asks for can have now.
+///
+/// On a device a thirty-second part and half a gigabyte are left: for kernels, graphs, libraries, and what the driver rounds up. On
+/// the CPU a quarter: for data, evaluations and other programs.
+///
+/// # Errors
+/// [`Error::Setting`] where the system does not say, [`Error::Backend`] if CUDA or a device is missing.
+pub fn available(machine: &Machine) -> Result<Available, Error> {
+    if machine.backend == BackendKind::Cuda {
+        let free = pcae_backend_cuda::free_memory(0);
+        let free = free.map_err(|error| Error::backend("cuda", error))?;
+        return Ok(Available {
+            free,
+            margin: free / 32 + (512 << 20),
+            whose: "on the device",
+        });
+    }
+    let Some(free) = free_memory() else {
+        return Err(Error::Setting {
+            name: "--batch-size".to_owned(),
+            reason: "expected a number of pictures: this system does not say how much memory is free, which \"auto\" needs"
+                .to_owned(),
+        });
+    };
+    Ok(Available {
+        free,
+        margin: free / 4,
+        whose: "on this machine",
+    })
+}
+
+/// Bytes that a loader's batches take from the same memory.
+pub(crate) fn of_loader(machine: &Machine, augmentation: &Augmentation, batch: usize) -> usize {
+    match machine.backend {
+        BackendKind::Cuda => 0,
+        BackendKind::Cpu | BackendKind::Reference => loader::memory(augmentation, batch),
+    }
+}
+
+/// Bytes that Linux can give to a program, and its control group lets it have.
+fn free_memory() -> Option<usize> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let free = field(&read("/proc/meminfo")?, "MemAvailable:")?.saturating_mul(1024);
+    let group = |name: &str| read(&format!("/sys/fs/cgroup/memory.{name}"));
+    let left = || {
+        let number = |text: String| text.trim().parse::<usize>().ok();
+        // What was read from files, and not lately, is given up first.
+        let spare = field(&group("stat")?, "inactive_file").unwrap_or(0);
+        let used = number(group("current")?)?.saturating_sub(spare);
+        // Without a limit it is "max".
+        Some(number(group("max")?)?.saturating_sub(used))
+    };
+    Some(left().map_or(free, |left| free.min(left)))
+}
+
+/// The number behind `name` in lines of names and numbers.
+fn field(text: &str, name: &str) -> Option<usize> {
+    let mut lines = text.lines().map(str::split_whitespace);
+    let mut line = lines.find(|line| line.clone().next() == Some(name))?;
+    line.nth(1)?.parse().ok()
+}
+
 /// What an operation reads and writes on the backend that `machine` asks for, in bytes and at least.
 pub fn bytes(machine: &Machine) -> fn(&Op) -> u64 {
     match (machine.backend, machine.precision()) {
@@ -297,4 +372,18 @@ pub fn isa(machine: &Machine) -> Result<Isa, Error> {
 /// `1 thread`, `2 threads`.
 pub fn count(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_found_by_their_whole_name() {
+        let text = "MemTotal:       24683656 kB\nMemFree:  7 kB\nMemAvailable:   23589776 kB\ninactive_file 12\n";
+        assert_eq!(field(text, "MemAvailable:"), Some(23_589_776));
+        assert_eq!(field(text, "inactive_file"), Some(12));
+        assert_eq!(field(text, "Mem"), None);
+        assert_eq!(field("MemAvailable: some", "MemAvailable:"), None);
+    }
 }

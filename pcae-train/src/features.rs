@@ -16,6 +16,7 @@ use crate::checkpoint::Which;
 use crate::checkpoint::exchange::Hints;
 use crate::checkpoint::weights::Weights;
 use crate::data::augment::Transform;
+use crate::data::images::View;
 use crate::data::loader::eval_batches;
 use crate::data::{self, Dataset, Splits};
 use crate::encoder::{self, Encoder};
@@ -81,7 +82,7 @@ impl Frozen {
     /// # Errors
     /// As [`encoder::load`], or [`Error::Setting`] and [`Error::Config`] for settings that cannot be.
     pub fn load(&self) -> Result<(Encoder, Reduction), Error> {
-        let workers = self.machine.workers;
+        let workers = self.machine.workers();
         let checks = [
             ("--batch-size", self.batch_size, 1..=1 << 20),
             ("--workers", workers, 0..=MAX_THREADS),
@@ -164,20 +165,20 @@ impl<B: Backend> Extractor<B> {
     /// Appends the features of `batch` pictures to `out`, one vector for each of `taps`.
     ///
     /// # Shapes
-    /// `images: [batch, in_chans, height, width]`; appends `[batch, embed_dim]`, or for [`Pool::Tokens`]
+    /// `images: [batch, in_chans, height, width]`, or bytes; appends `[batch, embed_dim]`, or for [`Pool::Tokens`]
     /// `[batch, 1 + tokens, embed_dim]`, where `tokens` are those that the stages up to the tap left.
     ///
     /// # Errors
     /// If there is no room for `batch`, a tap is at no block, or what the backend reports.
-    pub fn extract(
+    pub fn extract<'a>(
         &mut self,
         backend: &mut B,
-        images: &[f32],
+        images: impl Into<View<'a>>,
         batch: usize,
         taps: &[Tap],
         out: &mut [Vec<f32>],
     ) -> Result<(), B::Error> {
-        backend.write(&mut self.images, images)?;
+        images.into().write(backend, &mut self.images)?;
         let scorer = &mut MeanSimilarity;
         self.vit
             .start(backend, &self.params, batch, &self.images, None, scorer)?;
@@ -471,7 +472,7 @@ mod tests {
         let mut out = vec![Vec::new(); taps.len()];
         let mut extractor = Extractor::new(backend, &encoder, BATCH + 2, reduction).unwrap();
         extractor
-            .extract(backend, &images(&encoder), BATCH, &taps, &mut out)
+            .extract(backend, &images(&encoder)[..], BATCH, &taps, &mut out)
             .unwrap();
         let mut positions = Vec::new();
         extractor.positions(backend, 3, &mut positions).unwrap();

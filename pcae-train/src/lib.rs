@@ -39,6 +39,7 @@ pub mod error;
 pub mod evaluate;
 pub mod features;
 pub mod finetune;
+pub mod fit;
 pub mod inspect;
 pub mod interrupt;
 pub mod knn;

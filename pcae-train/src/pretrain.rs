@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
-use pcae_kernel::backend::{AdamW, TrainBackend};
+use pcae_kernel::backend::{AdamW, Pixels, TrainBackend};
 use pcae_kernel::config::{PretrainConfig, Reduction, Target};
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
@@ -16,9 +16,11 @@ use crate::backends::Job;
 use crate::bench::describe;
 use crate::checkpoint::Identity;
 use crate::data::augment::Transform;
+use crate::data::images::{Images, View};
 use crate::data::loader::{Batch, eval_batches};
 use crate::data::{Dataset, Splits};
 use crate::error::Error;
+use crate::fit::BatchSize;
 use crate::knn::{self, Features, Scaling};
 use crate::metrics::{Record, series};
 use crate::report::curves::{Curves, write_png};
@@ -27,7 +29,7 @@ use crate::settings::{Method, Recipe, Settings};
 use crate::training::draws::{self, Key};
 use crate::training::names::LOSS;
 use crate::training::{self, Figures, Start, Task};
-use crate::{backends, data};
+use crate::{backends, data, fit};
 
 /// Names of the scalars in `metrics.jsonl` that pre-training alone has.
 mod names {
@@ -92,6 +94,7 @@ pub fn resume(out: &Path, machine: &[(String, String)]) -> Result<Summary, Error
 
 fn launch(mut settings: Settings, resume: Option<(RunDir, RunState)>) -> Result<Summary, Error> {
     let splits = data::open(settings.data.as_deref(), settings.in_chans)?;
+    let fitted = fit(&mut settings, &splits)?;
     let recipe = settings.resolve(&splits)?;
     let machine = settings.machine.clone();
     let memory = planned_memory(&settings, &recipe, &splits)?;
@@ -101,10 +104,35 @@ fn launch(mut settings: Settings, resume: Option<(RunDir, RunState)>) -> Result<
             settings,
             recipe,
             memory,
+            fitted,
             splits,
             resume,
         },
     )
+}
+
+/// Chooses how many pictures a micro-batch has where the settings leave that open, and says so in a line.
+fn fit(settings: &mut Settings, splits: &Splits) -> Result<Option<String>, Error> {
+    if settings.batch_size != BatchSize::Auto {
+        return Ok(None);
+    }
+    let mut one = Settings {
+        batch_size: BatchSize::Pictures(1),
+        ..settings.clone()
+    };
+    let recipe = one.resolve(splits)?;
+    let augmentation = recipe.transform.clone().into();
+    let (machine, vit) = (&settings.machine, &recipe.task.vit);
+    let fitted = fit::largest(machine, vit, splits.train.len(), |batch| {
+        let mut recipe = recipe.clone();
+        recipe.plan.batch_size = batch;
+        let memory = planned_memory(&one, &recipe, splits)?.total();
+        Ok(memory.saturating_add(backends::of_loader(machine, &augmentation, batch)))
+    })?;
+    settings.batch_size = BatchSize::Pictures(fitted.batch_size);
+    // Which took a pass over the data.
+    (settings.mean, settings.std) = (one.mean, one.std);
+    Ok(Some(fitted.line))
 }
 
 /// What the backend will hold when everything has run once: the state, a step and an evaluation.
@@ -123,8 +151,11 @@ fn planned_memory(settings: &Settings, recipe: &Recipe, splits: &Splits) -> Resu
     };
     let state = TrainState::with_params(&mut sizing, layout, student, teacher, 0.0);
     let mut state = state.map_err(failed)?;
-    let mut step = StepModel::new(&mut sizing, settings, task).map_err(failed)?;
+    let mut step = StepModel::new(&mut sizing, settings, recipe).map_err(failed)?;
     let mut evaluation = Evaluation::new(&mut sizing, settings, recipe, splits).map_err(failed)?;
+    step.model
+        .load_pixels(&mut sizing, Pixels::default(), &[], &[])
+        .map_err(failed)?;
     step.model
         .accumulate(&mut sizing, &mut state, 1.0, &mut step.scorer)
         .map_err(failed)?;
@@ -139,8 +170,9 @@ fn planned_memory(settings: &Settings, recipe: &Recipe, splits: &Splits) -> Resu
     state.update(&mut sizing, &adamw, None).map_err(failed)?;
     if let Some(encoder) = &mut evaluation.encoder {
         let dim = task.vit.embed_dim;
+        let images = View::Bytes(task.vit.pixels(EVAL_BATCH), Pixels::default());
         encoder
-            .encode(&mut sizing, &state.student, &[], EVAL_BATCH, dim)
+            .encode(&mut sizing, &state.student, images, EVAL_BATCH, dim)
             .map_err(failed)?;
     }
     backends::memory(&settings.machine, &sizing)
@@ -151,6 +183,8 @@ struct Run {
     recipe: Recipe,
     /// What was planned.
     memory: Memory,
+    /// How the batch size was chosen, if it was.
+    fitted: Option<String>,
     splits: Splits,
     resume: Option<(RunDir, RunState)>,
 }
@@ -163,6 +197,7 @@ impl Job for Run {
             settings,
             recipe,
             memory,
+            fitted,
             splits,
             resume,
         } = self;
@@ -181,15 +216,21 @@ impl Job for Run {
                 data: splits.train.fingerprint()?,
                 more: Default::default(),
             },
-            introduction: introduction(&settings, &recipe, &splits, &layout, name, memory),
+            introduction: introduction(
+                &settings,
+                &recipe,
+                &splits,
+                &layout,
+                (name, memory, fitted),
+            ),
             dataset: splits.train.clone(),
             augmentation: recipe.transform.clone().into(),
-            workers: settings.machine.workers,
+            workers: settings.machine.workers(),
             out: settings.machine.out.clone(),
             resume,
         };
         let mut pretraining = Pretraining {
-            model: StepModel::new(backend, &settings, &task).map_err(failed)?,
+            model: StepModel::new(backend, &settings, &recipe).map_err(failed)?,
             evaluation: Evaluation::new(backend, &settings, &recipe, &splits).map_err(failed)?,
             name,
             settings: &settings,
@@ -331,12 +372,11 @@ fn introduction(
     recipe: &Recipe,
     splits: &Splits,
     layout: &Layout,
-    backend: &str,
-    memory: Memory,
+    (backend, memory, fitted): (&str, Memory, Option<String>),
 ) -> Vec<String> {
     let task = &recipe.task;
     let cost = pcae_kernel::flops::Step::new(task);
-    let images = settings.batch_size as u64 * settings.accum;
+    let images = recipe.plan.batch_size as u64 * settings.accum;
     let reduction = match task.target {
         Target::Teacher(reduction) => {
             let mut counts = vec![task.masked().to_string()];
@@ -347,7 +387,7 @@ fn introduction(
         }
         Target::Pixels { .. } => format!("pixels of {}", task.masked()),
     };
-    vec![
+    let mut lines = vec![
         format!(
             "data      {}; held out {}",
             splits.train.describe(),
@@ -363,6 +403,9 @@ fn introduction(
             cost.total() as f64 / 1e6
         ),
         format!("backend   {backend}"),
+    ];
+    lines.extend(fitted);
+    lines.extend([
         format!("memory    planned: {}, data apart", describe(memory)),
         format!(
             "schedule  {} steps of {images} images ({} an epoch), peak learning rate {:.2e}, run directory {}",
@@ -371,7 +414,8 @@ fn introduction(
             recipe.plan.lr,
             settings.machine.out.display()
         ),
-    ]
+    ]);
+    lines
 }
 
 /// Everything of one micro-batch that is not in the state.
@@ -386,12 +430,13 @@ struct StepModel<B: TrainBackend> {
 }
 
 impl<B: TrainBackend> StepModel<B> {
-    fn new(backend: &mut B, settings: &Settings, task: &PretrainConfig) -> Result<Self, B::Error> {
+    fn new(backend: &mut B, settings: &Settings, recipe: &Recipe) -> Result<Self, B::Error> {
+        let task = &recipe.task;
         let reduction = match task.target {
             Target::Teacher(reduction) => reduction,
             Target::Pixels { .. } => Reduction::NONE,
         };
-        let batch = settings.batch_size;
+        let batch = recipe.plan.batch_size;
         Ok(Self {
             model: Pretrainer::new(backend, task, batch, settings.drop_path > 0.0)?,
             scorer: CriterionScorer::new(
@@ -436,9 +481,12 @@ impl<B: TrainBackend> StepModel<B> {
             self.ids_keep.extend_from_slice(keep);
             self.ids_remove.extend_from_slice(remove);
         }
-        self.model
-            .load(backend, &batch.images, &self.ids_keep, &self.ids_remove)
-            .map_err(failed)?;
+        let (keep, remove) = (&self.ids_keep, &self.ids_remove);
+        match batch.images.view() {
+            View::Bytes(_, pixels) => self.model.load_pixels(backend, pixels, keep, remove),
+            View::Values(images) => self.model.load(backend, images, keep, remove),
+        }
+        .map_err(failed)?;
         if settings.drop_path > 0.0 {
             draws::drop_path(key, task.vit.depth, settings.drop_path, &mut self.drop_path);
             self.model
@@ -529,7 +577,7 @@ impl<B: TrainBackend> Evaluation<B> {
         }
         let features = |dataset| {
             self.features(dataset, self.transform.output_len(), |images, _| {
-                Ok(images.to_vec())
+                Ok(images.values().into_owned())
             })
         };
         let (train, held_out) = (features(&self.train)?, features(&self.held_out)?);
@@ -552,7 +600,7 @@ impl<B: TrainBackend> Evaluation<B> {
         let dim = state.layout.vit.embed_dim;
         let mut features = |dataset| {
             self.features(dataset, dim, |images, batch| {
-                let features = encoder.encode(backend, &state.student, images, batch, dim);
+                let features = encoder.encode(backend, &state.student, images.view(), batch, dim);
                 features.map_err(|error| Error::backend(name, error))
             })
         };
@@ -568,7 +616,7 @@ impl<B: TrainBackend> Evaluation<B> {
         &self,
         dataset: &Dataset,
         dim: usize,
-        mut encode: impl FnMut(&[f32], usize) -> Result<Vec<f32>, Error>,
+        mut encode: impl FnMut(&Images, usize) -> Result<Vec<f32>, Error>,
     ) -> Result<Features, Error> {
         let mut x = Vec::with_capacity(dataset.len() * dim);
         let mut labels = Vec::with_capacity(dataset.len());
@@ -594,11 +642,11 @@ impl<B: TrainBackend> Encoder<B> {
         &mut self,
         backend: &mut B,
         params: &B::Params,
-        images: &[f32],
+        images: View<'_>,
         batch: usize,
         dim: usize,
     ) -> Result<Vec<f32>, B::Error> {
-        backend.write(&mut self.images, images)?;
+        images.write(backend, &mut self.images)?;
         self.vit.forward(
             backend,
             params,

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::Splits;
 use crate::data::augment::Transform;
 use crate::error::Error;
+use crate::fit::BatchSize;
 use crate::training::Plan;
 use crate::training::plan::{Defaults, Knobs, require};
 use shared::{Architecture, Crops, transform};
@@ -100,7 +101,7 @@ pub struct Settings {
     /// Optimizer steps.
     pub steps: Option<u64>,
     /// Pictures in a micro-batch.
-    pub batch_size: usize,
+    pub batch_size: BatchSize,
     /// Micro-batches in a step.
     pub accum: u64,
     /// Peak learning rate per 256 pictures of a step.
@@ -157,8 +158,8 @@ pub struct Machine {
     pub tune: bool,
     /// Threads that compute; 0 for all.
     pub threads: usize,
-    /// Threads that prepare batches; 0 to do so between the steps.
-    pub workers: usize,
+    /// Threads that prepare batches, 0 to do so between the steps; one if `None`, but on a GPU all cores but one.
+    pub workers: Option<usize>,
     /// The run directory.
     pub out: PathBuf,
 }
@@ -379,7 +380,7 @@ impl Default for Settings {
             std: None,
             epochs: None,
             steps: None,
-            batch_size: 64,
+            batch_size: BatchSize::Pictures(64),
             accum: 1,
             blr: None,
             lr: None,
@@ -413,7 +414,7 @@ impl Default for Machine {
             isa: None,
             tune: false,
             threads: 0,
-            workers: 1,
+            workers: None,
             out: PathBuf::from(DEFAULT_OUT),
         }
     }
@@ -425,6 +426,19 @@ impl Machine {
         self.precision.unwrap_or(match self.backend {
             BackendKind::Cuda => Precision::Bf16,
             BackendKind::Cpu | BackendKind::Reference => Precision::F32,
+        })
+    }
+
+    /// Threads that prepare batches. The CPU backend has a thread on every core already. A GPU waits for nothing else, and one core
+    /// drives it; more than the most that are taken here would wait for each other.
+    pub fn workers(&self) -> usize {
+        const MOST: usize = 64;
+        self.workers.unwrap_or_else(|| match self.backend {
+            BackendKind::Cuda => {
+                let cores = std::thread::available_parallelism().map_or(1, usize::from);
+                cores.saturating_sub(1).clamp(1, MOST)
+            }
+            BackendKind::Cpu | BackendKind::Reference => 1,
         })
     }
 
@@ -551,12 +565,12 @@ impl Settings {
             weight_decay: self.weight_decay,
             clip_grad: self.clip_grad,
             drop_path: self.drop_path,
-            batch_size: self.batch_size,
+            batch_size: self.batch_size.pictures()?,
             accum: self.accum,
             eval_every: self.eval_every,
             save_every: &mut self.save_every,
             seed: self.seed,
-            workers: self.machine.workers,
+            workers: self.machine.workers(),
         }
         .resolve(
             &Defaults {

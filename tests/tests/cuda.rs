@@ -193,3 +193,26 @@ fn runs_go_on_with_another_backend() {
         }
     }
 }
+
+/// Losses that are read while later steps run are those that are read after each step.
+#[test]
+fn losses_that_come_late_are_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let data = path("data");
+    idx_folder(Path::new(&data), 40, 10);
+    for place in places() {
+        let [often, seldom] = ["1", "1000"].map(|save_every| {
+            let out = path(&format!("{}-{save_every}", place.name));
+            let save_every = format!("save_every={save_every}");
+            let mut args = vec!["pretrain", "--data", &data, "--out", &out];
+            args.extend_from_slice(&["--backend", "cuda", "--batch-size", "2", "--steps", "37"]);
+            args.extend_from_slice(&["--set", "eval_every=0", "--set", &save_every]);
+            args.extend_from_slice(TINY);
+            place.run(&args);
+            losses(Path::new(&out))
+        });
+        assert_eq!(often.len(), 37);
+        assert_eq!(often, seldom, "{}", place.name);
+    }
+}

@@ -318,3 +318,38 @@ fn a_workspace_grows_and_keeps_its_place() {
     add_product(&mut queue, y.at(), a.at(), second.plus(0));
     assert_eq!(y.read(&mut queue), 1.0 + 6.0 + 10.0);
 }
+
+/// What is read is what was there at the start, and the host waits for no more than that; without a start, or of other elements, it is
+/// a read as any other.
+#[test]
+fn a_read_that_was_started_does_not_wait_for_what_comes_after() {
+    let Some(mut queue) = queue(Precision::F32) else {
+        return;
+    };
+    let values = queue.allocate(12).unwrap();
+    queue.write_f32(values.at(), &[1.0, 2.0, 3.0]).unwrap();
+    let [y, b] = [0.0, 5.0].map(|x| Scalar::new(&mut queue, x));
+    queue.start_read(values.at(), 3).unwrap();
+    add_product(&mut queue, y.at(), values.at(), b.at());
+    queue.flush().unwrap();
+    let mut read = [0.0; 3];
+    queue.finish_read(&mut read, values.at()).unwrap();
+    assert_eq!(read, [1.0, 2.0, 3.0]);
+    assert_eq!(y.read(&mut queue), 5.0);
+
+    queue.write_f32(values.at(), &[4.0, 5.0, 6.0]).unwrap();
+    queue.start_read(values.at(), 2).unwrap();
+    queue.finish_read(&mut read, values.at()).unwrap();
+    assert_eq!(read, [4.0, 5.0, 6.0]);
+    // Nobody has asked for the one before.
+    queue.start_read(values.at(), 3).unwrap();
+    queue.write_f32(values.at(), &[7.0]).unwrap();
+    queue.start_read(values.at(), 3).unwrap();
+    queue.finish_read(&mut read, values.at()).unwrap();
+    assert_eq!(read, [7.0, 5.0, 6.0]);
+    let many = queue.allocate(4 * 5000).unwrap();
+    let mut read = vec![1.0; 5000];
+    queue.start_read(many.at(), 5000).unwrap();
+    queue.finish_read(&mut read, many.at()).unwrap();
+    assert!(read.iter().all(|x| *x == 0.0));
+}

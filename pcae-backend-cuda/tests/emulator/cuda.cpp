@@ -20,6 +20,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <set>
 #include <thread>
 #include <vector>
@@ -109,6 +110,10 @@ struct Stream {
     bool invalidated = false;
     int capture_mode = 0;
     std::thread::id capture_thread;
+    /// Streams that have waited for this one, or it for them.
+    std::set<Stream*> linked;
+    /// Whether it runs without being waited for.
+    bool eager = false;
 };
 
 /// What `emulated_spend` has added to the clock.
@@ -284,8 +289,20 @@ void run_next(Stream* stream) {
 }
 
 Result run_until(Stream* stream, uint64_t at) {
-    while (stream->done < at) run_next(stream);
+    while (stream->done < at && !stream->waiting.empty()) run_next(stream);
     return stream->error;
+}
+
+/// Of streams that are ordered by events, each may be done with its work as soon as more comes into another: so what one does too early shows, and
+/// what the other does too late. Which it is, is drawn anew with every event.
+void run_eager(const Stream* beside) {
+    for (Stream* each : std::set<Stream*>(beside->linked))
+        if (each->eager && !each->capture) run_until(each, each->enqueued);
+}
+
+bool draw() {
+    static std::minstd_rand random;
+    return (random() >> 8) % 2 == 0;
 }
 
 Result run_all(Stream* stream) { return run_until(stream, stream->enqueued); }
@@ -315,6 +332,7 @@ Result enqueue(const char* call, void* handle, Op op) {
     if (op.arm) op.run = op.arm(op.run);
     stream->waiting.push_back(std::move(op));
     stream->enqueued++;
+    run_eager(stream);
     return SUCCESS;
 }
 
@@ -710,6 +728,7 @@ EXPORT Result cuStreamDestroy_v2(void* handle) {
     run_all(stream);
     for (void* event : events)
         if (static_cast<Event*>(event)->stream == stream) static_cast<Event*>(event)->stream = nullptr;
+    for (Stream* other : stream->linked) other->linked.erase(stream);
     streams.erase(handle);
     delete stream;
     return SUCCESS;
@@ -730,6 +749,26 @@ EXPORT Result cuStreamSynchronize(void* handle) {
     }
     NEED_NO_CAPTURE;
     return run_all(stream);
+}
+
+EXPORT Result cuStreamWaitEvent(void* handle, void* event_handle, unsigned flags) {
+    NEED_CONTEXT;
+    if (streams.count(handle) == 0) return refuse(INVALID_HANDLE, "cuStreamWaitEvent: no stream");
+    if (events.count(event_handle) == 0) return refuse(INVALID_HANDLE, "cuStreamWaitEvent: no event");
+    if (flags != 0) return refuse(INVALID_VALUE, "cuStreamWaitEvent: flags %#x are not emulated", flags);
+    Stream* stream = static_cast<Stream*>(handle);
+    const Event* event = static_cast<Event*>(event_handle);
+    if (stream->capture) return refuse(NOT_SUPPORTED, "cuStreamWaitEvent while the stream is captured is not emulated");
+    // Where it is now: what is recorded later is another wait. Never recorded, or of a stream that is gone and so done, it is reached.
+    Stream* other = event->stream;
+    if (other == nullptr || other == stream) return SUCCESS;
+    uint64_t at = event->at;
+    stream->linked.insert(other);
+    other->linked.insert(stream);
+    return enqueue(__func__, handle, {"cuStreamWaitEvent", [=](std::string& error) {
+        if (streams.count(other) == 0) return;
+        if (run_until(other, at) != SUCCESS) error = "cuStreamWaitEvent: the work that is waited for failed";
+    }, nullptr});
 }
 
 EXPORT Result cuStreamQuery(void* handle) {
@@ -777,6 +816,7 @@ EXPORT Result cuEventRecord(void* handle, void* stream) {
     }
     event->stream = found;
     event->at = found->enqueued;
+    found->eager = draw();
     return SUCCESS;
 }
 

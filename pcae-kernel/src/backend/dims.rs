@@ -1,6 +1,6 @@
 //! Shapes of operations, and where their parameters lie.
 
-use crate::error::{Error, product};
+use crate::error::{Error, expect_len, product};
 
 /// A contiguous piece of the flat parameter vector that [`crate::layout::Layout`] lays out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -124,6 +124,72 @@ impl AttentionDims {
     /// Elements of the log-sum-exp, `[B, num_heads, N]`.
     pub const fn lse_len(self) -> usize {
         product(&[self.batch, self.num_heads, self.tokens])
+    }
+}
+
+/// `batch` pictures of `channels` planes of `height` rows of `width` pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PixelDims {
+    /// Pictures.
+    pub batch: usize,
+    /// Channels of a picture.
+    pub channels: usize,
+    /// Rows of pixels.
+    pub height: usize,
+    /// Columns of pixels.
+    pub width: usize,
+}
+
+impl PixelDims {
+    /// Elements of the pictures.
+    pub const fn len(self) -> usize {
+        product(&[self.batch, self.channels, self.height, self.width])
+    }
+
+    /// Whether there is no pixel.
+    pub const fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Pictures of 8 bits, and how they are normalised; by default none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pixels<'a> {
+    /// `[B, height, width, channels]`, as decoders give them.
+    pub values: &'a [u8],
+    /// `[B]`: whether a picture is mirrored left to right; `None` where none is.
+    pub flips: Option<&'a [bool]>,
+    /// `[channels]`: mean of each channel, of pixels in `[0, 1]`.
+    pub mean: &'a [f32],
+    /// `[channels]`: standard deviation of each channel, of pixels in `[0, 1]`.
+    pub std: &'a [f32],
+}
+
+impl Pixels<'_> {
+    /// The value of a pixel: `(value / 255 - mean) / std` in f32, rounded after each of the three.
+    #[inline]
+    pub fn normalise(value: u8, mean: f32, std: f32) -> f32 {
+        (f32::from(value) / 255.0 - mean) / std
+    }
+
+    /// Checks the lengths.
+    ///
+    /// # Errors
+    /// [`Error::TooShort`] for the first that is too short.
+    pub fn check(&self, op: &'static str, dims: PixelDims) -> Result<(), Error> {
+        expect_len(op, "values", self.values.len(), dims.len())?;
+        if let Some(flips) = self.flips {
+            expect_len(op, "flips", flips.len(), dims.batch)?;
+        }
+        expect_len(op, "mean", self.mean.len(), dims.channels)?;
+        expect_len(op, "std", self.std.len(), dims.channels)
+    }
+
+    /// Whether picture `b` is mirrored.
+    #[inline]
+    pub fn is_flipped(&self, b: usize) -> bool {
+        let flip = self.flips.and_then(|flips| flips.get(b));
+        flip.copied().unwrap_or(false)
     }
 }
 

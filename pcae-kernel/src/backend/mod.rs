@@ -74,6 +74,24 @@ pub trait Backend {
     /// If `to` is shorter than `from`.
     fn write(&mut self, to: &mut Self::Buf, from: &[f32]) -> Result<(), Self::Error>;
 
+    /// Copies pictures of 8 bits to the front of `to`, mirrored where `pixels.flips` says so, as normalised values:
+    ///
+    /// `to[b, c, y, x] = (values[b, y, x', c] / 255 - mean[c]) / std[c]`, where `x'` is `width - 1 - x` in a mirrored picture
+    /// and else `x`; computed in f32 and rounded after each operation ([`Pixels::normalise`]), then to the format of `to`.
+    ///
+    /// # Shapes
+    /// `pixels.values: [B, height, width, channels]`, `pixels.flips: [B]`, `pixels.mean, pixels.std: [channels]`,
+    /// `to: [B, channels, height, width]`.
+    ///
+    /// # Errors
+    /// If `to` or a part of `pixels` is too short.
+    fn write_pixels(
+        &mut self,
+        dims: PixelDims,
+        to: &mut Self::Buf,
+        pixels: Pixels<'_>,
+    ) -> Result<(), Self::Error>;
+
     /// Copies the front of `from` to the host, until `to` is full.
     ///
     /// # Errors

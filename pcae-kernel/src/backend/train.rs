@@ -96,6 +96,33 @@ pub trait TrainBackend: Backend {
         at: usize,
     ) -> Result<(), Self::Error>;
 
+    /// Starts to copy `from[at..at + len]` to the host, behind all operations so far, and does not wait for it.
+    /// [`TrainBackend::finish_read`] of the same elements returns them; until then nobody may write them or start another.
+    ///
+    /// # Errors
+    /// If there are not as many, at the latest when it is finished.
+    fn start_read(
+        &mut self,
+        _from: &Self::Vector,
+        _at: usize,
+        _len: usize,
+    ) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// Waits for what [`TrainBackend::start_read`] has started, and for no operation behind it.
+    ///
+    /// # Errors
+    /// As [`TrainBackend::read_vector`].
+    fn finish_read(
+        &mut self,
+        to: &mut [f32],
+        from: &Self::Vector,
+        at: usize,
+    ) -> Result<(), Self::Error> {
+        self.read_vector(to, from, at)
+    }
+
     /// Whether operations are only queued. Reading then waits for all of them, and is better done seldom.
     fn is_queued(&self) -> bool {
         false

@@ -7,8 +7,8 @@ use super::FailureKind;
 use super::cases::{Op, QrInput, Scores};
 use super::stage::{Stage, buffer_error};
 use crate::backend::{
-    AdamW, AttentionDims, Backend, Clip, EmbedParams, Linear, PatchDims, RowDims, Segment, Span,
-    TokenDims, TrainBackend,
+    AdamW, AttentionDims, Backend, Clip, EmbedParams, Linear, PatchDims, Pixels, RowDims, Segment,
+    Span, TokenDims, TrainBackend,
 };
 use crate::layout::{Kind, Layout};
 use crate::reference::Reference;
@@ -17,6 +17,7 @@ impl<B: TrainBackend> Stage<'_, B> {
     pub(super) fn call(&mut self, op: Op) -> Result<(), FailureKind> {
         match op {
             Op::Write { .. }
+            | Op::WritePixels { .. }
             | Op::Read { .. }
             | Op::WriteIds { .. }
             | Op::ReadIds { .. }
@@ -68,6 +69,33 @@ impl<B: TrainBackend> Stage<'_, B> {
                 let mut to = self.output("to", len)?;
                 let from = self.noise(len);
                 let result = self.backend.write(&mut to, &from);
+                self.done(result);
+                self.read(&to)
+            }
+            Op::WritePixels { dims, flips } => {
+                let mut to = self.output("to", dims.len())?;
+                let mut rng = self.rng();
+                // The ends of the range among them.
+                let values: Vec<u8> = (0..dims.len())
+                    .map(|i| match i {
+                        0 => 255,
+                        1 => 0,
+                        _ => rng.below(256) as u8,
+                    })
+                    .collect();
+                let which: Vec<bool> = (0..dims.batch).map(|i| i % 3 != 1).collect();
+                let mut stats = |least: f32| -> Vec<f32> {
+                    let stats = (0..dims.channels).map(|_| least + 0.5 * rng.uniform());
+                    stats.collect()
+                };
+                let (mean, std) = (stats(0.2), stats(0.15));
+                let pixels = Pixels {
+                    values: self.shorten("values", &values),
+                    flips: flips.then(|| self.shorten("flips", &which)),
+                    mean: self.shorten("mean", &mean),
+                    std: self.shorten("std", &std),
+                };
+                let result = self.backend.write_pixels(dims, &mut to, pixels);
                 self.done(result);
                 self.read(&to)
             }

@@ -5,7 +5,7 @@ use core::fmt;
 
 use crate::backend::{
     Accum, AttentionDims, DecoderDims, EmbedParams, Epilogue, Linear, LinearDims, Norm, PatchDims,
-    RowDims, Span, TokenDims,
+    PixelDims, RowDims, Span, TokenDims,
 };
 use crate::config::{DecoderConfig, VitConfig};
 use crate::layout::{Layout, Tail};
@@ -18,6 +18,10 @@ pub(super) enum Op {
     },
     Read {
         len: usize,
+    },
+    WritePixels {
+        dims: PixelDims,
+        flips: bool,
     },
     WriteIds {
         len: usize,
@@ -368,6 +372,27 @@ fn without_params(ops: &mut Vec<Op>) {
             Op::WriteVector { len, at: 3 },
             Op::ReadVector { len, at: 3 },
         ]);
+    }
+    // Rows that are and are not whole words of 16 bytes, odd ones, no picture, no pixel.
+    for (batch, channels, height, width) in [
+        (3, 3, 5, 7),
+        (2, 1, 3, 11),
+        (3, 3, 4, 16),
+        (2, 1, 2, 32),
+        (5, 2, 1, 1),
+        (2, 5, 3, 4),
+        (0, 3, 5, 7),
+        (2, 3, 0, 7),
+    ] {
+        let dims = PixelDims {
+            batch,
+            channels,
+            height,
+            width,
+        };
+        for flips in [false, true] {
+            ops.push(Op::WritePixels { dims, flips });
+        }
     }
     let pictures = PatchDims {
         batch: 3,

@@ -5,7 +5,9 @@ use core::mem::swap;
 use super::state::{Scalars, TrainState, wrong_layout};
 use super::trunk::{Scratch, ScratchSize, Trunk};
 use super::vit::{Scorer, linear_dims, patch_dims};
-use crate::backend::{Accum, Epilogue, Linear, LinearDims, RowDims, TokenDims, TrainBackend};
+use crate::backend::{
+    Accum, Epilogue, Linear, LinearDims, Pixels, RowDims, TokenDims, TrainBackend,
+};
 use crate::config::{ClassifierConfig, Pool};
 use crate::error::product;
 use crate::layout::{Layout, Tail};
@@ -94,6 +96,24 @@ impl<B: TrainBackend> ClassifierTrainer<B> {
         labels: &[f32],
     ) -> Result<(), B::Error> {
         backend.write(&mut self.images, images)?;
+        backend.write(&mut self.labels, labels)
+    }
+
+    /// [`Self::load`] of pictures of 8 bits; the batch, and the edges and channels of a picture, are those of the model.
+    ///
+    /// # Shapes
+    /// `pixels`: see [`write_pixels`](crate::backend::Backend::write_pixels).
+    ///
+    /// # Errors
+    /// As [`Self::load`], or if a part of `pixels` is too short.
+    pub fn load_pixels(
+        &mut self,
+        backend: &mut B,
+        pixels: Pixels<'_>,
+        labels: &[f32],
+    ) -> Result<(), B::Error> {
+        let dims = self.config.vit.pixels(self.batch);
+        backend.write_pixels(dims, &mut self.images, pixels)?;
         backend.write(&mut self.labels, labels)
     }
 

@@ -19,6 +19,6 @@ mod trunk;
 pub use {
     classify::ClassifierTrainer,
     pretrain::{CriterionScorer, Pretrainer},
-    state::{RECORDS, Scalars, TrainState},
+    state::{HALVES, RECORDS, Scalars, TrainState},
     trunk::Trunk,
 };

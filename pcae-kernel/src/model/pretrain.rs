@@ -6,7 +6,7 @@ use core::mem::swap;
 use super::state::{Scalars, TrainState, wrong_layout};
 use super::trunk::{Scratch, ScratchSize, Trunk};
 use super::vit::{MeanSimilarity, Scorer, Vit, linear_dims, patch_dims};
-use crate::backend::{Accum, DecoderDims, Epilogue, RowDims, TokenDims, TrainBackend};
+use crate::backend::{Accum, DecoderDims, Epilogue, Pixels, RowDims, TokenDims, TrainBackend};
 use crate::config::{Criterion, PretrainConfig, Reduction, Target};
 use crate::error::{Error, product};
 use crate::layout::{DecoderParams, Layout, Tail};
@@ -149,6 +149,26 @@ impl<B: TrainBackend> Pretrainer<B> {
         ids_remove: &[u32],
     ) -> Result<(), B::Error> {
         backend.write(&mut self.images, images)?;
+        backend.write_ids(&mut self.ids_keep, ids_keep)?;
+        backend.write_ids(&mut self.ids_remove, ids_remove)
+    }
+
+    /// [`Self::load`] of pictures of 8 bits; the batch, and the edges and channels of a picture, are those of the model.
+    ///
+    /// # Shapes
+    /// `pixels`: see [`write_pixels`](crate::backend::Backend::write_pixels).
+    ///
+    /// # Errors
+    /// As [`Self::load`], or if a part of `pixels` is too short.
+    pub fn load_pixels(
+        &mut self,
+        backend: &mut B,
+        pixels: Pixels<'_>,
+        ids_keep: &[u32],
+        ids_remove: &[u32],
+    ) -> Result<(), B::Error> {
+        let dims = self.config.vit.pixels(self.batch);
+        backend.write_pixels(dims, &mut self.images, pixels)?;
         backend.write_ids(&mut self.ids_keep, ids_keep)?;
         backend.write_ids(&mut self.ids_remove, ids_remove)
     }

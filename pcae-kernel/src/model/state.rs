@@ -22,13 +22,16 @@ pub struct TrainState<B: TrainBackend> {
     pub exp_avg_sq: B::Vector,
     /// See [`Scalars`].
     pub scalars: B::Vector,
-    /// Scalars of steps that nobody has read yet.
+    /// Scalars of steps that nobody has read yet, in [`HALVES`].
     recorded: B::Vector,
     segments: Vec<Segment>,
 }
 
-/// Steps whose scalars can wait on the device, see [`TrainState::record`].
+/// Steps whose scalars are read together, see [`TrainState::record`].
 pub const RECORDS: usize = 16;
+
+/// While those of one half are read, steps leave theirs in the other.
+pub const HALVES: usize = 2;
 
 /// The numbers that a step leaves on the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -115,7 +118,7 @@ impl<B: TrainBackend> TrainState<B> {
             exp_avg: backend.vector(layout.len())?,
             exp_avg_sq: backend.vector(layout.len())?,
             scalars: backend.vector(Scalars::COUNT)?,
-            recorded: backend.vector(Scalars::COUNT * RECORDS)?,
+            recorded: backend.vector(Scalars::COUNT * RECORDS * HALVES)?,
             segments,
             layout,
         })
@@ -174,27 +177,64 @@ impl<B: TrainBackend> TrainState<B> {
         Ok(Scalars::new(values))
     }
 
-    /// Keeps the scalars on the device as number `record`, to be read with those of other steps.
+    /// Keeps the scalars on the device as number `record` of a half, to be read with those of other steps.
     ///
     /// # Errors
-    /// If `record` is not below [`RECORDS`].
-    pub fn record(&mut self, backend: &mut B, record: usize) -> Result<(), B::Error> {
+    /// If `record` is not below [`RECORDS`] or `half` not below [`HALVES`].
+    pub fn record(&mut self, backend: &mut B, half: usize, record: usize) -> Result<(), B::Error> {
+        let at = Self::half(half)?;
+        if record >= RECORDS {
+            return Err(B::Error::from(Error::IndexOutOfRange {
+                op: "record",
+                what: "record",
+                limit: RECORDS,
+                found: record,
+            }));
+        }
         let span = Span {
             start: 0,
             len: Scalars::COUNT,
         };
-        let at = record.saturating_mul(Scalars::COUNT);
+        let at = at + record * Scalars::COUNT;
         backend.copy_vector(&mut self.recorded, at, &self.scalars, span)
     }
 
-    /// Reads all records, of which those kept by [`TrainState::record`] mean something; on a device, this waits for it.
+    /// Starts to read a half, behind the steps so far; nothing may be recorded in it until that is finished.
     ///
     /// # Errors
     /// What the backend reports.
-    pub fn records(&self, backend: &mut B) -> Result<[Scalars; RECORDS], B::Error> {
+    pub fn start_records(&self, backend: &mut B, half: usize) -> Result<(), B::Error> {
+        let len = Scalars::COUNT * RECORDS;
+        backend.start_read(&self.recorded, Self::half(half)?, len)
+    }
+
+    /// Finishes what [`TrainState::start_records`] has started. Those records mean something that were kept by
+    /// [`TrainState::record`].
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn finish_records(
+        &self,
+        backend: &mut B,
+        half: usize,
+    ) -> Result<[Scalars; RECORDS], B::Error> {
         let mut values = [[0.0; Scalars::COUNT]; RECORDS];
-        backend.read_vector(values.as_flattened_mut(), &self.recorded, 0)?;
+        let at = Self::half(half)?;
+        backend.finish_read(values.as_flattened_mut(), &self.recorded, at)?;
         Ok(values.map(Scalars::new))
+    }
+
+    /// Where a half begins.
+    fn half(half: usize) -> Result<usize, Error> {
+        if half < HALVES {
+            return Ok(half * RECORDS * Scalars::COUNT);
+        }
+        Err(Error::IndexOutOfRange {
+            op: "record",
+            what: "half",
+            limit: HALVES,
+            found: half,
+        })
     }
 
     /// Sets the scalars to zero before the first micro-batch of a step.

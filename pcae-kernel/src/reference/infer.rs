@@ -2,8 +2,8 @@
 
 use super::{Reference, Storage, check_ids, dot, gelu, mean_rstd, param, rows, rows_mut};
 use crate::backend::{
-    AttentionDims, Backend, EmbedParams, Epilogue, Linear, LinearDims, Norm, PatchDims, RowDims,
-    SCORE_EPS, TokenDims,
+    AttentionDims, Backend, EmbedParams, Epilogue, Linear, LinearDims, Norm, PatchDims, PixelDims,
+    Pixels, RowDims, SCORE_EPS, TokenDims,
 };
 use crate::error::{Error, expect_len, product};
 use crate::float::Float;
@@ -32,6 +32,49 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
         expect_len("write", "to", to.len(), from.len())?;
         for (to, &from) in to.iter_mut().zip(from) {
             *to = T::from_f64(f64::from(from));
+        }
+        Ok(())
+    }
+
+    fn write_pixels(
+        &mut self,
+        dims: PixelDims,
+        to: &mut S::Buf,
+        pixels: Pixels<'_>,
+    ) -> Result<(), Error> {
+        const OP: &str = "write_pixels";
+        let to = to.as_mut();
+        expect_len(OP, "to", to.len(), dims.len())?;
+        pixels.check(OP, dims)?;
+        let PixelDims {
+            channels,
+            height,
+            width,
+            ..
+        } = dims;
+        if dims.is_empty() {
+            return Ok(());
+        }
+        let picture = product(&[channels, height, width]);
+        let pictures = to[..dims.len()].chunks_exact_mut(picture);
+        for (b, (to, from)) in pictures
+            .zip(pixels.values.chunks_exact(picture))
+            .enumerate()
+        {
+            for (c, plane) in to.chunks_exact_mut(height * width).enumerate() {
+                let rows = from.chunks_exact(width * channels);
+                for (to, from) in plane.chunks_exact_mut(width).zip(rows) {
+                    for (x, to) in to.iter_mut().enumerate() {
+                        let x = match pixels.is_flipped(b) {
+                            true => width - 1 - x,
+                            false => x,
+                        };
+                        let value = from[x * channels + c];
+                        let value = Pixels::normalise(value, pixels.mean[c], pixels.std[c]);
+                        *to = T::from_f64(f64::from(value));
+                    }
+                }
+            }
         }
         Ok(())
     }

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use pcae_kernel::backend::{
     Accum, AdamW, AttentionDims, Backend, Clip, DecoderDims, EmbedParams, Epilogue, Linear,
-    LinearDims, Norm, PatchDims, RowDims, Segment, Span, TokenDims, TrainBackend,
+    LinearDims, Norm, PatchDims, PixelDims, Pixels, RowDims, Segment, Span, TokenDims,
+    TrainBackend,
 };
 use pcae_kernel::layout::Layout;
 use pcae_kernel::op::{Op, OpKind};
@@ -116,6 +117,17 @@ impl<B: TrainBackend> Backend for Timed<B> {
             },
             |inner| inner.write(to, from),
         )
+    }
+
+    fn write_pixels(
+        &mut self,
+        dims: PixelDims,
+        to: &mut Self::Buf,
+        pixels: Pixels<'_>,
+    ) -> Result<(), Self::Error> {
+        self.timed(Op::Pixels(dims), |inner| {
+            inner.write_pixels(dims, to, pixels)
+        })
     }
 
     fn read(&mut self, to: &mut [f32], from: &Self::Buf) -> Result<(), Self::Error> {
@@ -284,6 +296,24 @@ impl<B: TrainBackend> TrainBackend for Timed<B> {
 
     fn vector(&mut self, len: usize) -> Result<Self::Vector, Self::Error> {
         self.inner.vector(len)
+    }
+
+    fn start_read(
+        &mut self,
+        from: &Self::Vector,
+        at: usize,
+        len: usize,
+    ) -> Result<(), Self::Error> {
+        self.inner.start_read(from, at, len)
+    }
+
+    fn finish_read(
+        &mut self,
+        to: &mut [f32],
+        from: &Self::Vector,
+        at: usize,
+    ) -> Result<(), Self::Error> {
+        self.inner.finish_read(to, from, at)
     }
 
     fn is_queued(&self) -> bool {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pcae_kernel::backend::{
-    AdamW, AttentionDims, Backend, Epilogue, Linear, LinearDims, RowDims, TrainBackend,
+    AdamW, AttentionDims, Backend, Epilogue, Linear, LinearDims, Pixels, RowDims, TrainBackend,
 };
 use pcae_kernel::config::{PretrainConfig, Target, VitConfig};
 use pcae_kernel::flops;
@@ -153,6 +153,14 @@ impl Host {
         let mut stream = Stream::new(0, 0, 0, Purpose::Augment);
         (0..len).map(|_| stream.normal()).collect()
     }
+
+    fn bytes(self, len: usize) -> Vec<u8> {
+        if self.empty {
+            return Vec::new();
+        }
+        let mut stream = Stream::new(0, 0, 0, Purpose::Augment);
+        (0..len).map(|_| stream.next_u32() as u8).collect()
+    }
 }
 
 trait Work<B: TrainBackend> {
@@ -210,10 +218,6 @@ impl<B: TrainBackend> Workload for Live<B> {
     }
 }
 
-fn images_len(vit: &VitConfig, batch: usize) -> usize {
-    batch * vit.in_chans * vit.img_size[0] * vit.img_size[1]
-}
-
 /// A network's forward, its answer read.
 struct Infer<B: TrainBackend> {
     track: Track,
@@ -262,7 +266,10 @@ struct Step<B: TrainBackend> {
     track: Track,
     state: TrainState<Timed<B>>,
     model: Pretrainer<Timed<B>>,
-    images: Vec<f32>,
+    images: Vec<u8>,
+    /// Of every channel: values of mean 0 and variance 1.
+    mean: Vec<f32>,
+    std: Vec<f32>,
     keep: Vec<u32>,
     remove: Vec<u32>,
     adamw: AdamW,
@@ -303,7 +310,9 @@ impl<B: TrainBackend> Step<B> {
             },
             model: Pretrainer::new(backend, config, batch, false)?,
             state: TrainState::with_params(backend, layout, student, teacher, 0.05)?,
-            images: host.normal(images_len(&config.vit, batch)),
+            images: host.bytes(config.vit.pixels(batch).len()),
+            mean: vec![0.5; config.vit.in_chans],
+            std: vec![1.0 / 12_f32.sqrt(); config.vit.in_chans],
             keep,
             remove,
             adamw: AdamW {
@@ -326,13 +335,19 @@ impl<B: TrainBackend> Work<B> for Step<B> {
     fn run(&mut self, backend: &mut Timed<B>, _track: usize) -> Result<(), B::Error> {
         self.adamw.step += 1;
         self.state.begin_step(backend)?;
+        let pixels = Pixels {
+            values: &self.images,
+            flips: None,
+            mean: &self.mean,
+            std: &self.std,
+        };
         self.model
-            .load(backend, &self.images, &self.keep, &self.remove)?;
+            .load_pixels(backend, pixels, &self.keep, &self.remove)?;
         self.model
             .accumulate(backend, &mut self.state, 1.0, &mut MeanSimilarity)?;
         self.state.update(backend, &self.adamw, None)?;
         if backend.is_queued() {
-            return self.state.record(backend, 0);
+            return self.state.record(backend, 0, 0);
         }
         self.state.scalars(backend).map(|_| ())
     }

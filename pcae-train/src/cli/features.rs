@@ -48,7 +48,7 @@ struct FrozenArgs {
 }
 
 impl FrozenArgs {
-    fn frozen(&self, batch_size: usize, workers: usize) -> Frozen {
+    fn frozen(&self, batch_size: usize, workers: Option<usize>) -> Frozen {
         Frozen {
             encoder: self.encoder.clone(),
             which: self.which,
@@ -105,7 +105,7 @@ pub(super) struct KnnArgs {
 
 pub(super) fn knn(args: &KnnArgs) -> Result<ExitCode, Error> {
     let report = knn::command::run(&knn::command::Plan {
-        frozen: args.frozen.frozen(args.batch_size, 1),
+        frozen: args.frozen.frozen(args.batch_size, None),
         data: args.data.clone(),
         val: args.val.clone(),
         ks: args.k.clone(),
@@ -158,9 +158,9 @@ pub(super) struct ProbeArgs {
     /// Seed of everything random
     #[arg(long, default_value = "0")]
     seed: u64,
-    /// Threads that prepare the crops of --augment
-    #[arg(long, default_value = "1")]
-    workers: usize,
+    /// Threads that prepare the crops of --augment [default: 1; on cuda all cores but one]
+    #[arg(long)]
+    workers: Option<usize>,
 }
 
 pub(super) fn probe(args: &ProbeArgs) -> Result<ExitCode, Error> {
@@ -203,9 +203,9 @@ pub(super) struct EmbedArgs {
     /// Pictures encoded at a time
     #[arg(long, default_value_t = BATCH_SIZE)]
     batch_size: usize,
-    /// Threads that decode pictures
-    #[arg(long, default_value = "1")]
-    workers: usize,
+    /// Threads that decode pictures [default: 1; on cuda all cores but one]
+    #[arg(long)]
+    workers: Option<usize>,
 }
 
 pub(super) fn embed(args: &EmbedArgs) -> Result<ExitCode, Error> {

@@ -42,7 +42,7 @@ pub(super) struct FinetuneArgs {
     /// Optimizer steps, instead of --epochs
     #[arg(long)]
     steps: Option<String>,
-    /// Pictures in a micro-batch [default: 64, or all of fewer]
+    /// Pictures in a micro-batch, or auto for as many as there is memory for [default: 64, or all of fewer]
     #[arg(long)]
     batch_size: Option<String>,
     /// Micro-batches in an optimizer step [default: 1]
@@ -60,7 +60,7 @@ pub(super) struct FinetuneArgs {
     /// Threads that compute, 0 for all [default: 0]
     #[arg(long)]
     threads: Option<String>,
-    /// Threads that prepare batches [default: 1]
+    /// Threads that prepare batches [default: 1; on cuda all cores but one]
     #[arg(long)]
     workers: Option<String>,
     /// Seed of everything random [default: 0]

@@ -3,6 +3,7 @@
 use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
 use fast_image_resize::pixels::{U8, U8x3};
 use fast_image_resize::{FilterType, PixelTrait, ResizeAlg, ResizeOptions, Resizer};
+use pcae_kernel::backend::Pixels;
 use pcae_kernel::rng::{Purpose, Stream};
 use rayon::prelude::*;
 
@@ -196,7 +197,7 @@ impl Transform {
         scratch: &mut Scratch,
         out: &mut [f32],
     ) -> Result<(), DataError> {
-        self.check_shapes(picture, out)?;
+        self.check_shapes(picture, out.len())?;
         let flip = self.crop(picture, stream, scratch)?;
         self.normalize(&scratch.resized, flip, out);
         Ok(())
@@ -238,9 +239,28 @@ impl Transform {
         scratch: &mut Scratch,
         out: &mut [f32],
     ) -> Result<(), DataError> {
-        self.check_shapes(picture, out)?;
+        self.check_shapes(picture, out.len())?;
         self.resize_for_eval(picture, scratch)?;
         self.normalize(&scratch.resized, false, out);
+        Ok(())
+    }
+
+    /// [`Self::eval`] but for the normalisation.
+    ///
+    /// # Shapes
+    /// `out: [height, width, channels]`.
+    ///
+    /// # Errors
+    /// As [`Self::train`].
+    pub fn eval_bytes(
+        &self,
+        picture: &Picture,
+        scratch: &mut Scratch,
+        out: &mut [u8],
+    ) -> Result<(), DataError> {
+        self.check_shapes(picture, out.len())?;
+        self.resize_for_eval(picture, scratch)?;
+        out.copy_from_slice(&scratch.resized);
         Ok(())
     }
 
@@ -298,7 +318,8 @@ impl Transform {
         )
     }
 
-    pub(super) fn check_shapes(&self, picture: &Picture, out: &[f32]) -> Result<(), DataError> {
+    /// Checks a picture, and the elements there are for the result.
+    pub(super) fn check_shapes(&self, picture: &Picture, room: usize) -> Result<(), DataError> {
         let setting = |name, expected, found| {
             Err(DataError::Setting {
                 name,
@@ -331,11 +352,11 @@ impl Transform {
                 pixels.len().to_string(),
             );
         }
-        if out.len() != self.output_len() {
+        if room != self.output_len() {
             return setting(
                 "room for a picture",
                 self.output_len().to_string(),
-                out.len().to_string(),
+                room.to_string(),
             );
         }
         Ok(())
@@ -371,7 +392,7 @@ impl Transform {
         let planes = out.chunks_exact_mut(self.height * self.width);
         for (channel, plane) in planes.enumerate() {
             let (mean, std) = (self.mean[channel], self.std[channel]);
-            let normal = |&pixel: &u8| (f32::from(pixel) / 255.0 - mean) / std;
+            let normal = |&pixel: &u8| Pixels::normalise(pixel, mean, std);
             let rows = pixels.chunks_exact(self.width * self.channels);
             for (row, out) in rows.zip(plane.chunks_exact_mut(self.width)) {
                 let values = row[channel..].iter().step_by(self.channels).map(normal);

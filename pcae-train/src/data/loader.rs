@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::augment::{Scratch, Transform};
+use super::images::Images;
 use super::regularize::Augmentation;
 use super::{DataError, Dataset, MAX_SUBSTITUTIONS, Picture};
 
@@ -34,8 +35,8 @@ pub struct LoaderConfig {
 /// Augmented pictures for one training step.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
-    /// `[batch_size, channels, height, width]`, normalised.
-    pub images: Vec<f32>,
+    /// `batch_size` of them: bytes, where nothing is done to their values.
+    pub images: Images,
     /// Which samples of the data set these are. Each appears at most once in an epoch, but for those that took the place
     /// of a broken one.
     pub samples: Vec<u64>,
@@ -72,6 +73,16 @@ struct Prefetch {
     used: Sender<Batch>,
     stop: Arc<AtomicBool>,
     coordinator: Option<JoinHandle<()>>,
+}
+
+/// Bytes of all batches that exist at a time.
+pub(crate) fn memory(augmentation: &Augmentation, batch_size: usize) -> usize {
+    let element = match augmentation.makes_values() {
+        true => size_of::<f32>(),
+        false => size_of::<u8>(),
+    };
+    let len = augmentation.transform.output_len().saturating_mul(element);
+    len.saturating_mul(batch_size).saturating_mul(QUEUE + 2)
 }
 
 impl Loader {
@@ -284,39 +295,56 @@ impl Filler {
         let samples = &self.order[first..][..self.batch_size];
         batch.samples.clear();
         batch.samples.extend(samples.iter().map(|&i| i as u64));
-        batch.images.resize(
-            self.batch_size * self.augmentation.transform.output_len(),
-            0.0,
-        );
+        let Augmentation { transform, .. } = &self.augmentation;
+        let as_values = self.augmentation.makes_values();
+        batch.images.prepare(transform, self.batch_size, as_values);
         (batch.epoch, batch.index) = (epoch, index);
     }
 
     fn fill(&self, batch: &mut Batch) -> Result<(), DataError> {
-        let images = batch
-            .images
-            .chunks_exact_mut(self.augmentation.transform.output_len());
-        for (out, sample) in images.zip(&mut batch.samples) {
-            self.fill_one(0, batch.epoch, sample, out)?;
+        let len = self.augmentation.transform.output_len();
+        let (epoch, samples) = (batch.epoch, &mut batch.samples);
+        match &mut batch.images {
+            Images::Values(values) => values
+                .chunks_exact_mut(len)
+                .zip(samples)
+                .try_for_each(|(out, sample)| self.fill_one(0, epoch, sample, Out::Values(out))),
+            Images::Bytes(bytes) => bytes
+                .values
+                .chunks_exact_mut(len)
+                .zip(&mut bytes.flips)
+                .zip(samples)
+                .try_for_each(|((out, flip), sample)| {
+                    self.fill_one(0, epoch, sample, Out::Bytes(out, flip))
+                }),
         }
-        Ok(())
     }
 
     /// In the threads of the pool this is called in.
     fn fill_parallel(&self, batch: &mut Batch, stop: &AtomicBool) -> Result<(), DataError> {
-        let epoch = batch.epoch;
-        batch
-            .images
-            .par_chunks_exact_mut(self.augmentation.transform.output_len())
-            .zip(&mut batch.samples)
-            .try_for_each(|(out, sample)| {
-                if stop.load(Ordering::Relaxed) {
-                    return Err(DataError::Worker {
-                        reason: "the loader was dropped".to_owned(),
-                    });
-                }
-                let worker = rayon::current_thread_index().unwrap_or(0);
-                self.fill_one(worker, epoch, sample, out)
-            })
+        let len = self.augmentation.transform.output_len();
+        let (epoch, samples) = (batch.epoch, &mut batch.samples);
+        let fill_one = |sample: &mut u64, out: Out<'_>| {
+            if stop.load(Ordering::Relaxed) {
+                return Err(DataError::Worker {
+                    reason: "the loader was dropped".to_owned(),
+                });
+            }
+            let worker = rayon::current_thread_index().unwrap_or(0);
+            self.fill_one(worker, epoch, sample, out)
+        };
+        match &mut batch.images {
+            Images::Values(values) => values
+                .par_chunks_exact_mut(len)
+                .zip(samples)
+                .try_for_each(|(out, sample)| fill_one(sample, Out::Values(out))),
+            Images::Bytes(bytes) => bytes
+                .values
+                .par_chunks_exact_mut(len)
+                .zip(&mut bytes.flips)
+                .zip(samples)
+                .try_for_each(|((out, flip), sample)| fill_one(sample, Out::Bytes(out, flip))),
+        }
     }
 
     /// Fills one image, and puts in `sample` which one it became.
@@ -325,7 +353,7 @@ impl Filler {
         worker: usize,
         epoch: u64,
         sample: &mut u64,
-        out: &mut [f32],
+        out: Out<'_>,
     ) -> Result<(), DataError> {
         let mut slot = self.slots[worker]
             .lock()
@@ -334,8 +362,22 @@ impl Filler {
         // The stream of the sample that was drawn: its substitute gets another crop than in its own turn.
         let mut stream = Stream::new(self.seed, epoch, *sample, Purpose::Augment);
         *sample = self.dataset.load(*sample as usize, picture)? as u64;
-        self.augmentation.train(picture, &mut stream, scratch, out)
+        let (augmentation, stream) = (&self.augmentation, &mut stream);
+        match out {
+            Out::Values(out) => augmentation.train(picture, stream, scratch, out),
+            Out::Bytes(out, flip) => {
+                *flip = augmentation.train_bytes(picture, stream, scratch, out)?;
+                Ok(())
+            }
+        }
     }
+}
+
+/// Where a picture goes.
+enum Out<'a> {
+    Values(&'a mut [f32]),
+    /// With whether it is mirrored.
+    Bytes(&'a mut [u8], &'a mut bool),
 }
 
 fn check(dataset: &Dataset, transform: &Transform) -> Result<(), DataError> {
@@ -353,8 +395,8 @@ fn check(dataset: &Dataset, transform: &Transform) -> Result<(), DataError> {
 /// Pictures as evaluation sees them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvalBatch {
-    /// `[samples.len(), channels, height, width]`, normalised.
-    pub images: Vec<f32>,
+    /// As many as `samples`.
+    pub images: Images,
     /// Which samples of the data set these are.
     pub samples: Vec<u64>,
     /// The class of each, if the data set has labels.
@@ -411,14 +453,14 @@ impl EvalBatches<'_> {
     fn fill(&mut self, end: usize) -> Result<EvalBatch, DataError> {
         let (dataset, transform) = (self.dataset, self.transform);
         let len = transform.output_len();
-        let mut images = vec![0.0; (end - self.next) * len];
+        let mut images = vec![0; (end - self.next) * len];
         let errors: Vec<Option<DataError>> = images
             .par_chunks_exact_mut(len)
             .zip(self.next..end)
             .map_init(Slot::default, |slot, (out, i)| {
                 let Slot { picture, scratch } = slot;
                 match dataset.picture(i, picture) {
-                    Ok(()) => transform.eval(picture, scratch, out).map(|()| None),
+                    Ok(()) => transform.eval_bytes(picture, scratch, out).map(|()| None),
                     Err(error) => Ok(Some(error)),
                 }
             })
@@ -450,7 +492,7 @@ impl EvalBatches<'_> {
             .map(|&sample| self.dataset.label(sample as usize))
             .collect();
         Ok(EvalBatch {
-            images,
+            images: Images::of_bytes(transform, images),
             samples,
             labels,
             unreadable,
@@ -554,13 +596,42 @@ mod tests {
         }
     }
 
+    /// What is mixed comes as values, all else as bytes of which a backend makes the same.
+    #[test]
+    fn bytes_and_values_are_the_same_pictures() {
+        let plain = Augmentation {
+            rand_augment: 5.0,
+            ..transform(1).into()
+        };
+        let mixed = Augmentation {
+            mixes: true,
+            ..plain.clone()
+        };
+        for workers in [0, 2] {
+            let [bytes, values] = [&plain, &mixed].map(|augmentation| {
+                let loader = Loader::new(held_out(), augmentation.clone(), config(workers, 3));
+                loader.unwrap().next().unwrap().images
+            });
+            assert!(matches!(bytes, Images::Bytes(_)) && matches!(values, Images::Values(_)));
+            assert!(bytes.values() == values.values());
+        }
+    }
+
+    /// Where pictures lie.
+    fn place(images: &Images) -> *const u8 {
+        match images {
+            Images::Bytes(bytes) => bytes.values.as_ptr(),
+            Images::Values(values) => values.as_ptr().cast(),
+        }
+    }
+
     #[test]
     fn recycled_buffers_are_used_again() {
         let mut loader = Loader::new(held_out(), transform(1), config(0, 0)).unwrap();
         let batch = loader.next().unwrap();
-        let images = batch.images.as_ptr();
+        let images = place(&batch.images);
         loader.recycle(batch);
-        assert_eq!(loader.next().unwrap().images.as_ptr(), images);
+        assert_eq!(place(&loader.next().unwrap().images), images);
     }
 
     #[test]
@@ -569,7 +640,7 @@ mod tests {
         let mut buffers = BTreeSet::new();
         for _ in 0..30 {
             let batch = loader.next().unwrap();
-            buffers.insert(batch.images.as_ptr());
+            buffers.insert(place(&batch.images));
             loader.recycle(batch);
         }
         // The queue, one being filled, one sent and waiting for room, one in use.
@@ -661,7 +732,7 @@ mod tests {
             for batch in eval_batches(&train, &transform, batch_size).unwrap() {
                 let batch = batch.unwrap();
                 samples.extend(batch.samples);
-                images.extend(batch.images);
+                images.extend_from_slice(&batch.images.values());
                 unreadable += batch.unreadable;
             }
             (samples, images, unreadable)
@@ -713,7 +784,7 @@ mod tests {
             .eval(&picture, &mut Scratch::default(), &mut want)
             .unwrap();
         assert_eq!(
-            batches[6].images[transform.output_len()..][..want.len()],
+            batches[6].images.values()[transform.output_len()..][..want.len()],
             want
         );
         assert!(eval_batches(&dataset, &transform, 0).is_err());

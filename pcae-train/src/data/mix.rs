@@ -25,6 +25,11 @@ pub struct Shape {
 }
 
 impl Mix {
+    /// Whether pictures change, and not their targets alone.
+    pub fn mixes_images(&self) -> bool {
+        self.mixup > 0.0 || self.cutmix > 0.0
+    }
+
     /// Mixes each picture with the one as far from the other end of the batch, all by the same weight, as `timm` does by
     /// default, and writes what they show.
     ///
@@ -32,7 +37,7 @@ impl Mix {
     /// `images: [labels.len(), channels, height, width]`; `targets: [labels.len(), classes]`, each row a distribution.
     ///
     /// # Panics
-    /// If a label is not below `classes`, or `images` is shorter.
+    /// If a label is not below `classes`, or `images` is shorter and [`Mix::mixes_images`].
     pub fn apply(
         &self,
         stream: &mut Stream,

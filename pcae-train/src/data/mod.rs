@@ -9,6 +9,7 @@ mod error;
 pub(crate) mod folder;
 pub mod idx;
 mod idx_folder;
+pub mod images;
 pub mod loader;
 pub mod mix;
 mod rand_augment;

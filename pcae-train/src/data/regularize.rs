@@ -21,6 +21,8 @@ pub struct Augmentation {
     pub rand_augment: f64,
     /// Probability that a rectangle is replaced by noise.
     pub erase_prob: f64,
+    /// Whether pictures are mixed with each other afterwards, see [`super::mix`].
+    pub mixes: bool,
 }
 
 impl From<Transform> for Augmentation {
@@ -29,11 +31,17 @@ impl From<Transform> for Augmentation {
             transform,
             rand_augment: 0.0,
             erase_prob: 0.0,
+            mixes: false,
         }
     }
 }
 
 impl Augmentation {
+    /// Whether what comes of it are values: noise and mixtures are no bytes.
+    pub(crate) fn makes_values(&self) -> bool {
+        self.mixes || self.erase_prob > 0.0
+    }
+
     /// Checks every field.
     ///
     /// # Errors
@@ -71,7 +79,44 @@ impl Augmentation {
         out: &mut [f32],
     ) -> Result<(), DataError> {
         let transform = &self.transform;
-        transform.check_shapes(picture, out)?;
+        transform.check_shapes(picture, out.len())?;
+        let flip = self.view(picture, stream, scratch)?;
+        transform.normalize(&scratch.resized, flip, out);
+        if self.erase_prob > 0.0 {
+            erase(out, transform, self.erase_prob, stream);
+        }
+        Ok(())
+    }
+
+    /// [`Augmentation::train`] but for what is done to values: mirroring, of which it returns whether it is to be done,
+    /// normalisation and erasing.
+    ///
+    /// # Shapes
+    /// `out: [height, width, channels]`.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn train_bytes(
+        &self,
+        picture: &Picture,
+        stream: &mut Stream,
+        scratch: &mut Scratch,
+        out: &mut [u8],
+    ) -> Result<bool, DataError> {
+        self.transform.check_shapes(picture, out.len())?;
+        let flip = self.view(picture, stream, scratch)?;
+        out.copy_from_slice(&scratch.resized);
+        Ok(flip)
+    }
+
+    /// Leaves the crop, changed by RandAugment, in `scratch`, and returns whether it is to be mirrored.
+    fn view(
+        &self,
+        picture: &Picture,
+        stream: &mut Stream,
+        scratch: &mut Scratch,
+    ) -> Result<bool, DataError> {
+        let transform = &self.transform;
         let flip = transform.crop(picture, stream, scratch)?;
         if self.rand_augment > 0.0 {
             let Scratch { resized, spare, .. } = scratch;
@@ -89,11 +134,7 @@ impl Augmentation {
             }
             rand_augment(pixels, self.rand_augment, fill, stream);
         }
-        transform.normalize(&scratch.resized, flip, out);
-        if self.erase_prob > 0.0 {
-            erase(out, transform, self.erase_prob, stream);
-        }
-        Ok(())
+        Ok(flip)
     }
 }
 

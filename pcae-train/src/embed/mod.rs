@@ -22,6 +22,7 @@ use serde::Serialize;
 
 use crate::backends::{self, Job, count};
 use crate::data::augment::{Scratch, Transform};
+use crate::data::images::Images;
 use crate::data::{DataError, Picture};
 use crate::durable::{atomic_write, sync_folder};
 use crate::encoder::Encoder;
@@ -144,8 +145,8 @@ struct Embedding<'a> {
 
 /// A batch on its way to the encoder.
 struct Prepared {
-    /// `[readable, channels, height, width]`
-    images: Vec<f32>,
+    /// The readable ones.
+    images: Images,
     names: Vec<String>,
     /// Names and reasons.
     unreadable: Vec<(String, String)>,
@@ -250,7 +251,7 @@ impl Embedding<'_> {
         let batch_size = self.plan.frozen.batch_size.min(end - first);
         let mut extractor =
             Extractor::new(backend, &self.encoder, batch_size, self.reduction).map_err(failed)?;
-        let workers = self.plan.frozen.machine.workers.max(1);
+        let workers = self.plan.frozen.machine.workers().max(1);
         let pool = ThreadPoolBuilder::new()
             .num_threads(workers)
             .build()
@@ -327,7 +328,7 @@ impl Embedding<'_> {
     fn prepare(&self, pool: &ThreadPool, range: std::ops::Range<usize>) -> Prepared {
         let transform = &self.encoder.transform;
         let len = transform.output_len();
-        let mut images = vec![0.0; range.len() * len];
+        let mut images = vec![0; range.len() * len];
         let results: Vec<Result<(), DataError>> = pool.install(|| {
             images
                 .par_chunks_exact_mut(len)
@@ -336,7 +337,7 @@ impl Embedding<'_> {
                     || (Picture::default(), Scratch::default()),
                     |(picture, scratch), (out, i)| {
                         self.source.picture(i, transform.channels, picture)?;
-                        transform.eval(picture, scratch, out)
+                        transform.eval_bytes(picture, scratch, out)
                     },
                 )
                 .collect()
@@ -355,7 +356,7 @@ impl Embedding<'_> {
         }
         images.truncate(names.len() * len);
         Prepared {
-            images,
+            images: Images::of_bytes(transform, images),
             names,
             unreadable,
             end: range.end,

@@ -5,12 +5,13 @@ use std::io;
 use std::path::Path;
 use std::time::Instant;
 
-use pcae_kernel::backend::TrainBackend;
+use pcae_kernel::backend::{Pixels, TrainBackend};
 use pcae_kernel::config::{ClassifierConfig, Reduction};
 use pcae_kernel::model::{Classifier, CriterionScorer};
 
 use crate::data::Dataset;
 use crate::data::augment::Transform;
+use crate::data::images::View;
 use crate::data::loader::eval_batches;
 use crate::durable::atomic_write;
 use crate::error::Error;
@@ -126,6 +127,8 @@ impl<B: TrainBackend> Evaluator<B> {
         let ClassifierConfig { vit, reduction, .. } = self.config;
         let (tokens, depth, batch) = (vit.num_patches(), vit.depth, self.batch);
         let mut scorer = CriterionScorer::new(backend, &reduction, batch, tokens, depth)?;
+        let images = View::Bytes(vit.pixels(batch), Pixels::default());
+        images.write(backend, &mut self.images)?;
         self.model
             .forward(backend, params, batch, &self.images, &mut scorer)
             .map(|_| ())
@@ -165,9 +168,8 @@ impl<B: TrainBackend> Evaluator<B> {
                 continue;
             }
             logits.resize(count * num_classes, 0.0);
-            backend
-                .write(&mut self.images, &batch.images)
-                .map_err(failed)?;
+            let images = batch.images.view();
+            images.write(backend, &mut self.images).map_err(failed)?;
             let key = Key {
                 seed: self.seed,
                 epoch: 0,

@@ -6,7 +6,7 @@ mod settings;
 
 use std::path::{Path, PathBuf};
 
-use pcae_kernel::backend::{AdamW, TrainBackend};
+use pcae_kernel::backend::{AdamW, Pixels, TrainBackend};
 use pcae_kernel::flops;
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
@@ -18,10 +18,12 @@ use crate::backends::Job;
 use crate::bench::describe;
 use crate::checkpoint::weights::Weights;
 use crate::checkpoint::{self, AVERAGE, Identity, TASK_CLASSIFY, Which};
+use crate::data::images::{Images, View};
 use crate::data::loader::Batch;
 use crate::data::mix::Shape;
 use crate::data::{Dataset, Splits};
 use crate::error::Error;
+use crate::fit::BatchSize;
 use crate::metrics::{Record, series};
 use crate::network::{Network, arrows};
 use crate::report::curves::{Curves, write_png};
@@ -29,7 +31,7 @@ use crate::run_dir::{RunDir, RunState};
 use crate::training::draws::{self, Key};
 use crate::training::names::LOSS;
 use crate::training::{self, Figures, Start, Task};
-use crate::{backends, data};
+use crate::{backends, data, fit};
 pub use evaluation::{Confusion, Score};
 pub use settings::{FinetuneRecipe, FinetuneSettings, PoolSpec, WeightsSpec};
 
@@ -117,6 +119,7 @@ fn launch(
     resume: Option<(RunDir, RunState)>,
 ) -> Result<Summary, Error> {
     let splits = data::open(settings.data.as_deref(), settings.in_chans)?;
+    let fitted = fit(&mut settings, &splits)?;
     let recipe = settings.resolve(&splits)?;
     let machine = settings.machine.clone();
     let memory = planned_memory(&settings, &recipe)?;
@@ -126,10 +129,35 @@ fn launch(
             settings,
             recipe,
             memory,
+            fitted,
             splits,
             resume,
         },
     )
+}
+
+/// Chooses how many pictures a micro-batch has where the settings leave that open, and says so in a line.
+fn fit(settings: &mut FinetuneSettings, splits: &Splits) -> Result<Option<String>, Error> {
+    if settings.batch_size != Some(BatchSize::Auto) {
+        return Ok(None);
+    }
+    let mut one = FinetuneSettings {
+        batch_size: Some(BatchSize::Pictures(1)),
+        ..settings.clone()
+    };
+    let recipe = one.resolve(splits)?;
+    let (machine, vit) = (&settings.machine, &recipe.task.vit);
+    let fitted = fit::largest(machine, vit, splits.train.len(), |batch| {
+        let mut recipe = recipe.clone();
+        recipe.plan.batch_size = batch;
+        let memory = planned_memory(&one, &recipe)?.total();
+        let loader = backends::of_loader(machine, &recipe.augmentation, batch);
+        Ok(memory.saturating_add(loader))
+    })?;
+    settings.batch_size = Some(BatchSize::Pictures(fitted.batch_size));
+    // Which took a pass over the data.
+    (settings.mean, settings.std) = (one.mean, one.std);
+    Ok(Some(fitted.line))
 }
 
 /// What the backend will hold when everything has run once: the state, a step and an evaluation.
@@ -147,6 +175,11 @@ fn planned_memory(settings: &FinetuneSettings, recipe: &FinetuneRecipe) -> Resul
     let mut step = StepModel::new(&mut sizing, recipe).map_err(failed)?;
     let evaluator = Evaluator::new(&mut sizing, &recipe.task, EVAL_BATCH, settings.seed);
     let mut evaluator = evaluator.map_err(failed)?;
+    if !recipe.augmentation.makes_values() {
+        step.model
+            .load_pixels(&mut sizing, Pixels::default(), &[])
+            .map_err(failed)?;
+    }
     step.model
         .accumulate(&mut sizing, &mut state, 1.0, &mut step.scorer)
         .map_err(failed)?;
@@ -202,6 +235,8 @@ struct Run {
     recipe: FinetuneRecipe,
     /// What was planned.
     memory: Memory,
+    /// How the batch size was chosen, if it was.
+    fitted: Option<String>,
     splits: Splits,
     resume: Option<(RunDir, RunState)>,
 }
@@ -214,6 +249,7 @@ impl Job for Run {
             settings,
             recipe,
             memory,
+            fitted,
             splits,
             resume,
         } = self;
@@ -250,12 +286,12 @@ impl Job for Run {
                 &splits,
                 &layout,
                 name,
-                memory,
+                (memory, fitted),
                 origin,
             ),
             dataset: splits.train.clone(),
             augmentation: recipe.augmentation.clone(),
-            workers: settings.machine.workers,
+            workers: settings.machine.workers(),
             out: settings.machine.out.clone(),
             resume,
         };
@@ -337,7 +373,7 @@ fn introduction(
     splits: &Splits,
     layout: &Layout,
     backend: &str,
-    memory: Memory,
+    (memory, fitted): (Memory, Option<String>),
     origin: Option<String>,
 ) -> Vec<String> {
     let FinetuneRecipe { task, plan, .. } = recipe;
@@ -358,6 +394,7 @@ fn introduction(
     ];
     lines.extend(origin.map(|origin| format!("weights   {origin}")));
     lines.push(format!("backend   {backend}"));
+    lines.extend(fitted);
     lines.push(format!(
         "memory    planned: {}, data apart",
         describe(memory)
@@ -444,16 +481,22 @@ impl<B: TrainBackend> Task<B> for Finetuning<'_, B> {
         };
         self.recipe.mix.apply(
             &mut Stream::new(seed, 0, batch.index, Purpose::Mix),
-            &mut batch.images,
+            match &mut batch.images {
+                Images::Values(values) => values,
+                // Which are not mixed.
+                Images::Bytes(_) => &mut [],
+            },
             shape,
             &self.labels,
             task.num_classes,
             &mut self.targets,
         );
         let StepModel { model, scorer } = &mut self.step;
-        model
-            .load(backend, &batch.images, &self.targets)
-            .map_err(failed)?;
+        match batch.images.view() {
+            View::Bytes(_, pixels) => model.load_pixels(backend, pixels, &self.targets),
+            View::Values(images) => model.load(backend, images, &self.targets),
+        }
+        .map_err(failed)?;
         let key = Key {
             seed,
             epoch: batch.epoch,

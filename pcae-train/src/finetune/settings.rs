@@ -16,6 +16,7 @@ use crate::data::Splits;
 use crate::data::mix::Mix;
 use crate::data::regularize::Augmentation;
 use crate::error::Error;
+use crate::fit::BatchSize;
 use crate::settings::shared::{self, Architecture, Crops, typed};
 use crate::settings::{CriterionSpec, DropLayersSpec, Machine, PlaceSpec, SMALL_BELOW};
 use crate::training::Plan;
@@ -87,7 +88,7 @@ pub struct FinetuneSettings {
     /// Optimizer steps.
     pub steps: Option<u64>,
     /// Pictures in a micro-batch; if `None` 64, or all of a smaller data set.
-    pub batch_size: Option<usize>,
+    pub batch_size: Option<BatchSize>,
     /// Micro-batches in a step.
     pub accum: u64,
     /// Peak learning rate of the head per 256 pictures of a step.
@@ -413,9 +414,10 @@ impl FinetuneSettings {
         };
         let drop_path = *self.drop_path.get_or_insert(defaults.drop_path);
         let pictures = splits.train.len();
-        let batch_size = *self
+        let batch_size = self
             .batch_size
-            .get_or_insert(DEFAULT_BATCH_SIZE.min(pictures));
+            .get_or_insert(BatchSize::Pictures(DEFAULT_BATCH_SIZE.min(pictures)))
+            .pictures()?;
         let plan = Knobs {
             epochs: &mut self.epochs,
             steps: self.steps,
@@ -433,7 +435,7 @@ impl FinetuneSettings {
             eval_every: self.eval_every,
             save_every: &mut self.save_every,
             seed: self.seed,
-            workers: self.machine.workers,
+            workers: self.machine.workers(),
         }
         .resolve(
             &Defaults {
@@ -476,6 +478,7 @@ impl FinetuneSettings {
             transform: shared::transform(&task.vit, &splits.train, crops, mean, std)?,
             rand_augment: *self.rand_augment.get_or_insert(defaults.rand_augment),
             erase_prob: *self.erase_prob.get_or_insert(defaults.erase_prob),
+            mixes: mix.mixes_images(),
         };
         augmentation.check().map_err(typed)?;
         Ok(FinetuneRecipe {

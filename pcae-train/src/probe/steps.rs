@@ -12,6 +12,7 @@ use super::linear::{Optimizer, Probe, Recipe};
 use super::scores::Scores;
 use super::{CHOOSE_EVERY, Part, Probing, Solved, Solver, hold_back, named};
 use crate::backends::count;
+use crate::data::images::Images;
 use crate::data::loader::{Loader, LoaderConfig};
 use crate::error::Error;
 use crate::features::{Extractor, matrix};
@@ -224,7 +225,7 @@ impl Probing<'_> {
                 batch_size,
                 seed: plan.seed,
                 start: 0,
-                workers: plan.frozen.machine.workers,
+                workers: plan.frozen.machine.workers(),
             };
             let transform = self.encoder.transform.clone();
             Some(Loader::new(dataset.clone(), transform, config)?)
@@ -234,7 +235,8 @@ impl Probing<'_> {
         let ended = course.train(&mut probe, largest, &mut shown, |rows| match &mut loader {
             Some(loader) => {
                 let batch = loader.next()?;
-                let x = self.augmented(backend, name, &mut extractor, &batch.images)?;
+                let (images, count) = (&batch.images, batch.samples.len());
+                let x = self.augmented(backend, name, &mut extractor, images, count)?;
                 let label = |&i: &u64| dataset.label(i as usize).unwrap_or_default();
                 let labels = batch.samples.iter().map(label).collect();
                 loader.recycle(batch);
@@ -269,17 +271,20 @@ impl Probing<'_> {
         backend: &mut B,
         name: &str,
         extractor: &mut Extractor<B>,
-        images: &[f32],
+        images: &Images,
+        count: usize,
     ) -> Result<Array2<f32>, Error> {
         let len = self.encoder.transform.output_len();
-        let mut out = [Vec::new()];
-        for images in images.chunks(self.plan.frozen.batch_size * len) {
+        let (mut out, mut left) = ([Vec::new()], count);
+        for images in images.chunks(self.plan.frozen.batch_size, len) {
+            let batch = left.min(self.plan.frozen.batch_size);
             extractor
-                .extract(backend, images, images.len() / len, &[self.tap], &mut out)
+                .extract(backend, images, batch, &[self.tap], &mut out)
                 .map_err(|error| Error::backend(name, error))?;
+            left -= batch;
         }
         let [out] = out;
-        matrix(images.len() / len, out)
+        matrix(count, out)
     }
 }
 

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use pcae_kernel::backend::{AdamW, Span, TrainBackend};
 use pcae_kernel::layout::Layout;
-use pcae_kernel::model::{RECORDS, Scalars, TrainState};
+use pcae_kernel::model::{HALVES, RECORDS, Scalars, TrainState};
 use pcae_kernel::schedule::learning_rate;
 
 use crate::checkpoint::{self, Identity, Position};
@@ -34,6 +34,9 @@ pub(crate) mod names {
     pub(crate) const LR: &str = "lr";
     pub(crate) const IMAGES_PER_S: &str = "images_per_s";
 }
+
+/// Steps that a device has before it while the host waits for those before them, and then prepares the next.
+const AHEAD: usize = 2;
 
 /// The other values of a step by name.
 pub(crate) type Figures = BTreeMap<String, f64>;
@@ -267,28 +270,48 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
     // After the evaluation, which would spoil the estimate of the time left.
     let mut progress = Progress::new(step, plan.steps);
     let every = plan.eval_every.saturating_mul(plan.steps_per_epoch);
-    // Steps that are done, or on their way in a device that is not waited for.
+    // Steps that are done, or on their way in a device that is not waited for: those that leave their scalars in `half`, and those of
+    // the other half, which are being read.
     let mut unread: Vec<(AdamW, u64)> = Vec::with_capacity(RECORDS);
-    let most_unread = if backend.is_queued() { RECORDS } else { 1 };
+    let mut coming: Vec<(AdamW, u64)> = Vec::with_capacity(RECORDS);
+    let mut seen = Vec::with_capacity(HALVES * RECORDS);
+    let mut half = 0;
     let mut began = Instant::now();
     loop {
         let stops = step == plan.steps || interrupt::requested();
         let evaluates = step == plan.steps || (every > 0 && step.is_multiple_of(every));
         let saves = evaluates || step.is_multiple_of(plan.save_every);
-        if !unread.is_empty() && (stops || saves || unread.len() == most_unread) {
-            let records = match state.records(backend) {
-                Ok(records) => records,
+        let settles = stops || saves || !backend.is_queued();
+        let other = HALVES - 1 - half;
+        if !coming.is_empty() && (settles || unread.len() == AHEAD) {
+            match state.finish_records(backend, other) {
+                Ok(records) => seen.extend(records.into_iter().zip(coming.drain(..))),
+                Err(error) => {
+                    let (error, at) = (failed(error), coming[0].0.step);
+                    return Err(diverged_or(error, backend, &state, name, at)?);
+                }
+            }
+        }
+        if !unread.is_empty() && settles {
+            match state.finish_records(backend, half) {
+                Ok(records) => seen.extend(records.into_iter().zip(unread.drain(..))),
                 Err(error) => {
                     let (error, at) = (failed(error), unread[0].0.step);
                     return Err(diverged_or(error, backend, &state, name, at)?);
                 }
-            };
+            }
+        } else if unread.len() == RECORDS {
+            state.start_records(backend, half).map_err(failed)?;
+            std::mem::swap(&mut unread, &mut coming);
+            half = other;
+        }
+        if !seen.is_empty() {
             let step_images = plan.batch_size as u64 * plan.accum;
             let taken = began.elapsed().as_secs_f64();
-            let each = taken / unread.len() as f64;
-            images += step_images * unread.len() as u64;
+            let each = taken / seen.len() as f64;
+            images += step_images * seen.len() as u64;
             seconds += taken;
-            for (seen, (adamw, batches)) in records.iter().zip(unread.drain(..)) {
+            for (seen, (adamw, batches)) in seen.drain(..) {
                 if !(seen.loss.is_finite() && seen.grad_norm.is_finite()) {
                     return Err(Error::Diverged {
                         step: adamw.step,
@@ -302,7 +325,7 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
                     (names::LR.to_owned(), adamw.lr),
                     (names::IMAGES_PER_S.to_owned(), step_images as f64 / each),
                 ]);
-                if let Some(warning) = task.observe(seen, &adamw, &mut scalars) {
+                if let Some(warning) = task.observe(&seen, &adamw, &mut scalars) {
                     progress.println(&warning);
                 }
                 let evaluated = if adamw.step == step && evaluates {
@@ -327,14 +350,12 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
                 save(backend, &state, Position { step, batches })?;
                 task.draw(&run, &read_metrics(&run.metrics())?)?;
             }
+            began = Instant::now();
         }
         if stops {
             break;
         }
 
-        if unread.is_empty() {
-            began = Instant::now();
-        }
         state.begin_step(backend).map_err(failed)?;
         for _ in 0..plan.accum {
             let mut batch = match first.take() {
@@ -359,7 +380,7 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
         };
         let max_norm = (plan.clip_grad > 0.0).then_some(plan.clip_grad);
         state.update(backend, &adamw, max_norm).map_err(failed)?;
-        state.record(backend, unread.len()).map_err(failed)?;
+        state.record(backend, half, unread.len()).map_err(failed)?;
         unread.push((adamw, batches));
         step += 1;
     }

@@ -1,0 +1,176 @@
+//! Pictures on their way to the device, beside the work that is running there.
+//!
+//! Their bytes go through pinned memory into one of two *stages*, on a stream of their own. What makes values of them waits for that
+//! copy and runs in the queue's stream, behind all that was queued; the next copy into the same stage waits for it. So a copy of one batch
+//! runs while the device works on the one before, and nobody waits on the host. Stages are no part of a tape: which of them it is
+//! changes from batch to batch, and a step stays one graph.
+
+use std::sync::Arc;
+
+use pcae_kernel::backend::{PixelDims, Pixels};
+use pcae_kernel::error::product;
+
+use super::{Queue, Shape};
+use crate::checks::small;
+use crate::driver::{Context, DevicePtr, Event, GRAIN, Memory, Stream};
+use crate::error::Error;
+use crate::kernels::NORMALISE_PIXELS;
+use crate::tokens::BLOCK;
+
+/// Stages, so that one is filled while the other is read.
+const STAGES: usize = 2;
+
+/// Pixels that a thread takes at once.
+const RUN: u32 = 16;
+
+/// Blocks for each multiprocessor: all that run at once, each of which computes a table first.
+const BLOCKS: u32 = 8;
+
+/// The stream of copies, and where they go.
+#[derive(Debug)]
+pub(super) struct Upload {
+    pub(super) stream: Stream,
+    /// All stages, each an equal part.
+    memory: Option<Memory>,
+    stages: [Stage; STAGES],
+    /// The one that is filled next.
+    next: usize,
+    /// What lies before the pixels.
+    head: Vec<u8>,
+}
+
+/// What has become of a stage.
+#[derive(Debug)]
+struct Stage {
+    /// Behind the copies into it, on their stream.
+    filled: Event,
+    /// Behind the kernel that read it, on the queue's.
+    read: Event,
+}
+
+impl Upload {
+    pub(super) fn new(context: &Arc<Context>) -> Result<Self, Error> {
+        let stage = || {
+            Ok::<_, Error>(Stage {
+                filled: Event::new(context)?,
+                read: Event::new(context)?,
+            })
+        };
+        Ok(Self {
+            stream: Stream::new(context)?,
+            memory: None,
+            stages: [stage()?, stage()?],
+            next: 0,
+            head: Vec::new(),
+        })
+    }
+}
+
+/// Bytes of mean, standard deviation and mirroring, up to where the pixels begin.
+const fn head_len(dims: PixelDims) -> usize {
+    product(&[dims.channels, 2 * size_of::<f32>()])
+        .saturating_add(dims.batch)
+        .div_ceil(16)
+        .saturating_mul(16)
+}
+
+/// Bytes that all stages take.
+pub(crate) const fn stages(dims: PixelDims) -> usize {
+    let stage = head_len(dims).saturating_add(dims.len()).div_ceil(GRAIN);
+    stage.saturating_mul(GRAIN).saturating_mul(STAGES)
+}
+
+impl Queue {
+    /// Copies pictures to the device as values, see `Backend::write_pixels`. All lengths were checked, and none is 0.
+    pub(crate) fn write_pixels(
+        &mut self,
+        dims: PixelDims,
+        to: DevicePtr,
+        pixels: Pixels<'_>,
+    ) -> Result<(), Error> {
+        let len = small("write_pixels", dims.len())?;
+        // None is more than their product.
+        let [batch, channels, height, width] =
+            [dims.batch, dims.channels, dims.height, dims.width].map(|x| x as u32);
+        let runs = len / RUN / channels;
+        let at = self.stage(stages(dims))?;
+        // What is queued reads what was there before.
+        self.flush()?;
+        self.context.bind()?;
+        self.fill_stage(dims, at, pixels)?;
+        let blocks = BLOCKS * self.context.multiprocessors;
+        self.launch(
+            NORMALISE_PIXELS,
+            Shape {
+                grid: [runs.div_ceil(BLOCK).clamp(1, blocks), 1, 1],
+                block: BLOCK,
+                shared: 0,
+            },
+            &[
+                to.into(),
+                at.into(),
+                batch.into(),
+                channels.into(),
+                height.into(),
+                width.into(),
+            ],
+        )?;
+        // By itself, as the next one is about another stage.
+        let issued = self.issue();
+        self.clear();
+        issued?;
+        let stage = &self.upload.stages[self.upload.next];
+        self.stream.record(&stage.read)?;
+        self.upload.next = (self.upload.next + 1) % STAGES;
+        Ok(())
+    }
+
+    /// Where the next stage is. All of them are made at once, so that nothing is allocated in the steps to come.
+    fn stage(&mut self, bytes: usize) -> Result<DevicePtr, Error> {
+        let memory = match self.upload.memory.take() {
+            Some(memory) if memory.bytes() >= bytes => memory,
+            old => {
+                // Old and new are never there together.
+                drop(old);
+                self.collect()?;
+                self.heap.allocate(bytes)?
+            }
+        };
+        let memory = self.upload.memory.insert(memory);
+        Ok(memory
+            .at()
+            .plus(self.upload.next * (memory.bytes() / STAGES)))
+    }
+
+    /// Copies a batch to `at`, the next stage, and has the queue's stream wait for it.
+    fn fill_stage(
+        &mut self,
+        dims: PixelDims,
+        at: DevicePtr,
+        pixels: Pixels<'_>,
+    ) -> Result<(), Error> {
+        let Upload {
+            stream,
+            stages,
+            next,
+            head,
+            ..
+        } = &mut self.upload;
+        let stage = &stages[*next];
+        head.clear();
+        let (mean, std) = (&pixels.mean[..dims.channels], &pixels.std[..dims.channels]);
+        for x in mean.iter().chain(std) {
+            head.extend_from_slice(&x.to_ne_bytes());
+        }
+        head.extend((0..dims.batch).map(|b| u8::from(pixels.is_flipped(b))));
+        head.resize(head_len(dims), 0);
+        // What was there before has been read.
+        stream.wait_for(&stage.read)?;
+        self.ring.send(stream, at, head, |byte| *byte)?;
+        let values = &pixels.values[..dims.len()];
+        self.ring
+            .send(stream, at.plus(head.len()), values, |byte| *byte)?;
+        stream.record(&stage.filled)?;
+        self.stream.wait_for(&stage.filled)
+    }
+}

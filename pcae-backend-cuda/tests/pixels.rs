@@ -1,0 +1,162 @@
+//! Pictures on their way to the device, beside work that is running.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+use pcae_backend_cuda::{Cuda, Precision};
+use pcae_kernel::backend::{Backend, PatchDims, PixelDims, Pixels};
+use pcae_kernel::reference::Reference;
+use pcae_kernel::rng::{Purpose, Stream};
+
+mod emulated;
+
+#[test]
+fn on_the_emulator() {
+    emulated::run_again();
+}
+
+/// A batch, and which of it is mirrored.
+fn batch(dims: PixelDims, seed: u64) -> (Vec<u8>, Vec<bool>) {
+    let mut rng = Stream::new(seed, 0, 0, Purpose::Init);
+    let values = (0..dims.len()).map(|_| rng.below(256) as u8).collect();
+    let flips = (0..dims.batch).map(|_| rng.below(2) == 1).collect();
+    (values, flips)
+}
+
+fn write<B: Backend>(backend: &mut B, to: &mut B::Buf, dims: PixelDims, seed: u64) {
+    let (values, flips) = batch(dims, seed);
+    let pixels = Pixels {
+        values: &values,
+        flips: Some(&flips),
+        mean: &[0.485, 0.456, 0.406][..dims.channels],
+        std: &[0.229, 0.224, 0.225][..dims.channels],
+    };
+    backend.write_pixels(dims, to, pixels).unwrap();
+}
+
+/// What the reference makes of it in f32, as a backend of `precision` holds it.
+fn expected(dims: PixelDims, seed: u64, precision: Precision) -> Vec<f32> {
+    let mut reference = Reference::<f32, _>::owned();
+    let mut buf = reference.buf(dims.len()).unwrap();
+    write(&mut reference, &mut buf, dims, seed);
+    let mut values = vec![0.0; dims.len()];
+    reference.read(&mut values, &buf).unwrap();
+    if precision == Precision::Bf16 {
+        for x in &mut values {
+            // To nearest even.
+            let bits = x.to_bits();
+            *x = f32::from_bits((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff_0000);
+        }
+    }
+    values
+}
+
+/// The same bits as the reference, by words of 16 bytes and one by one.
+#[test]
+fn values_are_those_of_the_reference_to_the_bit() {
+    if !emulated::has_device() {
+        return;
+    }
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut cuda = Cuda::new(0, precision).unwrap();
+        for (batch, channels, height, width) in [
+            (3, 3, 7, 48),
+            (2, 1, 9, 32),
+            (5, 3, 3, 16),
+            (2, 3, 5, 17),
+            (3, 1, 28, 28),
+            (1, 2, 3, 16),
+            (33, 1, 1, 1),
+        ] {
+            let dims = PixelDims {
+                batch,
+                channels,
+                height,
+                width,
+            };
+            let mut buf = cuda.buf(dims.len()).unwrap();
+            write(&mut cuda, &mut buf, dims, 1);
+            let mut values = vec![0.0; dims.len()];
+            cuda.read(&mut values, &buf).unwrap();
+            assert!(values == expected(dims, 1, precision), "{dims:?}");
+        }
+    }
+}
+
+/// Batch after batch into the same buffer, with work on each behind it that nobody waits for: each is read as it was, and the next comes
+/// into no stage that is still read.
+#[test]
+fn batches_do_not_overtake_the_work_on_those_before() {
+    const BATCHES: usize = 24;
+    if !emulated::has_device() {
+        return;
+    }
+    let dims = PixelDims {
+        batch: 2,
+        channels: 3,
+        height: 8,
+        width: 16,
+    };
+    let patches = PatchDims {
+        batch: dims.batch,
+        channels: dims.channels,
+        height: dims.height,
+        width: dims.width,
+        patch_size: 8,
+        taken: 2,
+    };
+    let mut cuda = Cuda::new(0, Precision::F32).unwrap();
+    let mut reference = Reference::<f32, _>::owned();
+    let mut images = cuda.buf(dims.len()).unwrap();
+    let mut outs: Vec<_> = (0..BATCHES)
+        .map(|_| cuda.buf(dims.len()).unwrap())
+        .collect();
+    let mut taken = 0;
+    for (seed, out) in outs.iter_mut().enumerate() {
+        write(&mut cuda, &mut images, dims, seed as u64);
+        cuda.gather_patches(patches, out, &images, None).unwrap();
+        if seed == 0 {
+            taken = cuda.taken();
+        }
+    }
+    assert_eq!(cuda.taken(), taken, "a batch allocates");
+    let mut want = reference.buf(dims.len()).unwrap();
+    let mut out = reference.buf(dims.len()).unwrap();
+    for (seed, on_device) in outs.iter().enumerate() {
+        write(&mut reference, &mut want, dims, seed as u64);
+        reference
+            .gather_patches(patches, &mut out, &want, None)
+            .unwrap();
+        let mut values = vec![0.0; dims.len()];
+        cuda.read(&mut values, on_device).unwrap();
+        assert!(values == out, "batch {seed}");
+    }
+}
+
+/// Stages grow, and what was on its way in the smaller ones arrives.
+#[test]
+fn a_larger_batch_may_follow() {
+    if !emulated::has_device() {
+        return;
+    }
+    let mut cuda = Cuda::new(0, Precision::F32).unwrap();
+    let sizes = [3, 16, 64, 5].map(|width| PixelDims {
+        batch: 2,
+        channels: 1,
+        height: 3,
+        width,
+    });
+    let mut bufs: Vec<_> = sizes
+        .iter()
+        .map(|dims| cuda.buf(dims.len()).unwrap())
+        .collect();
+    for (dims, buf) in sizes.iter().zip(&mut bufs) {
+        write(&mut cuda, buf, *dims, 9);
+    }
+    for (dims, buf) in sizes.iter().zip(&bufs) {
+        let mut values = vec![0.0; dims.len()];
+        cuda.read(&mut values, buf).unwrap();
+        assert_eq!(values, expected(*dims, 9, Precision::F32));
+    }
+}
