@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use pcae_train::data::{self, Picture};
+use serde_json::Value;
 
 /// The golden fixtures, written by the float64 PyTorch oracle of the method.
 pub const FIXTURES: [&str; 6] = [
@@ -31,6 +32,81 @@ pub fn pcae(binary: &str, args: &[&str]) -> Output {
         .args(args)
         .output()
         .expect("the command starts")
+}
+
+/// The command under test, by its path.
+#[derive(Clone, Copy)]
+pub struct Program(pub &'static str);
+
+impl Program {
+    /// Runs it to its end.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn run(self, args: &[&str]) -> Output {
+        pcae(self.0, args)
+    }
+
+    /// Runs it, to success.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub fn succeeds(self, args: &[&str]) -> Output {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+        output
+    }
+
+    /// What it prints with `--json`.
+    ///
+    /// # Panics
+    /// If it fails, or prints something else.
+    pub fn json(self, args: &[&str]) -> Value {
+        let output = self.succeeds(&[args, &["--json"]].concat());
+        serde_json::from_str(&stdout(&output)).expect("it prints JSON")
+    }
+
+    /// Runs it, to an exit with this code and a message that says each of `expected`, and gives that message.
+    ///
+    /// # Panics
+    /// If it ends otherwise.
+    pub fn fails(self, code: i32, args: &[&str], expected: &[&str]) -> String {
+        let output = self.run(args);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {text}");
+        for expected in expected {
+            assert!(text.contains(expected), "{args:?}: {expected:?} in {text}");
+        }
+        text
+    }
+}
+
+/// A folder of its own, with real pictures in `data`; gone when it is dropped.
+pub struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    /// With so many pictures to train on and held out.
+    ///
+    /// # Panics
+    /// If the disk fails.
+    pub fn new(train: usize, held_out: usize) -> Self {
+        let place = Self {
+            folder: tempfile::tempdir().expect("a folder can be made"),
+        };
+        idx_folder(Path::new(&place.path("data")), train, held_out);
+        place
+    }
+
+    /// The path of what is called so in it.
+    ///
+    /// # Panics
+    /// If the system's temporary folder has a name that is no text.
+    pub fn path(&self, name: &str) -> String {
+        let path = self.folder.path().join(name);
+        path.to_str().expect("a path is text").to_owned()
+    }
 }
 
 /// What it wrote to standard error.

@@ -1,81 +1,42 @@
 //! From a trained network to one with a token budget of its own, as a user types it: what is chosen, what is written, and who
 //! goes by it.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
-use pcae_tests::{TINY, idx_folder, pcae, stderr, stdout};
+use pcae_tests::{Place, Program, TINY, stderr, stdout};
 use pcae_train::checkpoint::Which;
 use pcae_train::checkpoint::exchange::Hints;
 use pcae_train::checkpoint::file::{Dtype, Reader};
 use pcae_train::trained::Trained;
 use serde_json::{Value, json};
 
-const BINARY: &str = env!("CARGO_BIN_EXE_pcae-under-test");
+const PCAE: Program = Program(env!("CARGO_BIN_EXE_pcae-under-test"));
 
-struct Place {
-    folder: tempfile::TempDir,
+/// A classifier of three blocks, trained with a fifth of the tokens dropped after each.
+fn classifier(place: &Place) -> String {
+    let (data, out) = (place.path("data"), place.path("classifier"));
+    let mut args = vec!["finetune", "--weights", "none", "--data", &data];
+    args.extend(["--out", &out, "--drop-ratio", "0.2", "--epochs", "2"]);
+    args.extend(["--batch-size", "16", "--lr", "3e-3"]);
+    args.extend_from_slice(&TINY[..6]);
+    PCAE.succeeds(&args);
+    out
 }
 
-impl Place {
-    fn new() -> Self {
-        let place = Self {
-            folder: tempfile::tempdir().unwrap(),
-        };
-        idx_folder(Path::new(&place.path("data")), 200, 60);
-        place
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).to_str().unwrap().to_owned()
-    }
-
-    /// A classifier of three blocks, trained with a fifth of the tokens dropped after each.
-    fn classifier(&self) -> String {
-        let (data, out) = (self.path("data"), self.path("classifier"));
-        let mut args = vec!["finetune", "--weights", "none", "--data", &data];
-        args.extend(["--out", &out, "--drop-ratio", "0.2", "--epochs", "2"]);
-        args.extend(["--batch-size", "16", "--lr", "3e-3"]);
-        args.extend_from_slice(&TINY[..6]);
-        succeeds(&args);
-        out
-    }
-
-    fn encoder(&self) -> String {
-        let (data, out) = (self.path("data"), self.path("encoder"));
-        let mut args = vec!["pretrain", "--data", &data, "--out", &out, "--steps", "3"];
-        args.extend(["--batch-size", "16"]);
-        args.extend_from_slice(TINY);
-        succeeds(&args);
-        out
-    }
-}
-
-fn run(args: &[&str]) -> Output {
-    pcae(BINARY, args)
-}
-
-fn succeeds(args: &[&str]) -> Output {
-    let output = run(args);
-    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
-    output
-}
-
-fn json(args: &[&str]) -> Value {
-    serde_json::from_str(&stdout(&succeeds(&[args, &["--json"]].concat()))).unwrap()
+fn encoder(place: &Place) -> String {
+    let (data, out) = (place.path("data"), place.path("encoder"));
+    let mut args = vec!["pretrain", "--data", &data, "--out", &out, "--steps", "3"];
+    args.extend(["--batch-size", "16"]);
+    args.extend_from_slice(TINY);
+    PCAE.succeeds(&args);
+    out
 }
 
 /// Exits so, with one line that says each of `expected`.
 fn fails(code: i32, args: &[&str], expected: &[&str]) {
-    let output = run(args);
-    let text = stderr(&output);
-    assert_eq!(output.status.code(), Some(code), "{args:?}: {text}");
-    for expected in expected {
-        assert!(text.contains(expected), "{args:?}: {expected:?} in {text}");
-    }
+    let text = PCAE.fails(code, args, expected);
     assert_eq!(text.trim_end().lines().count(), 1, "{args:?}: {text}");
 }
 
@@ -84,15 +45,15 @@ const KEPT: [usize; 4] = [49, 35, 25, 18];
 
 #[test]
 fn a_classifier_and_all_that_go_by_its_budget() {
-    let place = Place::new();
-    let (classifier, data) = (place.classifier(), place.path("data"));
+    let place = Place::new(200, 60);
+    let (classifier, data) = (classifier(&place), place.path("data"));
     let (out, half) = (
         place.path("out.safetensors"),
         place.path("half.safetensors"),
     );
     let fast = ["--repeats", "2", "--threads", "1"];
     let deploy = ["deploy", &classifier, "--drop-ratio", "0.3", "--out", &out];
-    let report = json(&[&deploy[..], &fast].concat());
+    let report = PCAE.json(&[&deploy[..], &fast].concat());
     let chosen = &report["deployment"];
     assert_eq!(chosen["drop_ratio"], 0.3);
     assert_eq!(chosen["drop_layers"], json!([0, 1, 2]));
@@ -110,7 +71,7 @@ fn a_classifier_and_all_that_go_by_its_budget() {
     let written: Value = serde_json::from_str(reader.metadata()["deployment"]).unwrap();
     assert_eq!(written, *chosen);
     assert!(!reader.metadata()["config"].contains("\"data\""));
-    let evaluate = |more: &[&str]| json(&[&["evaluate"], more].concat())["results"][0].clone();
+    let evaluate = |more: &[&str]| PCAE.json(&[&["evaluate"], more].concat())["results"][0].clone();
     let own = evaluate(&[&out, "--data", &data]);
     let same = evaluate(&[&classifier, "--drop-ratio", "0.3"]);
     let trained = evaluate(&[&classifier]);
@@ -125,16 +86,14 @@ fn a_classifier_and_all_that_go_by_its_budget() {
 
     // In half the space.
     let deploy = ["deploy", &classifier, "--drop-ratio", "0.3", "--out", &half];
-    let text = stdout(&succeeds(
-        &[&deploy[..], &fast, &["--dtype", "bf16"]].concat(),
-    ));
+    let text = stdout(&PCAE.succeeds(&[&deploy[..], &fast, &["--dtype", "bf16"]].concat()));
     assert!(text.contains("49 -> 35 -> 25 -> 18"), "{text}");
     let reader = Reader::open(Path::new(&half)).unwrap();
     assert_eq!(reader.dtype("head.weight"), Some(Dtype::BF16));
     assert_eq!(evaluate(&[&half, "--data", &data])["tokens"], json!(KEPT));
 
     // The others.
-    let text = stdout(&succeeds(&["inspect", &out]));
+    let text = stdout(&PCAE.succeeds(&["inspect", &out]));
     let line = "deployed: drop ratio 0.3 after blocks [0, 1, 2], 49 -> 35 -> 25 -> 18 patches";
     assert!(text.contains(line), "{text}");
     let file = place.path("model.onnx");
@@ -144,16 +103,16 @@ fn a_classifier_and_all_that_go_by_its_budget() {
         (&classifier, &[], "49 -> 40 -> 32 -> 26"),
     ] {
         let args = [&["onnx", source, "--out", &file], more].concat();
-        let text = stdout(&succeeds(&args));
+        let text = stdout(&PCAE.succeeds(&args));
         assert!(
             text.contains(&format!("budget    {tokens} patch tokens")),
             "{text}"
         );
     }
-    let knn = json(&["knn", &out, "--data", &data, "--k", "5"]);
+    let knn = PCAE.json(&["knn", &out, "--data", &data, "--k", "5"]);
     assert_eq!(knn["drop_ratio"], 0.3);
     assert_eq!(
-        json(&["knn", &classifier, "--data", &data])["drop_ratio"],
+        PCAE.json(&["knn", &classifier, "--data", &data])["drop_ratio"],
         0.0
     );
 }
@@ -161,16 +120,16 @@ fn a_classifier_and_all_that_go_by_its_budget() {
 /// The paper's table: one trained model at many budgets, what `pcae evaluate` finds beside what `pcae bench` times.
 #[test]
 fn bench_tells_speed_and_accuracy_of_budgets() {
-    let place = Place::new();
-    let (classifier, file) = (place.classifier(), place.path("bench.json"));
+    let place = Place::new(200, 60);
+    let (classifier, file) = (classifier(&place), place.path("bench.json"));
     let mut args = vec!["bench", &classifier, "--drop-ratio", "0,0.2,0.4"];
     args.extend(["--accuracy", "--repeats", "2", "--batch-size", "2"]);
     args.extend(["--threads", "1", "--json", &file]);
-    let text = stdout(&succeeds(&args));
+    let text = stdout(&PCAE.succeeds(&args));
     let report: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     // Header and rows on one side, plans on the other: together in the order of their coming.
     let both = Command::new("sh")
-        .args(["-c", r#""$0" "$@" 2>&1"#, BINARY])
+        .args(["-c", r#""$0" "$@" 2>&1"#, PCAE.0])
         .args(&args)
         .output()
         .unwrap();
@@ -183,12 +142,12 @@ fn bench_tells_speed_and_accuracy_of_budgets() {
     assert!(last_plan < header, "{both}");
     let mut wrong = vec!["bench", &classifier, "--accuracy", "--data", "nowhere"];
     wrong.extend(["--repeats", "1"]);
-    let output = run(&wrong);
+    let output = PCAE.run(&wrong);
     assert!(
         stdout(&output).is_empty() && stderr(&output).contains("nowhere"),
         "{output:?}"
     );
-    let evaluated = json(&["evaluate", &classifier, "--drop-ratio", "0,0.2,0.4"]);
+    let evaluated = PCAE.json(&["evaluate", &classifier, "--drop-ratio", "0,0.2,0.4"]);
     let rows = report["results"].as_array().unwrap();
     assert_eq!(rows.len(), 3);
     for (row, evaluated) in rows.iter().zip(evaluated["results"].as_array().unwrap()) {
@@ -204,7 +163,7 @@ fn bench_tells_speed_and_accuracy_of_budgets() {
     }
     // At the budget of its training, and without pictures nothing is said of them.
     let args = ["bench", &classifier, "--repeats", "1", "--batch-size", "1"];
-    succeeds(&[&args[..], &["--json", &file]].concat());
+    PCAE.succeeds(&[&args[..], &["--json", &file]].concat());
     let report: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     assert_eq!(report["results"][0]["drop_ratio"], 0.2);
     assert_eq!(report["results"][0]["top1"], Value::Null);
@@ -220,7 +179,7 @@ fn bench_tells_speed_and_accuracy_of_budgets() {
         &["--model"],
     );
     fails(2, &["bench", "--accuracy"], &["CHECKPOINT"]);
-    let encoder = place.encoder();
+    let encoder = encoder(&place);
     fails(
         1,
         &["bench", &encoder, "--accuracy"],
@@ -231,8 +190,8 @@ fn bench_tells_speed_and_accuracy_of_budgets() {
 /// The largest budget within the multiply-adds, and not one more.
 #[test]
 fn by_multiply_adds() {
-    let place = Place::new();
-    let (classifier, out) = (place.classifier(), place.path("out.safetensors"));
+    let place = Place::new(200, 60);
+    let (classifier, out) = (classifier(&place), place.path("out.safetensors"));
     let network = Trained::load(Path::new(&classifier), Which::Student, &Hints::default());
     let network = network.unwrap().network;
     let dense = network.at(0.0).unwrap().multiply_adds();
@@ -241,7 +200,7 @@ fn by_multiply_adds() {
         let mut args = vec!["deploy", &classifier, "--out", &out, "--repeats", "1"];
         let text = limit.to_string();
         args.extend(["--gflops", &text]);
-        let report = json(&args);
+        let report = PCAE.json(&args);
         let ratio = report["deployment"]["drop_ratio"].as_f64().unwrap();
         let macs = network.at(ratio).unwrap().multiply_adds();
         assert_eq!(report["deployment"]["multiply_adds"], macs);
@@ -262,10 +221,10 @@ fn by_multiply_adds() {
 /// Whatever the machine, all tokens are computed within a minute and a single one is not within a nanosecond.
 #[test]
 fn by_latency() {
-    let place = Place::new();
-    let (classifier, out) = (place.classifier(), place.path("out.safetensors"));
+    let place = Place::new(200, 60);
+    let (classifier, out) = (classifier(&place), place.path("out.safetensors"));
     let deploy = ["deploy", &classifier, "--out", &out, "--repeats", "1"];
-    let report = json(&[&deploy[..], &["--latency", "60s", "--batch-size", "3"]].concat());
+    let report = PCAE.json(&[&deploy[..], &["--latency", "60s", "--batch-size", "3"]].concat());
     assert_eq!(report["deployment"]["tokens"], json!([49]));
     assert_eq!(report["deployment"]["measured_on"]["batch_size"], 3);
     // All over the range, and the chosen one anew.
@@ -285,14 +244,14 @@ fn by_latency() {
 
 #[test]
 fn encoders() {
-    let place = Place::new();
-    let (encoder, out) = (place.encoder(), place.path("out.safetensors"));
+    let place = Place::new(200, 60);
+    let (encoder, out) = (encoder(&place), place.path("out.safetensors"));
     let deploy = |source: &str, more: &[&str]| {
         let args = ["deploy", source, "--out", &out, "--repeats", "1"];
         let mut args = args.to_vec();
         args.extend(["--drop-ratio", "0.3", "--drop-layers", "0,1,2"]);
         args.extend_from_slice(more);
-        json(&args)["deployment"]["tokens"].clone()
+        PCAE.json(&args)["deployment"]["tokens"].clone()
     };
     assert_eq!(deploy(&encoder, &["--which", "teacher"]), json!(KEPT));
     fails(
@@ -304,19 +263,20 @@ fn encoders() {
     let data = place.path("data");
     let args = ["embed", &out, "--which", "teacher", "--data", &data];
     let shape =
-        json(&[&args[..], &["--pool", "tokens", "--out", &features]].concat())["shape"].clone();
+        PCAE.json(&[&args[..], &["--pool", "tokens", "--out", &features]].concat())["shape"]
+            .clone();
     assert_eq!(shape, json!([260, 19, 16]));
     let json_file = place.path("bench.json");
     let args = ["bench", &out, "--which", "teacher", "--repeats", "1"];
-    succeeds(&[&args[..], &["--batch-size", "1", "--json", &json_file]].concat());
+    PCAE.succeeds(&[&args[..], &["--batch-size", "1", "--json", &json_file]].concat());
     let report: Value = serde_json::from_slice(&fs::read(&json_file).unwrap()).unwrap();
     assert_eq!(report["results"][0]["tokens"], json!(KEPT));
 
     // One with the names of timm, which tells nothing but its heads.
     let converted = place.path("converted.safetensors");
-    succeeds(&["convert", &encoder, "--out", &converted]);
+    PCAE.succeeds(&["convert", &encoder, "--out", &converted]);
     assert_eq!(deploy(&converted, &["--dtype", "f16"]), json!(KEPT));
-    let text = stdout(&succeeds(&["onnx", &out, "--out", &place.path("x.onnx")]));
+    let text = stdout(&PCAE.succeeds(&["onnx", &out, "--out", &place.path("x.onnx")]));
     for part in [
         "budget    49 -> 35 -> 25 -> 18 patch tokens",
         ", the student of step 3:",
@@ -331,8 +291,8 @@ fn encoders() {
 /// it does not keep, and where they are wanted it is asked for.
 #[test]
 fn what_a_deployed_file_keeps() {
-    let place = Place::new();
-    let (classifier, data) = (place.classifier(), place.path("data"));
+    let place = Place::new(200, 60);
+    let (classifier, data) = (classifier(&place), place.path("data"));
     let [out, converted, exported, larger] = ["out", "converted", "exported", "larger"]
         .map(|name| place.path(&format!("{name}.safetensors")));
     let args = [
@@ -345,8 +305,8 @@ fn what_a_deployed_file_keeps() {
         "--drop-ratio",
         "0.3",
     ];
-    succeeds(&args);
-    let text = stdout(&succeeds(&["convert", &out, "--out", &converted]));
+    PCAE.succeeds(&args);
+    let text = stdout(&PCAE.succeeds(&["convert", &out, "--out", &converted]));
     for part in [
         "encoder   ",
         ", the student of step ",
@@ -354,7 +314,7 @@ fn what_a_deployed_file_keeps() {
     ] {
         assert!(text.contains(part), "{part} in {text}");
     }
-    succeeds(&["export", &classifier, "--out", &exported]);
+    PCAE.succeeds(&["export", &classifier, "--out", &exported]);
     let best = Path::new(&classifier).join("checkpoints/best.safetensors");
     let run = Reader::open(&best).unwrap();
     for (file, is_deployed) in [(&out, true), (&converted, true), (&exported, false)] {
@@ -368,7 +328,7 @@ fn what_a_deployed_file_keeps() {
     }
     // Chosen for one size of picture.
     let args = ["convert", &out, "--out", &larger, "--img-size", "56"];
-    let text = stdout(&succeeds(&args));
+    let text = stdout(&PCAE.succeeds(&args));
     assert!(text.contains("`pcae deploy` chose is left out"), "{text}");
     assert!(
         !Reader::open(Path::new(&larger))
@@ -404,7 +364,7 @@ fn what_a_deployed_file_keeps() {
         );
         assert!(!Path::new(&sheet).exists());
     }
-    let output = succeeds(&[&embed[..], &["--data", &data]].concat());
+    let output = PCAE.succeeds(&[&embed[..], &["--data", &data]].concat());
     let text = stderr(&output);
     assert!(
         text.contains(
@@ -412,7 +372,7 @@ fn what_a_deployed_file_keeps() {
         ),
         "{text}"
     );
-    succeeds(&[&visualize[..], &["--data", &data]].concat());
+    PCAE.succeeds(&[&visualize[..], &["--data", &data]].concat());
     // Four columns: the input and three stages, as deployed.
     let of_budget = fs::read(&sheet).unwrap();
     let asked = [
@@ -423,14 +383,14 @@ fn what_a_deployed_file_keeps() {
         "--drop-layers",
         "0,1,2",
     ];
-    succeeds(&[&visualize[..], &asked].concat());
+    PCAE.succeeds(&[&visualize[..], &asked].concat());
     assert!(fs::read(&sheet).unwrap() == of_budget, "another budget");
 }
 
 #[test]
 fn wrong_flags() {
-    let place = Place::new();
-    let encoder = place.encoder();
+    let place = Place::new(200, 60);
+    let encoder = encoder(&place);
     let last = format!("{encoder}/checkpoints/last.safetensors");
     let out = place.path("out.safetensors");
     let cases: [(&[&str], &[&str]); 10] = [

@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use pcae_kernel::rng::{Purpose, Stream};
-use pcae_tests::{idx_folder, pcae, png, stderr, stdout};
+use pcae_tests::{Place, pcae, png, stderr, stdout};
 use pcae_train::checkpoint::file::Reader;
 use serde_json::Value;
 
@@ -48,57 +48,39 @@ const ALL: &[&str] = &[
     "ema=0.9",
 ];
 
-struct Place {
-    folder: tempfile::TempDir,
+/// `pcae finetune` from random weights to `out`, with `more` after.
+fn args(place: &Place, out: &str, more: &[&str]) -> Vec<String> {
+    let (data, out) = (place.path("data"), place.path(out));
+    let mut args = vec![
+        "finetune",
+        "--weights",
+        "none",
+        "--data",
+        &data,
+        "--out",
+        &out,
+    ];
+    args.extend_from_slice(TINY);
+    args.extend_from_slice(more);
+    args.into_iter().map(str::to_owned).collect()
 }
 
-impl Place {
-    fn new() -> Self {
-        let place = Self {
-            folder: tempfile::tempdir().unwrap(),
-        };
-        idx_folder(Path::new(&place.path("data")), 200, 60);
-        place
-    }
+fn finetune(place: &Place, out: &str, more: &[&str]) {
+    succeeds(&args(place, out, more));
+}
 
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).to_str().unwrap().to_owned()
-    }
+fn file(place: &Place, out: &str, name: &str) -> Vec<u8> {
+    fs::read(Path::new(&place.path(out)).join(name)).unwrap()
+}
 
-    /// `pcae finetune` from random weights to `out`, with `more` after.
-    fn args(&self, out: &str, more: &[&str]) -> Vec<String> {
-        let (data, out) = (self.path("data"), self.path(out));
-        let mut args = vec![
-            "finetune",
-            "--weights",
-            "none",
-            "--data",
-            &data,
-            "--out",
-            &out,
-        ];
-        args.extend_from_slice(TINY);
-        args.extend_from_slice(more);
-        args.into_iter().map(str::to_owned).collect()
-    }
-
-    fn finetune(&self, out: &str, more: &[&str]) {
-        succeeds(&self.args(out, more));
-    }
-
-    fn file(&self, out: &str, name: &str) -> Vec<u8> {
-        fs::read(Path::new(&self.path(out)).join(name)).unwrap()
-    }
-
-    /// What a run ends in.
-    fn results(&self, out: &str) -> [Vec<u8>; 3] {
-        [
-            "checkpoints/last.safetensors",
-            "checkpoints/best.safetensors",
-            "confusion.csv",
-        ]
-        .map(|name| self.file(out, name))
-    }
+/// What a run ends in.
+fn results(place: &Place, out: &str) -> [Vec<u8>; 3] {
+    [
+        "checkpoints/last.safetensors",
+        "checkpoints/best.safetensors",
+        "confusion.csv",
+    ]
+    .map(|name| file(place, out, name))
 }
 
 fn run<S: AsRef<str>>(args: &[S]) -> Output {
@@ -119,9 +101,13 @@ fn json<S: AsRef<str>>(args: &[S]) -> Value {
 /// The end is the same whatever killed the run on the way, and whatever computes.
 #[test]
 fn killed_at_random_moments() {
-    let place = Place::new();
+    let place = Place::new(200, 60);
     let settings = [ALL, &["--steps", "150", "--set", "save_every=7"]].concat();
-    place.finetune("whole", &[&settings[..], &["--threads", "1"]].concat());
+    finetune(
+        &place,
+        "whole",
+        &[&settings[..], &["--threads", "1"]].concat(),
+    );
     let killed = place.path("killed");
     let mut moments = Stream::new(std::process::id().into(), 0, 0, Purpose::Split);
     let began = Instant::now();
@@ -141,7 +127,7 @@ fn killed_at_random_moments() {
             .map(str::to_owned)
             .to_vec()
         } else {
-            place.args("killed", &settings)
+            args(&place, "killed", &settings)
         };
         let mut child = Command::new(BINARY)
             .args(args)
@@ -162,7 +148,10 @@ fn killed_at_random_moments() {
         }
     }
     succeeds(&["finetune", "--resume", &killed]);
-    for (whole, killed) in place.results("whole").iter().zip(place.results("killed")) {
+    for (whole, killed) in results(&place, "whole")
+        .iter()
+        .zip(results(&place, "killed"))
+    {
         assert!(*whole == killed, "a final file differs");
     }
 }
@@ -170,7 +159,7 @@ fn killed_at_random_moments() {
 /// A run that is killed between two evaluations knows the best one so far when it goes on: a worse one takes nothing's place.
 #[test]
 fn killed_between_evaluations() {
-    let place = Place::new();
+    let place = Place::new(200, 60);
     let mut attempts = (0..10).map(|attempt| format!("run{attempt}"));
     // An evaluation and a checkpoint every 60 steps of 360; killed a little after the first, unless it ended before that was seen.
     let settings = ["--epochs", "30", "--set", "eval_every=5"];
@@ -178,7 +167,7 @@ fn killed_between_evaluations() {
         .find_map(|name| {
             let metrics = Path::new(&place.path(&name)).join("metrics.jsonl");
             let mut child = Command::new(BINARY)
-                .args(place.args(&name, &settings))
+                .args(args(&place, &name, &settings))
                 .args(["--set", "save_every=100000"])
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
@@ -222,7 +211,7 @@ fn killed_between_evaluations() {
 /// Each setting has a part in the numbers, and none without being turned on.
 #[test]
 fn every_setting_does_something() {
-    let place = Place::new();
+    let place = Place::new(200, 60);
     let plain = [
         "--steps",
         "6",
@@ -244,7 +233,7 @@ fn every_setting_does_something() {
         "layer_decay=1",
     ];
     let weights = |out: &str, more: &[&str]| {
-        place.finetune(out, &[&plain[..], more].concat());
+        finetune(&place, out, &[&plain[..], more].concat());
         let path = Path::new(&place.path(out)).join("checkpoints/last.safetensors");
         let reader = Reader::open(&path).unwrap();
         reader.tensor_f32("head.weight", &[10, 16]).unwrap()
@@ -281,7 +270,7 @@ fn every_setting_does_something() {
 /// One checkpoint, any budget: without flags it gives the run's own figure, and each ratio its own tokens and costs.
 #[test]
 fn evaluated_at_any_drop_ratio() {
-    let place = Place::new();
+    let place = Place::new(200, 60);
     let settings = [
         "--epochs",
         "3",
@@ -293,7 +282,7 @@ fn evaluated_at_any_drop_ratio() {
         "3e-3",
     ];
     let out = place.path("run");
-    let summary = json(&[&place.args("run", &settings)[..], &["--json".to_owned()]].concat());
+    let summary = json(&[&args(&place, "run", &settings)[..], &["--json".to_owned()]].concat());
     let own = json(&["evaluate", &out, "--json"]);
     assert_eq!(own["results"][0]["top1"], summary["best_top1"]);
     assert_eq!(own["results"][0]["drop_ratio"], 0.2);
@@ -361,14 +350,14 @@ fn evaluated_at_any_drop_ratio() {
     );
     assert_eq!(
         fs::read(confusion).unwrap(),
-        place.file("run", "confusion.csv")
+        file(&place, "run", "confusion.csv")
     );
 }
 
 /// The encoder comes from pre-training, its student or its teacher, and a classifier is a start too.
 #[test]
 fn weights_of_other_runs() {
-    let place = Place::new();
+    let place = Place::new(200, 60);
     let (data, pretrained) = (place.path("data"), place.path("pretrained"));
     let mut args = vec![
         "pretrain",
@@ -454,8 +443,8 @@ fn class_folders(root: &str, classes: &[(&str, u32)]) {
 /// One line that names the thing, what was expected, what was found and what to do; nothing is left behind.
 #[test]
 fn what_cannot_be_trained_on_or_evaluated() {
-    let place = Place::new();
-    place.finetune("run", &["--steps", "2"]);
+    let place = Place::new(200, 60);
+    finetune(&place, "run", &["--steps", "2"]);
     let (out, run_dir, data) = (place.path("out"), place.path("run"), place.path("data"));
     let one = place.path("one");
     class_folders(&one, &[("cats", 30)]);
@@ -616,7 +605,7 @@ fn what_cannot_be_trained_on_or_evaluated() {
 /// Classes are matched by their names; a folder with fewer of them will do, one with another will not.
 #[test]
 fn classes_are_known_by_name() {
-    let place = Place::new();
+    let place = Place::new(200, 60);
     let (data, out) = (place.path("folders"), place.path("named"));
     class_folders(&data, &[("a", 40), ("bb", 40), ("cccc", 40)]);
     let mut args = vec![
@@ -676,8 +665,8 @@ fn edit_header(path: &Path, old: &str, new: &str) {
 /// wrote it, wherever it is read.
 #[test]
 fn runs_of_other_versions() {
-    let place = Place::new();
-    place.finetune("run", &["--steps", "4"]);
+    let place = Place::new(200, 60);
+    finetune(&place, "run", &["--steps", "4"]);
     let out = place.path("run");
     let rename = |old: &str, new: &str| {
         let config = Path::new(&out).join("config.toml");

@@ -4,84 +4,41 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Output;
 
-use pcae_tests::{TINY, idx_folder, pcae, png, stderr, stdout};
+use pcae_tests::{Place, Program, TINY, png, stderr, stdout};
 use pcae_train::checkpoint::file::Reader;
-use serde_json::Value;
 
-const BINARY: &str = env!("CARGO_BIN_EXE_pcae-under-test");
+const PCAE: Program = Program(env!("CARGO_BIN_EXE_pcae-under-test"));
 
-struct Place {
-    folder: tempfile::TempDir,
+fn pretrained(place: &Place) -> String {
+    let (data, out) = (place.path("data"), place.path("pre"));
+    let args = ["pretrain", "--data", &data, "--out", &out, "--steps", "2"];
+    PCAE.succeeds(&[&args[..], &["--batch-size", "8"], TINY].concat());
+    out
 }
 
-impl Place {
-    fn new() -> Self {
-        let place = Self {
-            folder: tempfile::tempdir().unwrap(),
-        };
-        idx_folder(Path::new(&place.path("data")), 64, 20);
-        place
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).to_str().unwrap().to_owned()
-    }
-
-    fn pretrained(&self) -> String {
-        let (data, out) = (self.path("data"), self.path("pre"));
-        let args = ["pretrain", "--data", &data, "--out", &out, "--steps", "2"];
-        succeeds(&[&args[..], &["--batch-size", "8"], TINY].concat());
-        out
-    }
-
-    /// A run whose best is after step 4 and whose newest checkpoint is after step 6: at this rate no figure changes, and of
-    /// equals the first is the best.
-    fn finetuned(&self) -> String {
-        let (data, out) = (self.path("data"), self.path("ft"));
-        let args = [
-            "finetune",
-            "--weights",
-            "none",
-            "--data",
-            &data,
-            "--out",
-            &out,
-            "--steps",
-            "6",
-        ];
-        let more = ["--batch-size", "16", "--lr", "1e-7", "--set", "ema=0.5"];
-        let sizes: Vec<&str> = ["embed_dim=16", "depth=3", "num_heads=2"]
-            .into_iter()
-            .flat_map(|size| ["--set", size])
-            .collect();
-        succeeds(&[&args[..], &more, &sizes].concat());
-        out
-    }
-}
-
-fn run(args: &[&str]) -> Output {
-    pcae(BINARY, args)
-}
-
-fn succeeds(args: &[&str]) -> Output {
-    let output = run(args);
-    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
-    output
-}
-
-fn json(args: &[&str]) -> Value {
-    serde_json::from_str(&stdout(&succeeds(&[args, &["--json"]].concat()))).unwrap()
-}
-
-fn fails(code: i32, args: &[&str], expected: &[&str]) {
-    let output = run(args);
-    let text = stderr(&output);
-    assert_eq!(output.status.code(), Some(code), "{args:?}: {text}");
-    for expected in expected {
-        assert!(text.contains(expected), "{args:?}: {expected:?} in {text}");
-    }
+/// A run whose best is after step 4 and whose newest checkpoint is after step 6: at this rate no figure changes, and of
+/// equals the first is the best.
+fn finetuned(place: &Place) -> String {
+    let (data, out) = (place.path("data"), place.path("ft"));
+    let args = [
+        "finetune",
+        "--weights",
+        "none",
+        "--data",
+        &data,
+        "--out",
+        &out,
+        "--steps",
+        "6",
+    ];
+    let more = ["--batch-size", "16", "--lr", "1e-7", "--set", "ema=0.5"];
+    let sizes: Vec<&str> = ["embed_dim=16", "depth=3", "num_heads=2"]
+        .into_iter()
+        .flat_map(|size| ["--set", size])
+        .collect();
+    PCAE.succeeds(&[&args[..], &more, &sizes].concat());
+    out
 }
 
 fn photos(folder: &str, count: u8) {
@@ -95,8 +52,8 @@ fn photos(folder: &str, count: u8) {
 /// Neither what a command reads nor what a run needs is written over, nor a file of another kind.
 #[test]
 fn inputs_survive() {
-    let place = Place::new();
-    let (pre, ft, album) = (place.pretrained(), place.finetuned(), place.path("album"));
+    let place = Place::new(64, 20);
+    let (pre, ft, album) = (pretrained(&place), finetuned(&place), place.path("album"));
     photos(&album, 2);
     let picture = format!("{album}/0.png");
     let (last, best) = (
@@ -139,7 +96,7 @@ fn inputs_survive() {
         &["embed", &pre, "--data", &list, "--out", &features],
     ];
     for args in cases {
-        fails(2, args, &["expected", "found"]);
+        PCAE.fails(2, args, &["expected", "found"]);
         for (path, before) in all.iter().zip(&before) {
             assert!(
                 fs::read(path).unwrap() == *before,
@@ -150,9 +107,9 @@ fn inputs_survive() {
     // What is nobody's is written, folders and all, and written again.
     let sheet = place.path("new/sheet.png");
     for _ in 0..2 {
-        succeeds(&["visualize", &pre, "--count", "1", "--out", &sheet]);
+        PCAE.succeeds(&["visualize", &pre, "--count", "1", "--out", &sheet]);
     }
-    succeeds(&[
+    PCAE.succeeds(&[
         "evaluate",
         &ft,
         "--confusion",
@@ -163,8 +120,8 @@ fn inputs_survive() {
 /// Every command takes the same checkpoint of a run and, unless told otherwise, the run's own pictures.
 #[test]
 fn a_run_means_its_best_and_its_data() {
-    let place = Place::new();
-    let (ft, data) = (place.finetuned(), place.path("data"));
+    let place = Place::new(64, 20);
+    let (ft, data) = (finetuned(&place), place.path("data"));
     let (best, last) = (
         format!("{ft}/checkpoints/best.safetensors"),
         format!("{ft}/checkpoints/last.safetensors"),
@@ -182,7 +139,7 @@ fn a_run_means_its_best_and_its_data() {
     ] {
         let of = |source: &str| {
             let out = place.path(name);
-            succeeds(&[command, source, "--out", &out]);
+            PCAE.succeeds(&[command, source, "--out", &out]);
             let bytes = fs::read(&out).unwrap();
             fs::remove_file(&out).unwrap();
             bytes
@@ -193,7 +150,7 @@ fn a_run_means_its_best_and_its_data() {
     }
     for command in ["knn", "probe"] {
         for source in [&ft, &last] {
-            let output = succeeds(&[command, source]);
+            let output = PCAE.succeeds(&[command, source]);
             assert!(
                 stderr(&output).contains(&format!("data      {data}")),
                 "{}",
@@ -202,23 +159,23 @@ fn a_run_means_its_best_and_its_data() {
         }
     }
     let sheet = place.path("sheet.png");
-    let output = succeeds(&["visualize", &ft, "--count", "50", "--out", &sheet]);
+    let output = PCAE.succeeds(&["visualize", &ft, "--count", "50", "--out", &sheet]);
     assert!(
         stdout(&output).contains("20 pictures"),
         "{}",
         stdout(&output)
     );
-    let text = stdout(&succeeds(&["inspect", &ft]));
+    let text = stdout(&PCAE.succeeds(&["inspect", &ft]));
     for part in ["best.safetensors", "last.safetensors", "step: 4", "step: 6"] {
         assert!(text.contains(part), "{part} in {text}");
     }
     // The average is with the newest, or is the best itself.
-    fails(
+    PCAE.fails(
         1,
         &["knn", &ft, "--which", "teacher"],
         &["moving average", "last.safetensors"],
     );
-    let average = succeeds(&["knn", &last, "--which", "teacher"]);
+    let average = PCAE.succeeds(&["knn", &last, "--which", "teacher"]);
     assert!(
         stderr(&average).contains("the teacher of step 6"),
         "{}",
@@ -233,7 +190,7 @@ fn a_run_means_its_best_and_its_data() {
     bytes[at..at + 9].copy_from_slice(b"\"average\"");
     fs::write(&best, bytes).unwrap();
     for which in ["student", "teacher"] {
-        let average = succeeds(&["knn", &ft, "--which", which]);
+        let average = PCAE.succeeds(&["knn", &ft, "--which", which]);
         assert!(
             stderr(&average).contains("the average of step 4"),
             "{}",
@@ -245,13 +202,13 @@ fn a_run_means_its_best_and_its_data() {
 /// What `convert` makes of a classifier is one for `evaluate`, at the tokens that it was trained with.
 #[test]
 fn a_converted_classifier_is_one() {
-    let place = Place::new();
-    let (ft, out) = (place.finetuned(), place.path("converted.safetensors"));
-    succeeds(&["convert", &ft, "--out", &out]);
+    let place = Place::new(64, 20);
+    let (ft, out) = (finetuned(&place), place.path("converted.safetensors"));
+    PCAE.succeeds(&["convert", &ft, "--out", &out]);
     let data = place.path("data");
     let (own, converted) = (
-        json(&["evaluate", &ft]),
-        json(&["evaluate", &out, "--data", &data]),
+        PCAE.json(&["evaluate", &ft]),
+        PCAE.json(&["evaluate", &out, "--data", &data]),
     );
     for key in ["classes", "unreadable"] {
         assert_eq!(own[key], converted[key]);
@@ -268,7 +225,7 @@ fn a_converted_classifier_is_one() {
 /// A picture that cannot be read is left out of every figure, and counted.
 #[test]
 fn unreadable_pictures_are_no_others() {
-    let place = Place::new();
+    let place = Place::new(64, 20);
     let (data, out) = (place.path("folders"), place.path("run"));
     for (part, count) in [("train", 12), ("val", 4)] {
         for class in ["a", "b"] {
@@ -287,12 +244,12 @@ fn unreadable_pictures_are_no_others() {
         &out,
     ];
     let sizes = ["--set", "img_size=[28,28]", "--epochs", "1"];
-    let summary = json(&[&args[..], &sizes, &TINY[..6]].concat());
+    let summary = PCAE.json(&[&args[..], &sizes, &TINY[..6]].concat());
     assert_eq!(summary["unreadable"], 1);
     let config = fs::read_to_string(format!("{out}/config.toml")).unwrap();
     assert!(config.contains("batch_size = 24"), "{config}");
     let confusion = place.path("confusion.csv");
-    let report = json(&[
+    let report = PCAE.json(&[
         "evaluate",
         &out,
         "--batch-size",
@@ -311,7 +268,7 @@ fn unreadable_pictures_are_no_others() {
     };
     assert_eq!(counts(&confusion), [3, 4]);
     assert_eq!(counts(&format!("{out}/confusion.csv")), [3, 4]);
-    let output = succeeds(&["evaluate", &out]);
+    let output = PCAE.succeeds(&["evaluate", &out]);
     assert!(
         stdout(&output).contains("1 picture left out"),
         "{}",
@@ -323,7 +280,7 @@ fn unreadable_pictures_are_no_others() {
         stderr(&output)
     );
     let sheet = place.path("sheet.png");
-    let output = succeeds(&["visualize", &out, "--count", "8", "--out", &sheet]);
+    let output = PCAE.succeeds(&["visualize", &out, "--count", "8", "--out", &sheet]);
     assert!(
         stdout(&output).contains("7 pictures"),
         "{}",
@@ -334,7 +291,7 @@ fn unreadable_pictures_are_no_others() {
 /// A run that fails at its first pictures leaves nothing in the way of the next.
 #[test]
 fn a_run_without_a_step_leaves_nothing() {
-    let place = Place::new();
+    let place = Place::new(64, 20);
     let (data, out) = (place.path("folders"), place.path("run"));
     for class in ["a", "b"] {
         let folder = format!("{data}/{class}");
@@ -353,18 +310,18 @@ fn a_run_without_a_step_leaves_nothing() {
         &out,
     ];
     let known = ["--set", "mean=[0,0,0]", "--set", "std=[1,1,1]"];
-    fails(1, &[&args[..], &known].concat(), &["in a row"]);
+    PCAE.fails(1, &[&args[..], &known].concat(), &["in a row"]);
     assert!(!Path::new(&out).exists());
 }
 
 /// Folders as the hub has them are inspected too.
 #[test]
 fn inspect_reads_what_others_read() {
-    let place = Place::new();
-    let (ft, hub) = (place.finetuned(), place.path("hub"));
+    let place = Place::new(64, 20);
+    let (ft, hub) = (finetuned(&place), place.path("hub"));
     fs::create_dir(&hub).unwrap();
     let model = format!("{hub}/model.safetensors");
     fs::copy(format!("{ft}/checkpoints/best.safetensors"), &model).unwrap();
-    let text = stdout(&succeeds(&["inspect", &hub]));
+    let text = stdout(&PCAE.succeeds(&["inspect", &hub]));
     assert!(text.contains("encoder with pcae names"), "{text}");
 }
