@@ -6,10 +6,12 @@
 //! one rounding; positions are resampled to another picture size. What this project's networks cannot compute is refused.
 
 mod beside;
+mod filler;
 mod hugging_face;
 mod mae;
 mod names;
 pub mod positions;
+mod shapes;
 mod take;
 mod timm;
 mod write;
@@ -18,8 +20,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use pcae_kernel::backend::{Linear, NORM_EPS, Norm};
-use pcae_kernel::config::{ConfigError, MAX_DEPTH, VitConfig};
+use pcae_kernel::backend::NORM_EPS;
+use pcae_kernel::config::{ConfigError, VitConfig};
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
 use serde_json::Value;
@@ -32,7 +34,9 @@ use super::file::Reader;
 use super::{FORMAT, TEACHER, Which, deployment, locate, prefix, title};
 use crate::error::Error;
 use beside::Known;
-use names::{Names, Qkv, Scheme, obstacle};
+use filler::Filler;
+use names::{Names, Scheme};
+use shapes::Shapes;
 use take::Taker;
 
 /// Names listed in a report before "and N more".
@@ -218,134 +222,6 @@ pub fn identify(path: &Path, reader: &Reader) -> Option<String> {
         shapes.in_chans,
         shapes.positions
     ))
-}
-
-/// Sizes that the tensors tell.
-struct Shapes {
-    embed_dim: usize,
-    in_chans: usize,
-    patch_size: usize,
-    depth: usize,
-    hidden: usize,
-    /// Rows of the position table.
-    positions: usize,
-    layer_scale: bool,
-}
-
-impl Shapes {
-    fn find(path: &Path, reader: &Reader, scheme: &Scheme) -> Result<Self, Error> {
-        let wrong = |reason: String| Error::Checkpoint {
-            path: path.to_owned(),
-            reason,
-        };
-        let Scheme { names, prefix } = scheme;
-        let shape = |name: &str| reader.shape(&format!("{prefix}{name}"));
-        let patch = format!("{}.weight", names.patch_embed);
-        let &[embed_dim, in_chans, patch_size, width] = shape(&patch).unwrap_or_default() else {
-            return Err(wrong(format!(
-                "{prefix}{patch}: expected a convolution of shape [width, channels, patch, patch], found {:?}; only plain \
-                 vision transformers can be read",
-                shape(&patch).unwrap_or_default()
-            )));
-        };
-        if patch_size != width {
-            return Err(wrong(format!(
-                "{prefix}{patch}: expected square patches, found {patch_size}x{width}; there is no way to read it"
-            )));
-        }
-        let all = reader.names();
-        let local = || {
-            all.iter()
-                .filter_map(|name| name.strip_prefix(prefix.as_str()))
-        };
-        let depth = local()
-            .filter_map(|name| Some(names.block_of(name)?.0.saturating_add(1)))
-            .max();
-        let depth = depth.unwrap_or(0);
-        if !(1..=MAX_DEPTH).contains(&depth) {
-            return Err(wrong(format!(
-                "expected 1 to {MAX_DEPTH} blocks {prefix}{}.0 and so on, found {depth}; only plain vision transformers can be read",
-                names.blocks
-            )));
-        }
-        if let Some(what) = local().find_map(obstacle) {
-            return Err(wrong(format!(
-                "expected a plain vision transformer, found {what}; this program cannot compute it, use a checkpoint without"
-            )));
-        }
-        let gated = [
-            "mlp.w12.weight",
-            "mlp.w3.weight",
-            "mlp.weights_in.weight",
-            "mlp.fc1_g.weight",
-        ];
-        let hidden = |layer: &str, axis: usize| {
-            let shape = shape(&names.in_block(0, &format!("{layer}.weight")))?;
-            shape.get(axis).copied()
-        };
-        let (up, down) = (hidden(names.fc1, 0), hidden(names.fc2, 1));
-        let packed = matches!((up, down), (Some(up), Some(down)) if up == 2 * down);
-        if packed
-            || gated
-                .iter()
-                .any(|name| shape(&names.in_block(0, name)).is_some())
-        {
-            return Err(wrong(
-                "expected an MLP of two layers with GELU, found SwiGLU; this program cannot compute it, use a checkpoint without \
-                 (DINOv2's giant has it, small, base and large do not)"
-                    .to_owned(),
-            ));
-        }
-        let Some(hidden) = up.or(down) else {
-            return Err(wrong(format!(
-                "expected {prefix}{}, found none; only plain vision transformers can be read",
-                names.in_block(0, &format!("{}.weight", names.fc1))
-            )));
-        };
-        let table = shape(names.pos_embed).unwrap_or_default();
-        let positions = match *table {
-            [] => 0,
-            [1, rows, _] => rows,
-            _ => {
-                return Err(wrong(format!(
-                    "{prefix}{}: expected shape [1, positions, {embed_dim}], found {table:?}; only plain vision transformers \
-                     can be read",
-                    names.pos_embed
-                )));
-            }
-        };
-        Ok(Self {
-            embed_dim,
-            in_chans,
-            patch_size,
-            depth,
-            hidden,
-            positions,
-            layer_scale: shape(&names.in_block(0, names.scale1)).is_some(),
-        })
-    }
-
-    /// The grid of the position table, and whether the class token has a row in front: as `sizes`, in this order, say, or
-    /// else square.
-    fn grid(&self, sizes: [Option<[usize; 2]>; 2]) -> Option<(bool, [usize; 2])> {
-        for size in sizes.into_iter().flatten() {
-            let grid = size.map(|edge| edge / self.patch_size.max(1));
-            let patches = grid[0].saturating_mul(grid[1]);
-            for (with_cls, rows) in [(true, patches.saturating_add(1)), (false, patches)] {
-                if rows == self.positions && patches > 0 {
-                    return Some((with_cls, grid));
-                }
-            }
-        }
-        [
-            (true, self.positions.saturating_sub(1)),
-            (false, self.positions),
-        ]
-        .into_iter()
-        .map(|(with_cls, patches)| (with_cls, patches, patches.isqrt()))
-        .find(|(_, patches, edge)| *patches > 0 && edge * edge == *patches)
-        .map(|(with_cls, _, edge)| (with_cls, [edge, edge]))
-    }
 }
 
 /// [`read`]s one of the encoders of a checkpoint of this program; of a file of others it is the one that `hints` tell, and
@@ -784,124 +660,4 @@ fn head(
         bias,
         pooling,
     }))
-}
-
-/// Puts tensors of a file where the layout wants them.
-struct Filler<'a, 'b> {
-    names: &'a Names,
-    layout: Layout,
-    values: Vec<f32>,
-    taker: &'a mut Taker<'b>,
-}
-
-impl Filler<'_, '_> {
-    fn put(&mut self, name: &str, shape: &[usize], start: usize) -> Result<(), Error> {
-        if let Some(found) = self.taker.take(name, shape)? {
-            self.values[start..start + found.len()].copy_from_slice(&found);
-        }
-        Ok(())
-    }
-
-    fn linear(&mut self, name: &str, shape: [usize; 2], to: Linear) -> Result<(), Error> {
-        self.put(&format!("{name}.weight"), &shape, to.weight.start)?;
-        self.put(&format!("{name}.bias"), &shape[..1], to.bias.start)
-    }
-
-    fn layer_norm(&mut self, name: &str, to: Norm) -> Result<(), Error> {
-        let dim = [self.layout.vit.embed_dim];
-        self.put(&format!("{name}.weight"), &dim, to.weight.start)?;
-        self.put(&format!("{name}.bias"), &dim, to.bias.start)
-    }
-
-    /// Class token, positions and patch projection.
-    fn tokens(&mut self, with_cls: bool, from: Option<[usize; 2]>) -> Result<(), Error> {
-        let (names, vit, to) = (self.names, self.layout.vit, self.layout.encoder);
-        let d = vit.embed_dim;
-        self.put(names.cls_token, &[1, 1, d], to.cls_token.start)?;
-        let patch = vit.patch_size;
-        let weight = format!("{}.weight", names.patch_embed);
-        self.put(
-            &weight,
-            &[d, vit.in_chans, patch, patch],
-            to.patch_embed.weight.start,
-        )?;
-        let bias = format!("{}.bias", names.patch_embed);
-        self.put(&bias, &[d], to.patch_embed.bias.start)?;
-        let from = from.unwrap_or(vit.grid());
-        let rows = from[0] * from[1] + usize::from(with_cls);
-        if let Some(table) = self.taker.take(names.pos_embed, &[1, rows, d])? {
-            let (cls, patches) = table.split_at(if with_cls { d } else { 0 });
-            let patches = positions::resample(patches, d, from, vit.grid(), names.antialias);
-            let out = &mut self.values[to.pos_embed.start..to.pos_embed.end()];
-            let (first, rest) = out.split_at_mut(d);
-            first.fill(0.0);
-            first[..cls.len()].copy_from_slice(cls);
-            rest.copy_from_slice(&patches);
-        }
-        Ok(())
-    }
-
-    /// The last norm; returns whether it comes after pooling.
-    fn norm(&mut self) -> Result<bool, Error> {
-        let to = self.layout.encoder.norm;
-        let pooled = self.names.head == timm::NAMES.head
-            && self
-                .taker
-                .shape(&format!("{}.weight", timm::FC_NORM))
-                .is_some()
-            && self
-                .taker
-                .shape(&format!("{}.weight", self.names.norm))
-                .is_none();
-        let name = if pooled {
-            timm::FC_NORM
-        } else {
-            self.names.norm
-        };
-        self.layer_norm(name, to)?;
-        Ok(pooled)
-    }
-
-    fn block(&mut self, index: usize, layer_scale: bool) -> Result<(), Error> {
-        let (names, to) = (self.names, self.layout.encoder.blocks.block(index));
-        let (d, hidden) = (self.layout.vit.embed_dim, self.layout.vit.mlp_hidden());
-        let name = |name: &str| names.in_block(index, name);
-        self.layer_norm(&name(names.norm1), to.norm1)?;
-        match names.qkv {
-            Qkv::Joined(qkv) => self.linear(&name(qkv), [3 * d, d], to.qkv)?,
-            Qkv::Split(parts) => {
-                for (part, layer) in parts.into_iter().enumerate() {
-                    let layer = name(layer);
-                    let (weight, bias) = (to.qkv.weight.start, to.qkv.bias.start);
-                    self.put(&format!("{layer}.weight"), &[d, d], weight + part * d * d)?;
-                    self.put(&format!("{layer}.bias"), &[d], bias + part * d)?;
-                }
-            }
-        }
-        self.linear(&name(names.proj), [d, d], to.proj)?;
-        self.layer_norm(&name(names.norm2), to.norm2)?;
-        self.linear(&name(names.fc1), [hidden, d], to.fc1)?;
-        self.linear(&name(names.fc2), [d, hidden], to.fc2)?;
-        if layer_scale {
-            self.fold(&name(names.scale1), to.proj, d)?;
-            self.fold(&name(names.scale2), to.fc2, hidden)?;
-        }
-        Ok(())
-    }
-
-    /// `scale * (W x + b) = (scale W) x + scale b`, channel by channel.
-    fn fold(&mut self, name: &str, layer: Linear, in_features: usize) -> Result<(), Error> {
-        let Some(scale) = self.taker.take(name, &[self.layout.vit.embed_dim])? else {
-            return Ok(());
-        };
-        let weight = &mut self.values[layer.weight.start..layer.weight.end()];
-        for (row, scale) in weight.chunks_exact_mut(in_features).zip(&scale) {
-            row.iter_mut().for_each(|value| *value *= scale);
-        }
-        let bias = &mut self.values[layer.bias.start..layer.bias.end()];
-        for (value, scale) in bias.iter_mut().zip(&scale) {
-            *value *= scale;
-        }
-        Ok(())
-    }
 }
