@@ -427,6 +427,7 @@ impl Queue {
         if bytes == 0 {
             return Ok(());
         }
+        self.changes += 1;
         self.flush()?;
         self.context.bind()?;
         // SAFETY: the operation has checked where both lie.
