@@ -477,7 +477,7 @@ mod tests {
             fs::remove_file(root.join(packed)).unwrap();
         }
         fs::write(root.join("deep/x.png"), png(3, 3)).unwrap();
-        says(root, &["1 pictures", "x.png", "2 tar files", "a.tar"]);
+        says(root, &["1 picture", "x.png", "2 tar files", "a.tar"]);
         says(&root.join("deep/x.png"), &["no text", "list"]);
     }
 
