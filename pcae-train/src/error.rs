@@ -87,7 +87,7 @@ pub enum Error {
     },
     /// The loss is no longer a number.
     #[error(
-        "step {step}: the loss is {loss}; the last checkpoint is from before. Lower --lr, or set clip_grad, and start anew"
+        "step {step}: the loss is {loss}; a checkpoint, if there is one, is from before. Lower --lr, or set clip_grad, and start anew with another --out"
     )]
     Diverged {
         /// The step.

@@ -37,7 +37,7 @@ const CURVES: &str = "curves.png";
 pub enum RunDirError {
     /// The directory for a new run already holds one.
     #[error(
-        "--out '{out}' already holds a run ({CONFIG} found); continue it with `--resume '{out}'` or choose another --out",
+        "--out '{out}' already holds a run ({CONFIG} found); continue it with `--resume '{out}'`, choose another --out, or remove it",
         out = path.display()
     )]
     HoldsRun {

@@ -16,6 +16,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use crate::durable::atomic_write;
+use crate::error::advice;
 
 /// Bytes of the header's length, in front of the header.
 const LENGTH_BYTES: u64 = 8;
@@ -39,7 +40,7 @@ pub enum FileError {
         cause: io::Error,
     },
     /// The file system failed while writing; a previous file at `path` is intact.
-    #[error("cannot write '{}': {cause}; free space there or write to another folder", path.display())]
+    #[error("cannot write '{}': {cause}{}", path.display(), advice(cause))]
     Write {
         /// The file.
         path: PathBuf,

@@ -34,6 +34,20 @@ use file::{FileError, Reader};
 
 pub(crate) const FORMAT: &str = "pcae";
 const VERSION: &str = "1";
+
+/// Of the metadata of a file of this format.
+fn expect_version(path: &Path, version: Option<&str>) -> Result<(), Error> {
+    match version {
+        Some(VERSION) => Ok(()),
+        other => Err(Error::Checkpoint {
+            path: path.to_owned(),
+            reason: format!(
+                "expected metadata format {FORMAT} {VERSION}, found {FORMAT} {}; use the program that wrote it",
+                other.unwrap_or("of no version").escape_default()
+            ),
+        }),
+    }
+}
 const TEACHER: &str = "teacher.";
 /// The metadata `task` of a classifier.
 pub(crate) const TASK_CLASSIFY: &str = "classify";
@@ -356,14 +370,14 @@ pub fn load(
         };
         metadata.get(key).ok_or_else(missing)
     };
-    let version = (entry("format")?.as_str(), entry("version")?.as_str());
-    if version != (FORMAT, VERSION) {
-        let (format, version) = version;
-        let advice = "use the program that wrote it";
+    let format = entry("format")?;
+    if format != FORMAT {
         return Err(wrong(format!(
-            "expected format {FORMAT} {VERSION}, found {format} {version}; {advice}"
+            "expected format {FORMAT}, found {}; use the program that wrote it",
+            format.escape_default()
         )));
     }
+    expect_version(path, metadata.get("version").map(String::as_str))?;
     let number = |key: &str| -> Result<u64, Error> {
         let text = entry(key)?;
         text.parse().map_err(|_| {

@@ -8,7 +8,7 @@ use pcae_kernel::layout::{Layout, Tail};
 
 use super::deployment::{self, Deployment};
 use super::file::{FileError, Reader};
-use super::{FORMAT, Which, locate, prefix, tensors, title};
+use super::{FORMAT, Which, expect_version, locate, prefix, tensors, title};
 use crate::error::Error;
 
 /// An open file of weights.
@@ -58,7 +58,7 @@ impl Weights {
     /// The settings of the run that wrote it; `None` for a file of another program.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if what is there is no JSON object.
+    /// [`Error::Checkpoint`] if what is there is no JSON object, or of another version.
     pub fn config(&self) -> Result<Option<serde_json::Value>, Error> {
         let (Some(config), Some(FORMAT)) = (
             self.metadata.get("config"),
@@ -66,6 +66,7 @@ impl Weights {
         ) else {
             return Ok(None);
         };
+        expect_version(&self.path, self.metadata("version"))?;
         match serde_json::from_str::<serde_json::Value>(config) {
             Ok(value) if value.is_object() => Ok(Some(value)),
             _ => Err(self.wrong("expected settings as JSON in the metadata, found something else; copy the file again")),

@@ -348,8 +348,13 @@ impl FinetuneSettings {
             take(&mut self.mlp_ratio, config, "mlp_ratio");
         }
         take(&mut self.model, config, "model");
-        take(&mut self.mean, config, "mean");
-        take(&mut self.std, config, "std");
+        // Of another architecture, which is refused later, they may be for other channels.
+        let channels = self.vit().map_or(0, |vit| vit.in_chans);
+        let fits = |key: &str| config[key].as_array().is_some_and(|x| x.len() == channels);
+        if fits("mean") && fits("std") {
+            take(&mut self.mean, config, "mean");
+            take(&mut self.std, config, "std");
+        }
     }
 
     /// The encoder, once the architecture is known.

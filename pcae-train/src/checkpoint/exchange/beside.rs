@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::Shapes;
 use crate::checkpoint::file::Reader;
-use crate::checkpoint::{FORMAT, VERSION};
+use crate::checkpoint::{FORMAT, expect_version};
 use crate::error::Error;
 
 /// What is known; every field may be missing.
@@ -50,16 +50,7 @@ impl Known {
         if metadata.get("format") == Some(&FORMAT)
             && let Some(config) = metadata.get("config")
         {
-            let version = metadata.get("version").copied().unwrap_or("none");
-            if version != VERSION {
-                return Err(Error::Checkpoint {
-                    path: file.to_owned(),
-                    reason: format!(
-                        "expected metadata format {FORMAT} {VERSION}, found {FORMAT} {}; use the program that wrote it",
-                        version.escape_default()
-                    ),
-                });
-            }
+            expect_version(file, metadata.get("version").copied())?;
             known.ours(&parse(file, config)?);
             return Ok(known);
         }
