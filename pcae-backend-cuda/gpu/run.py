@@ -14,7 +14,7 @@ not stop the others; one without time left says so. The exit code is 0 if no par
 | device | what the driver, the sanitizer and PyTorch are; what PyTorch's matrix product and copy reach |
 | parity | every golden fixture in f32 and bf16 |
 | tests | the backend's test programs |
-| sanitizer | compute-sanitizer's memcheck, racecheck and synccheck over the small fixtures |
+| sanitizer | compute-sanitizer's memcheck, racecheck and synccheck over the small fixtures, uploads and graphs |
 | step | a PCAE step, an MAE step, and PyTorch's variants (`peer.py`), taking turns |
 | infer | a forward dense and with drop ratio 0.4, and PyTorch's variants, taking turns |
 | breakdown | where the time of a step and of a forward goes, as `pcae bench --breakdown` tells |
@@ -327,20 +327,24 @@ class Run:
             self.report.say("  skipped: there is no compute-sanitizer here")
             return "skipped"
         paths = {path.stem: path for path in fixture_paths()}
+        runs = {f"{name} {precision}": self.ours("parity", paths[name], "--backend", "cuda", "--precision", precision)
+                for name in SMALL_FIXTURES for precision in ("f32", "bf16")}
+        # What no fixture goes through: uploads beside the step, and steps as graphs.
+        folder = self.args.test_programs or HERE / "tests"
+        runs |= {name: [folder / name, "--skip", "on_the_emulator", "--test-threads", "1"]
+                 for name in ("pixels", "graphs") if (folder / name).is_file()}
         for check in ("memcheck", "racecheck", "synccheck"):
-            for name in SMALL_FIXTURES:
-                for precision in ("f32", "bf16"):
-                    def sanitize():
-                        output = self.command([tool, "--tool", check, "--error-exitcode", FAILED_MARK, *self.ours(
-                            "parity", paths[name], "--backend", "cuda", "--precision", precision)])
-                        lines = [line for line in output.splitlines() if "SUMMARY" in line]
-                        # Hazards that are warnings alone leave the exit code as it is.
-                        if not lines or not re.search(r": 0 (errors|hazards)", lines[-1]):
-                            raise Failure(f"{check}: expected a summary without errors, found {lines[-1:] or 'none'}")
-                        if "instrumented API call" in output:
-                            raise Failure(f"{check} saw no use of the device")
-                        return {"says": lines[-1].strip("= ")}
-                    self.each(results, f"{check} {name} {precision}", sanitize)
+            for name, command in runs.items():
+                def sanitize():
+                    output = self.command([tool, "--tool", check, "--error-exitcode", FAILED_MARK, *command])
+                    lines = [line for line in output.splitlines() if "SUMMARY" in line]
+                    # Hazards that are warnings alone leave the exit code as it is.
+                    if not lines or not re.search(r": 0 (errors|hazards)", lines[-1]):
+                        raise Failure(f"{check}: expected a summary without errors, found {lines[-1:] or 'none'}")
+                    if "instrumented API call" in output:
+                        raise Failure(f"{check} saw no use of the device")
+                    return {"says": lines[-1].strip("= ")}
+                self.each(results, f"{check} {name}", sanitize)
         return None
 
     # ------------------------------------------------------------ times

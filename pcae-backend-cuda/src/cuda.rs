@@ -94,7 +94,8 @@ impl Cuda {
     /// keep the fastest; otherwise the first one is taken.
     ///
     /// Which is the fastest may change from run to run, and with it the last bits of every result: only the first is the same
-    /// each time. For the time being it takes as much memory as the product's output, where that is added to in place.
+    /// each time. Outputs that are added to in place are kept meanwhile: until the next allocation that is memory which no plan
+    /// has.
     pub fn time_products(&mut self, timed: bool) {
         self.queue.time_products(timed);
     }

@@ -74,7 +74,8 @@ impl Cuda {
         self.queue.matmul(Matmul {
             m: dims.rows,
             n: dims.out_features,
-            k: dims.in_features,
+            // Copies end in zeros on both sides.
+            k: row,
             a,
             a_transposed: false,
             a_row: row,
