@@ -25,7 +25,7 @@ use crate::features::{
     Extracted, Extractor, Frozen, Pool, Tap, class_name, extract_all, layer, open_labelled,
 };
 use crate::knn::standardise;
-use crate::network::drop_ratio;
+use crate::network::{budget, drop_ratio};
 pub use logistic::Tried;
 use scores::Scores;
 pub use steps::TriedRate;
@@ -254,6 +254,7 @@ impl Job for Probing<'_> {
             ..
         } = self;
         eprintln!("encoder   {}", encoder.origin);
+        eprintln!("budget    {}", budget(&encoder.vit, &self.reduction));
         eprintln!(
             "data      {}; held out {}",
             splits.train.describe(),
