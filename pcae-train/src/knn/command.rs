@@ -221,8 +221,9 @@ impl fmt::Display for Report {
         }
         write!(
             f,
-            "kNN top-1 on {} pictures by {} training pictures",
-            self.held_out, self.train
+            "kNN top-1 on {} by {}",
+            count(self.held_out, "picture"),
+            count(self.train, "training picture")
         )?;
         if self.unreadable > 0 {
             write!(

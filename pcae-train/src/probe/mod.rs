@@ -439,10 +439,10 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            " on {} pictures; {} on the {} training pictures",
-            self.held_out,
+            " on {}; {} on the {}",
+            count(self.held_out, "picture"),
             percent(self.train_top1),
-            self.train
+            count(self.train, "training picture")
         )
     }
 }
