@@ -12,7 +12,7 @@ use pcae_kernel::rng::{Purpose, Stream};
 use pcae_kernel::schedule::{momentum, random_masking};
 use pcae_kernel::sizing::{Memory, Sizing};
 
-use crate::backends::Job;
+use crate::backends::{Job, count};
 use crate::bench::describe;
 use crate::checkpoint::Identity;
 use crate::data::augment::Transform;
@@ -408,8 +408,9 @@ fn introduction(
     lines.extend([
         format!("memory    planned: {}, data apart", describe(memory)),
         format!(
-            "schedule  {} steps of {images} images ({} an epoch), peak learning rate {:.2e}, run directory {}",
-            recipe.plan.steps,
+            "schedule  {} of {} ({} an epoch), peak learning rate {:.2e}, run directory {}",
+            count(recipe.plan.steps as usize, "step"),
+            count(images as usize, "image"),
             recipe.plan.steps_per_epoch,
             recipe.plan.lr,
             settings.machine.out.display()

@@ -156,7 +156,7 @@ pub fn limits(machine: &MachineReport) -> String {
 fn those(threads: &str) -> String {
     match threads {
         CUDA => CUDA.to_owned(),
-        threads => format!("{threads} threads"),
+        threads => computes(threads.parse().ok()),
     }
 }
 

@@ -30,7 +30,7 @@ pub(super) struct HintArgs {
     /// Compute norms with 1e-6, whatever the file says
     #[arg(long, value_name = "EPS")]
     layer_norm_eps: Option<f64>,
-    /// What stands before the names of the encoder, such as teacher.
+    /// What stands before the names of the encoder, its dot included: "teacher."
     #[arg(long, value_name = "TEXT")]
     prefix: Option<String>,
     /// Mean of each channel, of pixels from 0 to 1 [default: the file's own]

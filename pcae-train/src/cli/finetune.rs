@@ -151,7 +151,10 @@ fn closing(summary: &finetune::Summary) -> String {
             "stopped at step {step} of {steps}, saved; continue with:\n  {program} finetune --resume {out}\n"
         );
     }
-    let mut text = format!("done: {steps} steps, last loss {loss:.4}");
+    let mut text = format!(
+        "done: {}, last loss {loss:.4}",
+        count(steps as usize, "step")
+    );
     if let Some(images_per_s) = images_per_s {
         text += &format!(", {}", rate(images_per_s));
     }
@@ -161,6 +164,12 @@ fn closing(summary: &finetune::Summary) -> String {
         percent(summary.top5)
     );
     text += &left_out(summary.unreadable);
+    if summary.unreadable_train > 0 {
+        text += &format!(
+            "; {} could not be read",
+            count(summary.unreadable_train, "training picture")
+        );
+    }
     if summary.ema_top1.is_some() {
         text += &format!("; average {}", percent(summary.ema_top1));
     }
@@ -304,12 +313,12 @@ fn left_out(unreadable: usize) -> String {
 
 fn heading(report: &Report) -> String {
     format!(
-        "checkpoint {}\ndata       {}{}\nbackend    {}, {} images at a time\n{:<15} {:>5}  {:<24} {:>12} {:>9} {:>9} {:>10}\n",
+        "checkpoint {}\ndata       {}{}\nbackend    {}, {} at a time\n{:<15} {:>5}  {:<24} {:>12} {:>9} {:>9} {:>10}\n",
         report.origin,
         report.data,
         left_out(report.unreadable),
         report.backend,
-        report.batch_size,
+        count(report.batch_size, "image"),
         "criterion",
         "drop",
         "patches",

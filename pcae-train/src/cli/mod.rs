@@ -12,6 +12,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use crate::backends::count;
 use crate::bench::What;
 use crate::error::Error;
 use crate::output::{self, Kind};
@@ -136,7 +137,10 @@ fn closing(summary: &pretrain::Summary) -> String {
             "stopped at step {step} of {steps}, saved; continue with:\n  {program} pretrain --resume {out}\n"
         );
     }
-    let mut text = format!("done: {steps} steps, last loss {loss:.4}");
+    let mut text = format!(
+        "done: {}, last loss {loss:.4}",
+        count(steps as usize, "step")
+    );
     if let Some(images_per_s) = images_per_s {
         text += &format!(", {}", rate(images_per_s));
     }

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
+use crate::backends::count;
+
 use super::{Classes, DataError, Picture, Source, Splits, join, luma, split, whole};
 
 const EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
@@ -230,10 +232,10 @@ fn list(root: &Path) -> Result<Listing, DataError> {
             path: root.to_owned(),
             expected: "either a folder of pictures for each class, or pictures alone".to_owned(),
             found: format!(
-                "{} pictures, the first {}, beside {} folders of pictures",
-                pictures.len(),
+                "{}, the first {}, beside {} of pictures",
+                count(pictures.len(), "picture"),
                 pictures[0].display(),
-                classes.len()
+                count(classes.len(), "folder")
             ),
             advice: "move the pictures into a class folder or out of the data set",
         }),

@@ -21,6 +21,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pcae_kernel::rng::{Purpose, Stream};
 
+use crate::backends::count;
+
 pub use error::DataError;
 
 /// Splits do not follow a run's seed: figures of runs with different seeds are about the same held-out pictures.
@@ -63,8 +65,8 @@ pub struct Dataset {
     members: Vec<usize>,
     channels: usize,
     classes: Classes,
-    /// Samples that could not be decoded so far.
-    broken: Mutex<BTreeSet<usize>>,
+    /// Places in `source` of samples that could not be decoded so far, by this part or one thinned from it.
+    broken: Arc<Mutex<BTreeSet<usize>>>,
 }
 
 #[derive(Debug)]
@@ -105,7 +107,7 @@ impl Dataset {
             members,
             channels,
             classes: Classes::default(),
-            broken: Mutex::default(),
+            broken: Arc::default(),
         }
     }
 
@@ -165,7 +167,7 @@ impl Dataset {
             members: members.collect(),
             channels: self.channels,
             classes: self.classes.clone(),
-            broken: Mutex::default(),
+            broken: self.broken.clone(),
         }
     }
 
@@ -214,9 +216,9 @@ impl Dataset {
             count => format!("{count} classes"),
         };
         format!(
-            "{}: {} pictures, {size}, {colour}, {classes}",
+            "{}: {}, {size}, {colour}, {classes}",
             self.title,
-            self.len()
+            count(self.len(), "picture")
         )
     }
 
@@ -283,7 +285,7 @@ impl Dataset {
             .broken
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert(i);
+            .insert(self.members[i]);
         if new {
             log::warn!("{error} ({what})");
         }

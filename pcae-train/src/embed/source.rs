@@ -128,9 +128,18 @@ impl Source {
                     advice: "decompress it to .tar: pictures in it hardly shrink",
                 });
             }
-            list_members(shard, path, &mut members).map_err(|error| DataError::Read {
-                path: path.clone(),
-                error,
+            list_members(shard, path, &mut members).map_err(|error| {
+                let path = path.clone();
+                // What the system reports is about the file, all else about what is in it.
+                if error.raw_os_error().is_some() {
+                    return DataError::Read { path, error };
+                }
+                DataError::Layout {
+                    path,
+                    expected: "a whole tar file".to_owned(),
+                    found: format!("one that cannot be read to its end: {error}"),
+                    advice: "it is cut short or damaged: fetch it again",
+                }
             })?;
         }
         Ok(Self::Shards {
@@ -293,8 +302,7 @@ fn list_members(shard: usize, path: &Path, members: &mut Vec<Member>) -> io::Res
 
 /// A tar file of which a part is missing.
 fn cut(how: &str) -> io::Error {
-    let reason = format!("it ends {how}: it is cut short, copy it again");
-    io::Error::new(io::ErrorKind::UnexpectedEof, reason)
+    io::Error::new(io::ErrorKind::UnexpectedEof, format!("it ends {how}"))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use pcae_kernel::model::{ClassifierTrainer, CriterionScorer, Scalars, TrainState
 use pcae_kernel::rng::{Purpose, Stream};
 use pcae_kernel::sizing::{Memory, Sizing};
 
-use crate::backends::Job;
+use crate::backends::{Job, count};
 use crate::bench::describe;
 use crate::checkpoint::weights::Weights;
 use crate::checkpoint::{self, AVERAGE, Identity, TASK_CLASSIFY, Which};
@@ -71,6 +71,9 @@ pub struct Summary {
     pub top5: Option<f64>,
     /// Held-out pictures left out of the last evaluation because they could not be read.
     pub unreadable: usize,
+    /// Training pictures that could not be read, each counted once, among those that this process came to; another one took
+    /// the place of each.
+    pub unreadable_train: usize,
     /// The same as `top1` of the moving average, if there is one.
     pub ema_top1: Option<f64>,
     /// The best of all evaluations. It was chosen on the held-out pictures, and so is a little too good.
@@ -329,6 +332,7 @@ impl Job for Run {
                 .rfind(|record| record.scalars.contains_key(names::TOP1))
                 .and_then(|record| record.scalars.get(names::UNREADABLE))
                 .map_or(0, |&count| count as usize),
+            unreadable_train: splits.train.num_broken(),
             ema_top1: last(names::EMA_TOP1),
             best_top1: best.map(|(_, top1)| top1),
             best_step: best.map(|(step, _)| step),
@@ -400,9 +404,9 @@ fn introduction(
         describe(memory)
     ));
     lines.push(format!(
-        "schedule  {} steps of {} images ({} an epoch), peak learning rate {:.2e}, run directory {}",
-        plan.steps,
-        plan.batch_size as u64 * plan.accum,
+        "schedule  {} of {} ({} an epoch), peak learning rate {:.2e}, run directory {}",
+        count(plan.steps as usize, "step"),
+        count(plan.batch_size * plan.accum as usize, "image"),
         plan.steps_per_epoch,
         plan.lr,
         settings.machine.out.display()
@@ -541,7 +545,8 @@ impl<B: TrainBackend> Task<B> for Finetuning<'_, B> {
         const EMA: [&str; 3] = [names::EMA_TOP1, names::EMA_TOP5, names::EMA_HELD_OUT_LOSS];
         let student = Some((STUDENT, &state.student));
         let average = state.teacher.as_ref().map(|average| (EMA, average));
-        let mut line = String::new();
+        let mut lines: Vec<String> = Vec::new();
+        let mut taken = None;
         for (names, params) in student.into_iter().chain(average) {
             let score = self.evaluator.run(
                 backend,
@@ -561,11 +566,16 @@ impl<B: TrainBackend> Task<B> for Finetuning<'_, B> {
                 figures.insert(names::UNREADABLE.to_owned(), score.unreadable as f64);
             }
             let is_average = names == EMA;
-            line += if is_average { "; average " } else { "" };
-            line += &format!("top-1 {:.2} %, top-5 {:.2} %", 100.0 * top1, 100.0 * top5);
+            lines.push(format!(
+                "{}top-1 {:.2} %, top-5 {:.2} %",
+                if is_average { "average " } else { "" },
+                100.0 * top1,
+                100.0 * top5
+            ));
             if self.best.is_none_or(|best| top1 > best) {
                 self.best = Some(top1);
-                line += " (best)";
+                // The average's, if it is better still, takes the place of the student's.
+                taken = Some(lines.len() - 1);
                 let source = if is_average { AVERAGE } else { "student" };
                 let more = [
                     ("step", step.to_string()),
@@ -579,7 +589,10 @@ impl<B: TrainBackend> Task<B> for Finetuning<'_, B> {
                     .write_csv(&run.confusion(), &self.recipe.classes)?;
             }
         }
-        Ok(line)
+        if let Some(line) = taken.and_then(|best| lines.get_mut(best)) {
+            line.push_str(" (best)");
+        }
+        Ok(lines.join("; "))
     }
 
     fn draw(&self, run: &RunDir, records: &[Record]) -> Result<(), Error> {

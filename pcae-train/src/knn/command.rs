@@ -13,7 +13,7 @@ use crate::data::Splits;
 use crate::encoder::Encoder;
 use crate::error::Error;
 use crate::features::{Extractor, Frozen, Pool, Tap, extract_all, layer, open_labelled};
-use crate::network::drop_ratio;
+use crate::network::{budget, drop_ratio};
 
 /// What votes where nobody says how many: DINO's grid with two small numbers, as far as there are training pictures.
 const DEFAULT_KS: [usize; 6] = [1, 5, 10, 20, 100, 200];
@@ -141,6 +141,7 @@ impl Job for Evaluation<'_> {
             splits,
         } = self;
         eprintln!("encoder   {}", encoder.origin);
+        eprintln!("budget    {}", budget(&encoder.vit, &reduction));
         eprintln!(
             "data      {}; held out {}",
             splits.train.describe(),
@@ -220,8 +221,9 @@ impl fmt::Display for Report {
         }
         write!(
             f,
-            "kNN top-1 on {} pictures by {} training pictures",
-            self.held_out, self.train
+            "kNN top-1 on {} by {}",
+            count(self.held_out, "picture"),
+            count(self.train, "training picture")
         )?;
         if self.unreadable > 0 {
             write!(

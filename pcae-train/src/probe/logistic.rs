@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::condition::Condition;
 use super::lbfgs::{Minimum, minimize};
+use super::middle;
 use super::scores::{Head, Scores};
 
 /// Pieces whose gradients are added in order, so that sums do not depend on threads.
@@ -245,8 +246,8 @@ pub(super) struct Fitted {
     pub(super) converged: bool,
 }
 
-/// Fits `fit` with each of the penalties, keeps the one that classifies `choose` best (of equals the strongest), and fits
-/// all of `x` with it.
+/// Fits `fit` with each of the penalties, keeps the one that classifies `choose` best (of equals the strongest; the middle one
+/// where there is nothing in `choose`), and fits all of `x` with it.
 ///
 /// # Shapes
 /// `x: [pictures, dim]`; `fit` and `choose` are rows of it.
@@ -266,8 +267,8 @@ pub(super) fn fit(
     let mut tried: Vec<Tried> = Vec::new();
     let mut best: Option<(f64, Vec<f64>)> = None;
     let mut start = None;
-    let mut l2 = penalties.first().copied().unwrap_or(0.0);
-    if penalties.len() > 1 {
+    let mut l2 = middle(&penalties).unwrap_or(0.0);
+    if penalties.len() > 1 && !choose.is_empty() {
         let ((x, labels), (unseen, unseen_labels)) = (part(fit), part(choose));
         for &penalty in &penalties {
             let problem = Problem {

@@ -25,7 +25,7 @@ use crate::features::{
     Extracted, Extractor, Frozen, Pool, Tap, class_name, extract_all, layer, open_labelled,
 };
 use crate::knn::standardise;
-use crate::network::drop_ratio;
+use crate::network::{budget, drop_ratio};
 pub use logistic::Tried;
 use scores::Scores;
 pub use steps::TriedRate;
@@ -117,6 +117,8 @@ pub struct Report {
     pub lr: Option<f64>,
     /// The rates that were tried for it.
     pub tried_lr: Vec<TriedRate>,
+    /// Whether there were too few pictures to choose the penalty or the rate by, so that the middle one was taken.
+    pub unchosen: bool,
     /// Each class.
     pub per_class: Vec<ClassScore>,
     /// Seconds to train the classifier, features apart.
@@ -240,6 +242,7 @@ struct Solved {
     converged: Option<bool>,
     lr: Option<f64>,
     tried_lr: Vec<TriedRate>,
+    unchosen: bool,
 }
 
 impl Job for Probing<'_> {
@@ -254,6 +257,7 @@ impl Job for Probing<'_> {
             ..
         } = self;
         eprintln!("encoder   {}", encoder.origin);
+        eprintln!("budget    {}", budget(&encoder.vit, &self.reduction));
         eprintln!(
             "data      {}; held out {}",
             splits.train.describe(),
@@ -320,6 +324,7 @@ impl Job for Probing<'_> {
             converged: solved.converged,
             lr: solved.lr,
             tried_lr: solved.tried_lr,
+            unchosen: solved.unchosen,
             per_class: per_class.collect(),
             seconds: began.elapsed().as_secs_f64(),
         })
@@ -342,6 +347,7 @@ fn logistic(plan: &Plan, mut train: Part, mut held_out: Part, classes: usize) ->
         penalties,
     );
     Solved {
+        unchosen: penalties.len() > 1 && fitted.tried.is_empty(),
         logits: [&train.x, &held_out.x].map(|x| fitted.head.logits(x.view())),
         loss: fitted.loss,
         l2: Some(fitted.l2),
@@ -353,23 +359,44 @@ fn logistic(plan: &Plan, mut train: Part, mut held_out: Part, classes: usize) ->
     }
 }
 
-/// Rows to fit and rows to choose by, a fifth of each class, at random.
+/// Rows to fit and rows to choose by, a fifth of each class but at least one, at random; a class of one picture holds back none.
 fn hold_back(labels: &[u32], seed: u64) -> (Vec<usize>, Vec<usize>) {
     let mut rows: Vec<usize> = (0..labels.len()).collect();
     Stream::new(seed, 0, 0, Purpose::Split).shuffle(&mut rows);
     // Stable: the order within a class stays random.
     rows.sort_by_key(|&row| labels[row]);
     let (mut fit, mut choose) = (Vec::new(), Vec::new());
-    for (turn, row) in rows.into_iter().enumerate() {
-        if turn % CHOOSE_EVERY == CHOOSE_EVERY - 1 {
-            choose.push(row);
-        } else {
-            fit.push(row);
-        }
+    for class in rows.chunk_by(|&a, &b| labels[a] == labels[b]) {
+        let held = (class.len() / CHOOSE_EVERY).max(usize::from(class.len() > 1));
+        let (held, fitted) = class.split_at(held);
+        choose.extend_from_slice(held);
+        fit.extend_from_slice(fitted);
     }
     fit.sort_unstable();
     choose.sort_unstable();
     (fit, choose)
+}
+
+/// What is to be known about a value that was tried, if it is the one that was taken: beyond the outermost one there may be
+/// better ones.
+fn taken(own: Option<f64>, value: f64, tried: &[f64]) -> &'static str {
+    if own != Some(value) {
+        ""
+    } else if tried.len() > 1 && tried.iter().all(|&other| other <= value) {
+        ", taken: the highest tried"
+    } else if tried.len() > 1 && tried.iter().all(|&other| other >= value) {
+        ", taken: the lowest tried"
+    } else {
+        ", taken"
+    }
+}
+
+/// The middle one of values; of an even number the first of the two.
+fn middle(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let last = sorted.len().checked_sub(1)?;
+    sorted.get(last / 2).copied()
 }
 
 /// What is to be known about a fit that was ended early.
@@ -386,6 +413,7 @@ impl fmt::Display for Report {
             let top1 = class.top1.map_or_else(|| "-".to_owned(), percent);
             writeln!(f, "{:<32} {:>8} {top1:>9}", class.class, class.pictures)?;
         }
+        let penalties: Vec<f64> = self.tried.iter().map(|tried| tried.l2).collect();
         for tried in &self.tried {
             writeln!(
                 f,
@@ -394,23 +422,26 @@ impl fmt::Display for Report {
                 percent(tried.top1),
                 count(tried.iterations, "iteration"),
                 unless(tried.converged),
-                if self.l2 == Some(tried.l2) {
-                    ", taken"
-                } else {
-                    ""
-                }
+                taken(self.l2, tried.l2, &penalties)
             )?;
         }
+        if self.unchosen {
+            let value = match (self.l2, self.lr) {
+                (Some(l2), _) => format!("l2 {l2:e}"),
+                (None, lr) => format!("learning rate {}", lr.unwrap_or_default()),
+            };
+            writeln!(
+                f,
+                "too few pictures to choose by: {value}, the middle one, is taken"
+            )?;
+        }
+        let rates: Vec<f64> = self.tried_lr.iter().map(|tried| tried.lr).collect();
         for tried in &self.tried_lr {
             let top1 = tried.top1.map_or_else(
                 || "the loss rises beyond all bounds".to_owned(),
                 |top1| format!("{} of the held-back training pictures", percent(top1)),
             );
-            let taken = if self.lr == Some(tried.lr) {
-                ", taken"
-            } else {
-                ""
-            };
+            let taken = taken(self.lr, tried.lr, &rates);
             writeln!(f, "learning rate {}: {top1}{taken}", tried.lr)?;
         }
         if let (Some(iterations), Some(converged)) = (self.iterations, self.converged) {
@@ -438,10 +469,10 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            " on {} pictures; {} on the {} training pictures",
-            self.held_out,
+            " on {}; {} on the {}",
+            count(self.held_out, "picture"),
             percent(self.train_top1),
-            self.train
+            count(self.train, "training picture")
         )
     }
 }
@@ -449,6 +480,34 @@ impl fmt::Display for Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fifth_of_small_classes_is_one_picture() {
+        // Of sizes 1, 2, 4 and 9: none of the only one, of the others one.
+        let labels: Vec<u32> = [(0, 1), (1, 2), (2, 4), (3, 9)]
+            .into_iter()
+            .flat_map(|(class, size)| std::iter::repeat_n(class, size))
+            .collect();
+        let (fit, choose) = hold_back(&labels, 3);
+        let classes: Vec<u32> = choose.iter().map(|&row| labels[row]).collect();
+        assert_eq!((classes, fit.len()), (vec![1, 2, 3], 13));
+        assert_eq!(hold_back(&[0, 1], 3), (vec![0, 1], Vec::new()));
+    }
+
+    #[test]
+    fn the_outermost_value_is_said() {
+        let tried = [1.0, 0.1, 10.0];
+        assert_eq!(
+            taken(Some(10.0), 10.0, &tried),
+            ", taken: the highest tried"
+        );
+        assert_eq!(taken(Some(0.1), 0.1, &tried), ", taken: the lowest tried");
+        assert_eq!(taken(Some(1.0), 1.0, &tried), ", taken");
+        assert_eq!(taken(Some(1.0), 0.1, &tried), "");
+        assert_eq!(taken(Some(1.0), 1.0, &[1.0]), ", taken");
+        assert_eq!(middle(&tried), Some(1.0));
+        assert_eq!((middle(&[4.0, 1.0]), middle(&[])), (Some(1.0), None));
+    }
 
     #[test]
     fn a_fifth_of_each_class_is_held_back() {

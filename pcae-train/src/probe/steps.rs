@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::linear::{Optimizer, Probe, Recipe};
 use super::scores::Scores;
-use super::{CHOOSE_EVERY, Part, Probing, Solved, Solver, hold_back, named};
+use super::{CHOOSE_EVERY, Part, Probing, Solved, Solver, hold_back, middle, named};
 use crate::backends::count;
 use crate::data::images::Images;
 use crate::data::loader::{Loader, LoaderConfig};
@@ -134,7 +134,7 @@ impl Part {
 }
 
 /// Trains with each of the rates `lrs`, from the lowest on, on four fifths of `part`. Returns the one that classifies the
-/// others best (of equals the lowest), or the lowest where there are too few pictures to tell, and what was tried.
+/// others best (of equals the lowest), or the middle one where there are too few pictures to tell, and what was tried.
 fn choose_rate(
     part: &Part,
     classes: usize,
@@ -143,9 +143,11 @@ fn choose_rate(
     shown: &mut Shown,
 ) -> Result<Vec<TriedRate>, Error> {
     let (fit, choose) = hold_back(&part.labels, course.seed);
+    // Batch norm needs two.
+    let can_tell = !choose.is_empty() && fit.len() > 1;
     let mut tried = Vec::new();
     let mut best: Option<(f64, f64)> = None;
-    if lrs.len() > 1 && !choose.is_empty() {
+    if lrs.len() > 1 && can_tell {
         let batch_size = course.batch_size;
         course.batch_size = batch_size.min(fit.len());
         let (unseen, labels) = part.rows(&choose);
@@ -166,8 +168,10 @@ fn choose_rate(
         }
         course.batch_size = batch_size;
     }
+    // Where the loss rose with all of them, the lowest is worth a last try.
     let lowest = lrs.first().copied().unwrap_or(0.0);
-    course.lr = best.map_or(lowest, |(_, lr)| lr);
+    let unchosen = if tried.is_empty() { middle(lrs) } else { None };
+    course.lr = best.map(|(_, lr)| lr).or(unchosen).unwrap_or(lowest);
     Ok(tried)
 }
 
@@ -261,6 +265,7 @@ impl Probing<'_> {
             iterations: None,
             converged: None,
             lr: Some(course.lr),
+            unchosen: lrs.len() > 1 && tried.is_empty(),
             tried_lr: tried,
         })
     }

@@ -13,7 +13,7 @@ use pcae_kernel::config::{Budget, Criterion, DropLayers, Place, Reduction, VitCo
 use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{MeanSimilarity, Scorer, Selection, Vit};
 
-use crate::backends::{self, Job};
+use crate::backends::{self, Job, count};
 use crate::checkpoint::exchange::{self, Encoder, Hints, Preprocessing};
 use crate::checkpoint::file::Reader;
 use crate::checkpoint::locate;
@@ -21,6 +21,7 @@ use crate::data::augment::{Scratch, Transform};
 use crate::data::{self, DataError, Picture};
 use crate::encoder;
 use crate::error::Error;
+use crate::network::budget;
 use crate::output::{self, Kind};
 use crate::report::sheet::{Cell, Row, Sheet, write_png};
 use crate::run_settings::RunSettings;
@@ -115,9 +116,11 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
     } else {
         data
     };
-    let pictures = pictures(plan, &encoder.vit, data)?;
-    let count = pictures.len();
+    let (pictures, described) = pictures(plan, &encoder.vit, data)?;
+    let number = pictures.len();
+    eprintln!("encoder   {}: {}", encoder.title, encoder.report);
     let sheet = if plan.masked {
+        eprintln!("data      {described}");
         let job = step::Step {
             source: &plan.source,
             encoder: &encoder,
@@ -128,8 +131,11 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
         };
         backends::run(&plan.machine, job)?
     } else {
+        let reduction = reduction(plan, &path, &encoder.vit, settings)?;
+        eprintln!("budget    {}", budget(&encoder.vit, &reduction));
+        eprintln!("data      {described}");
         let job = Stages {
-            reduction: reduction(plan, &path, &encoder.vit, settings)?,
+            reduction,
             title: format!(
                 "{}{}: tokens that stay",
                 hints.prefix.as_deref().map_or(String::new(), |prefix| {
@@ -148,7 +154,7 @@ pub fn draw(plan: &Plan) -> Result<usize, Error> {
         what: format!("--out '{}'", plan.out.display()),
         error,
     })?;
-    Ok(count)
+    Ok(number)
 }
 
 /// What was asked for, over what the file's own is. Stages that drop a part are those of a classifier, stages that keep a part
@@ -189,8 +195,14 @@ fn reduction(
     Ok(reduction)
 }
 
-/// The pictures to draw: those of the plan, or else held-out ones of `data`. Unreadable ones are logged and left out.
-fn pictures(plan: &Plan, vit: &VitConfig, data: Option<&Path>) -> Result<Vec<Named>, Error> {
+/// The pictures to draw: those of the plan, or else held-out ones of `data`. Unreadable ones are logged and left out. Also what
+/// they are of, in words.
+fn pictures(
+    plan: &Plan,
+    vit: &VitConfig,
+    data: Option<&Path>,
+) -> Result<(Vec<Named>, String), Error> {
+    let mut described = "those given".to_owned();
     let mut found = Vec::new();
     let mut first_error = None;
     let mut add =
@@ -204,6 +216,7 @@ fn pictures(plan: &Plan, vit: &VitConfig, data: Option<&Path>) -> Result<Vec<Nam
     if plan.pictures.is_empty() {
         let held_out = data::open(data, Some(vit.in_chans))?.held_out;
         let dataset = held_out.thinned(plan.count);
+        described = format!("held out of {}", held_out.describe());
         for i in 0..dataset.len() {
             let mut picture = Picture::default();
             let read = dataset.picture(i, &mut picture).map(|()| picture);
@@ -224,7 +237,10 @@ fn pictures(plan: &Plan, vit: &VitConfig, data: Option<&Path>) -> Result<Vec<Nam
     }
     match first_error {
         Some(error) if found.is_empty() => Err(error.into()),
-        _ => Ok(found),
+        _ => {
+            let shown = count(found.len(), "picture");
+            Ok((found, format!("{shown} of {described}")))
+        }
     }
 }
 
