@@ -82,6 +82,8 @@ pub struct Report {
     pub classes: Vec<String>,
     /// Pictures left out because they could not be read.
     pub unreadable: usize,
+    /// Names of the classes of which no picture was classified: no figure says anything about them.
+    pub without_pictures: Vec<String>,
     /// The measurements.
     pub results: Vec<Row>,
 }
@@ -167,6 +169,7 @@ pub fn run(
                 batch_size: plan.batch_size,
                 classes,
                 unreadable: 0,
+                without_pictures: Vec::new(),
                 results: Vec::new(),
             },
             progress,
@@ -214,6 +217,9 @@ impl<P: FnMut(&Report, &Row, &Confusion) -> Result<(), Error>> Job for Evaluate<
             let score =
                 evaluator.run(backend, name, &params, self.held_out, transform, class_map)?;
             self.report.unreadable = score.unreadable;
+            let classes = self.report.classes.iter().enumerate();
+            let missing = classes.filter(|&(class, _)| score.confusion.pictures(class) == 0);
+            self.report.without_pictures = missing.map(|(_, name)| name.clone()).collect();
             let row = row(task, *drop_ratio, &score);
             (self.progress)(&self.report, &row, &score.confusion)?;
             self.report.results.push(row);

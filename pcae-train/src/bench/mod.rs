@@ -24,6 +24,7 @@ pub use timed::{Tally, Timed};
 
 use crate::backends;
 use crate::checkpoint::Which;
+use crate::data::no_pictures_of;
 use crate::encoder;
 use crate::error::Error;
 use crate::evaluate;
@@ -407,6 +408,11 @@ fn scores(plan: &Plan, available: usize) -> Result<Vec<Score>, Error> {
             machine,
         };
         let report = evaluate::run(&evaluation, |_, _, _| Ok(()))?;
+        if let Some(missing) = no_pictures_of(&report.without_pictures)
+            && scores.is_empty()
+        {
+            eprintln!("accuracy  {missing}");
+        }
         scores.extend(report.results.into_iter().map(|row| Score {
             precision: name(precision),
             drop_ratio: row.drop_ratio,

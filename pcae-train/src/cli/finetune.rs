@@ -7,6 +7,7 @@ use super::args::{is_machine_alone, key_values};
 use super::{percent, program, write_out};
 use crate::backends::count;
 use crate::checkpoint::{Which, locate};
+use crate::data::no_pictures_of;
 use crate::error::Error;
 use crate::evaluate::{self, Plan, Report, Row};
 use crate::finetune::{self, FinetuneSettings};
@@ -312,11 +313,13 @@ fn left_out(unreadable: usize) -> String {
 }
 
 fn heading(report: &Report) -> String {
+    let missing = no_pictures_of(&report.without_pictures);
     format!(
-        "checkpoint {}\ndata       {}{}\nbackend    {}, {} at a time\n{:<15} {:>5}  {:<24} {:>12} {:>9} {:>9} {:>10}\n",
+        "checkpoint {}\ndata       {}{}\n{}backend    {}, {} at a time\n{:<15} {:>5}  {:<24} {:>12} {:>9} {:>9} {:>10}\n",
         report.origin,
         report.data,
         left_out(report.unreadable),
+        missing.map_or_else(String::new, |missing| format!("           {missing}\n")),
         report.backend,
         count(report.batch_size, "image"),
         "criterion",

@@ -1,6 +1,6 @@
 //! Data sets in folders of pictures.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind::{NotFound, PermissionDenied};
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
@@ -40,8 +40,8 @@ pub(super) struct Entry {
 /// The pictures below one folder.
 enum Listing {
     Flat(Vec<PathBuf>),
-    /// By name of the class, none empty.
-    Classes(BTreeMap<String, Vec<PathBuf>>),
+    /// By name of the class, none empty, and the names of the folders that are.
+    Classes(BTreeMap<String, Vec<PathBuf>>, Vec<String>),
 }
 
 /// Opens a folder of pictures.
@@ -96,11 +96,14 @@ fn pair(train: &Path, held_out: &Path, channels: usize) -> Result<Splits, DataEr
 /// Numbers the classes of all listings by their sorted names: a name has one label in every part.
 fn label<const N: usize>(listings: [Listing; N]) -> ([Files; N], Classes) {
     let mut labels = BTreeMap::new();
+    let mut empty = BTreeSet::new();
     for listing in &listings {
-        if let Listing::Classes(classes) = listing {
+        if let Listing::Classes(classes, without) = listing {
             labels.extend(classes.keys().map(|name| (name.clone(), 0)));
+            empty.extend(without.iter().cloned());
         }
     }
+    empty.retain(|name| !labels.contains_key(name));
     for (next, label) in (0..).zip(labels.values_mut()) {
         *label = next;
     }
@@ -110,7 +113,7 @@ fn label<const N: usize>(listings: [Listing; N]) -> ([Files; N], Classes) {
                 .into_iter()
                 .map(|path| Entry { path, label: None })
                 .collect(),
-            Listing::Classes(classes) => classes
+            Listing::Classes(classes, _) => classes
                 .into_iter()
                 .flat_map(|(name, paths)| {
                     let label = labels.get(&name).copied();
@@ -123,6 +126,7 @@ fn label<const N: usize>(listings: [Listing; N]) -> ([Files; N], Classes) {
     let classes = Classes {
         count: names.len(),
         names: names.into(),
+        empty: empty.into_iter().collect(),
     };
     (files, classes)
 }
@@ -204,15 +208,18 @@ impl Archive {
 
 fn list(root: &Path) -> Result<Listing, DataError> {
     let found = entries(root)?;
-    let mut classes = BTreeMap::new();
+    let (mut classes, mut empty) = (BTreeMap::new(), Vec::new());
     for folder in found.folders {
         let mut pictures = Vec::new();
         collect(&folder, 1, &mut pictures)?;
-        if !pictures.is_empty() {
-            let name = folder.file_name().unwrap_or_default();
+        let name = folder.file_name().unwrap_or_default();
+        let name = name.to_string_lossy().into_owned();
+        if pictures.is_empty() {
+            empty.push(name);
+        } else {
             // Two names that differ only in bytes that are not UTF-8 are one class.
             classes
-                .entry(name.to_string_lossy().into_owned())
+                .entry(name)
                 .or_insert_with(Vec::new)
                 .append(&mut pictures);
         }
@@ -227,7 +234,7 @@ fn list(root: &Path) -> Result<Listing, DataError> {
             })
         }
         (pictures, classes) if classes.is_empty() => Ok(Listing::Flat(pictures)),
-        (pictures, classes) if pictures.is_empty() => Ok(Listing::Classes(classes)),
+        (pictures, classes) if pictures.is_empty() => Ok(Listing::Classes(classes, empty)),
         (pictures, classes) => Err(DataError::Layout {
             path: root.to_owned(),
             expected: "either a folder of pictures for each class, or pictures alone".to_owned(),

@@ -81,6 +81,8 @@ struct Classes {
     count: usize,
     /// As many as `count`, or none.
     names: Arc<[String]>,
+    /// Folders like those of classes without a picture in either part.
+    empty: Arc<[String]>,
 }
 
 impl Source {
@@ -143,6 +145,26 @@ impl Dataset {
     pub fn class_name(&self, label: u32) -> Option<&str> {
         let name = self.classes.names.get(usize::try_from(label).ok()?)?;
         Some(name)
+    }
+
+    /// Names of folders that lie beside those of the classes, but have no picture in either part of the data set: no classes.
+    pub fn empty_classes(&self) -> &[String] {
+        &self.classes.empty
+    }
+
+    /// Names, or numbers, of the classes that have none of `labels`.
+    pub(crate) fn classes_without(&self, labels: impl IntoIterator<Item = u32>) -> Vec<String> {
+        let mut has_any = vec![false; self.num_classes()];
+        for label in labels {
+            has_any[label as usize] = true;
+        }
+        let missing = (0..).zip(has_any).filter(|&(_, has_any)| !has_any);
+        missing
+            .map(|(label, _)| {
+                let name = self.class_name(label).map(str::to_owned);
+                name.unwrap_or_else(|| label.to_string())
+            })
+            .collect()
     }
 
     /// The name of sample `i` for messages: its file, or its place in the file.
@@ -290,6 +312,17 @@ impl Dataset {
             log::warn!("{error} ({what})");
         }
     }
+}
+
+/// What is to be said about classes without a picture, if there are any.
+pub(crate) fn no_pictures_of(classes: &[String]) -> Option<String> {
+    const SHOWN: usize = 8;
+    let (shown, more) = classes.split_at(classes.len().min(SHOWN));
+    let more = match more.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    (!shown.is_empty()).then(|| format!("no pictures of: {}{more}", shown.join(", ")))
 }
 
 /// Opens the data set at `path`, or the embedded one.

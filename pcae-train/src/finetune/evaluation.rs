@@ -40,6 +40,13 @@ impl Confusion {
         self.counts[label * self.classes..][..self.classes][predicted]
     }
 
+    /// Pictures of class `label`.
+    pub fn pictures(&self, label: usize) -> u64 {
+        self.counts[label * self.classes..][..self.classes]
+            .iter()
+            .sum()
+    }
+
     /// Saves it as CSV, a row for each true class, with the names of the classes.
     ///
     /// # Errors
@@ -284,6 +291,10 @@ mod tests {
         assert_eq!(score.confusion.count(1, 0), 1);
         assert_eq!(score.confusion.count(2, 0), 1);
         assert_eq!(score.confusion.counts.iter().sum::<u64>(), 6);
+        assert_eq!(
+            [0, 1, 3].map(|label| score.confusion.pictures(label)),
+            [1, 2, 0]
+        );
     }
 
     #[test]

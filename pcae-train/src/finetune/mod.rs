@@ -396,6 +396,12 @@ fn introduction(
             flops::classifier(task) as f64 / 1e6
         ),
     ];
+    let held_out = &splits.held_out;
+    let labels = (0..held_out.len()).filter_map(|i| held_out.label(i));
+    let missing = data::no_pictures_of(&held_out.classes_without(labels));
+    lines.extend(missing.map(|missing| format!("held out  {missing}")));
+    let empty = data::no_pictures_of(splits.train.empty_classes());
+    lines.extend(empty.map(|empty| format!("classes   {empty}; left out")));
     lines.extend(origin.map(|origin| format!("weights   {origin}")));
     lines.push(format!("backend   {backend}"));
     lines.extend(fitted);

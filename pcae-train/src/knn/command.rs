@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::{Accuracy, Features, Scaling, grid};
 use crate::backends::{self, Job, count};
-use crate::data::Splits;
+use crate::data::{Splits, no_pictures_of};
 use crate::encoder::Encoder;
 use crate::error::Error;
 use crate::features::{Extractor, Frozen, Pool, Tap, extract_all, layer, open_labelled};
@@ -163,6 +163,12 @@ impl Job for Evaluation<'_> {
             )
         };
         let (train, held_out) = (extract(&splits.train)?, extract(&splits.held_out)?);
+        let missing = splits
+            .held_out
+            .classes_without(held_out.labels.iter().copied());
+        if let Some(missing) = no_pictures_of(&missing) {
+            eprintln!("held out  {missing}");
+        }
         let mut rows = Vec::new();
         let (mut bank, mut queries) = (
             Features {

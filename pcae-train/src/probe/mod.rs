@@ -18,7 +18,7 @@ use pcae_kernel::rng::{Purpose, Stream};
 use serde::Serialize;
 
 use crate::backends::{self, Job, count};
-use crate::data::Splits;
+use crate::data::{Splits, no_pictures_of};
 use crate::encoder::Encoder;
 use crate::error::Error;
 use crate::features::{
@@ -290,6 +290,12 @@ impl Job for Probing<'_> {
         };
         let train = extract(&mut extractor, backend, &splits.train)?;
         let held_out = extract(&mut extractor, backend, &splits.held_out)?;
+        let missing = splits
+            .held_out
+            .classes_without(held_out.labels.iter().copied());
+        if let Some(missing) = no_pictures_of(&missing) {
+            eprintln!("held out  {missing}");
+        }
         let began = Instant::now();
         let classes = splits.train.num_classes();
         let (train_labels, held_out_labels) = (train.labels.clone(), held_out.labels.clone());
