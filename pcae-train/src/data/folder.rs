@@ -479,6 +479,7 @@ mod tests {
         let Splits { train, held_out } = crate::data::open(Some(dir.path()), None).unwrap();
         assert_eq!((train.len(), held_out.len()), (18, 2));
         assert_eq!(train.num_classes(), 2);
+        assert_eq!(train.empty_classes(), ["empty"]);
         assert_eq!(train.class_name(1), Some("dog"));
         assert_eq!(held_out.label(0).unwrap() + held_out.label(1).unwrap(), 1);
         for i in 0..train.len() {
@@ -508,6 +509,8 @@ mod tests {
         assert_eq!((train.label(0), train.label(1)), (Some(1), Some(2)));
         assert_eq!((held_out.label(0), held_out.label(1)), (Some(0), Some(1)));
         assert_eq!((train.num_classes(), held_out.num_classes()), (3, 3));
+        assert_eq!(held_out.classes_without([0, 1]), ["c"]);
+        assert_eq!(train.classes_without([0, 1, 2, 1]), [""; 0]);
 
         fs::remove_dir_all(dir.path().join("val")).unwrap();
         let Splits { train, held_out } = crate::data::open(Some(dir.path()), None).unwrap();

@@ -132,6 +132,7 @@ pub(super) fn open_embedded(channels: Option<usize>) -> Result<Splits, DataError
     )?;
     let channels = channels.unwrap_or(array.channels);
     let classes = Classes {
+        empty: Arc::from([]),
         count: EMBEDDED_CLASSES.len(),
         names: EMBEDDED_CLASSES.map(String::from).into(),
     };
@@ -184,6 +185,7 @@ pub(super) fn open(path: &Path, channels: Option<usize>) -> Result<Option<Splits
         }
     };
     let classes = Classes {
+        empty: Arc::from([]),
         count,
         names: Arc::default(),
     };

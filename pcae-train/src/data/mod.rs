@@ -496,6 +496,18 @@ mod tests {
     }
 
     #[test]
+    fn classes_without_pictures_are_named_up_to_a_length() {
+        let names: Vec<String> = (0..10).map(|i| format!("c{i}")).collect();
+        assert_eq!(no_pictures_of(&[]), None);
+        assert_eq!(
+            no_pictures_of(&names[..2]).unwrap(),
+            "no pictures of: c0, c1"
+        );
+        let many = no_pictures_of(&names).unwrap();
+        assert!(many.ends_with("c6, c7 and 2 more"), "{many}");
+    }
+
+    #[test]
     fn luma_keeps_grey() {
         for v in 0..=255 {
             assert_eq!(luma([v; 3]), v);
