@@ -1,7 +1,7 @@
 //! Which CUDA the driver, NVRTC and cuBLASLt are of, and whether they go together.
 //!
-//! A driver runs what any compiler of its own or an earlier major version has made of PTX, and cubins of the next one too; cuBLASLt needs
-//! a driver of its own major version at least (NVIDIA, CUDA Compatibility).
+//! A driver runs cubins of compilers of its own or an earlier major version, whatever their minor one, and compiles PTX of those that are
+//! no newer than it; cuBLASLt needs a driver of its own major version at least (NVIDIA, CUDA Compatibility).
 
 use core::fmt;
 
@@ -112,17 +112,19 @@ impl Found {
                 return fail(what, version, format!("at least {OLDEST}"), advice);
             }
         }
-        if cublas.major > driver.major {
-            let advice = format!(
-                "update the driver, or let LD_LIBRARY_PATH lead to the libraries of CUDA {0} alone (of a toolkit, or of the wheels \
-                 nvidia-cublas-cu{0} and nvidia-cuda-nvrtc-cu{0})",
-                driver.major
-            );
-            let needed = format!(
-                "at most {}, as the driver is for CUDA {driver}",
-                driver.major
-            );
-            return fail("cuBLASLt", cublas, needed, advice);
+        for (what, version) in [("cuBLASLt", cublas), ("NVRTC", nvrtc)] {
+            if version.major > driver.major {
+                let advice = format!(
+                    "update the driver, or let LD_LIBRARY_PATH lead to the libraries of CUDA {0} alone (of a toolkit, or of the wheels \
+                     nvidia-cublas-cu{0} and nvidia-cuda-nvrtc-cu{0})",
+                    driver.major
+                );
+                let needed = format!(
+                    "at most {}, as the driver is for CUDA {driver}",
+                    driver.major
+                );
+                return fail(what, version, needed, advice);
+            }
         }
         if needs_ptx && nvrtc > driver {
             let advice = "the device is newer than this NVRTC, so that the driver compiles for it: update the driver, or put an NVRTC that \
@@ -179,8 +181,6 @@ mod tests {
             (v13, v13, v13, true),
             (v13, v12, v12_4, true),
             (v13, v13_1, v13_1, false),
-            // A cubin of the next major version is fine.
-            (v12_4, v13, v12, false),
             (v12, v12_4, v12_4, false),
         ] {
             assert_eq!(found(driver, nvrtc, cublas, needs_ptx), Ok(()));
@@ -196,7 +196,10 @@ mod tests {
             (v13, v11, v13, false, ["NVRTC", "11.8", "at least 12.0"]),
             (v13, v13, v11, false, ["cuBLASLt", "11.8", "at least 12.0"]),
             (v12_4, v12, v13, false, ["cuBLASLt", "13.0", "CUDA 12.4"]),
-            (v12_4, v13, v12, true, ["NVRTC", "13.0", "at most 12.4"]),
+            // Whether it knows the device or not.
+            (v12_4, v13, v12, false, ["NVRTC", "13.0", "CUDA 12.4"]),
+            (v12_4, v13, v12, true, ["NVRTC", "13.0", "CUDA 12.4"]),
+            (v12, v12_4, v12, true, ["NVRTC", "12.4", "at most 12.0"]),
             (v13, v13_1, v13, true, ["NVRTC", "13.1", "at most 13.0"]),
         ] {
             let said = found(driver, nvrtc, cublas, needs_ptx).unwrap_err();

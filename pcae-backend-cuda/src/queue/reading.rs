@@ -115,6 +115,7 @@ impl Queue {
     /// Starts to copy f32 from the device behind what is queued, which is run.
     pub(crate) fn start_read(&mut self, from: DevicePtr, len: usize) -> Result<(), Error> {
         self.flush()?;
+        self.context.bind()?;
         // A copy that nobody has asked for yet may be under way.
         if self.reading.started.take().is_some() {
             self.reading.here.wait()?;
@@ -122,7 +123,6 @@ impl Queue {
         if len == 0 || len > ROOM / size_of::<f32>() {
             return Ok(());
         }
-        self.context.bind()?;
         let Reading { pinned, here, .. } = &mut self.reading;
         // SAFETY: the copies before were waited for; these are only looked at behind the event.
         let seen = unsafe { pinned.part::<u32>(0, FAULT / size_of::<u32>()) };
