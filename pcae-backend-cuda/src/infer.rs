@@ -74,7 +74,7 @@ impl Cuda {
         self.queue.matmul(Matmul {
             m: dims.rows,
             n: dims.out_features,
-            k: dims.in_features,
+            k: row,
             a,
             a_transposed: false,
             a_row: row,
