@@ -74,7 +74,6 @@ impl Cuda {
         self.queue.matmul(Matmul {
             m: dims.rows,
             n: dims.out_features,
-            // Copies end in zeros on both sides.
             k: row,
             a,
             a_transposed: false,

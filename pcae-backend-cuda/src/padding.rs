@@ -2,8 +2,8 @@
 //!
 //! Patches of 14 x 14 pixels in three colours are 588 elements long, in bf16 no multiple of 16 bytes, and what fetches tiles for tensor
 //! cores takes no such rows: cuBLASLt falls back to much slower kernels, or to none. So large operands are copied into rows that
-//! are, and end in zeros; a forward product goes over these too, so that its inner dimension is such a multiple. What it gains has not been
-//! measured on a device.
+//! are, with zeros between them. A forward product has these as terms too, so that its inner size is a multiple as well, and they
+//! add nothing. The weight's gradient is as wide as the weight itself: whether that costs it the fast kernels was not measured.
 
 use pcae_kernel::backend::LinearDims;
 use pcae_kernel::error::product;

@@ -1,7 +1,7 @@
 //! Which CUDA the driver, NVRTC and cuBLASLt are of, and whether they go together.
 //!
-//! A driver runs what compilers and libraries of its own major version and of earlier ones have made, and PTX of no compiler newer than
-//! itself; what is of a later major version is not promised to run (NVIDIA, CUDA Compatibility).
+//! A driver runs cubins of compilers of its own or an earlier major version, whatever their minor one, and compiles PTX of those that are
+//! no newer than it; cuBLASLt needs a driver of its own major version at least (NVIDIA, CUDA Compatibility).
 
 use core::fmt;
 
@@ -112,7 +112,7 @@ impl Found {
                 return fail(what, version, format!("at least {OLDEST}"), advice);
             }
         }
-        for (what, version) in [("NVRTC", nvrtc), ("cuBLASLt", cublas)] {
+        for (what, version) in [("cuBLASLt", cublas), ("NVRTC", nvrtc)] {
             if version.major > driver.major {
                 let advice = format!(
                     "update the driver, or let LD_LIBRARY_PATH lead to the libraries of CUDA {0} alone (of a toolkit, or of the wheels \
@@ -196,7 +196,9 @@ mod tests {
             (v13, v11, v13, false, ["NVRTC", "11.8", "at least 12.0"]),
             (v13, v13, v11, false, ["cuBLASLt", "11.8", "at least 12.0"]),
             (v12_4, v12, v13, false, ["cuBLASLt", "13.0", "CUDA 12.4"]),
+            // Whether it knows the device or not.
             (v12_4, v13, v12, false, ["NVRTC", "13.0", "CUDA 12.4"]),
+            (v12_4, v13, v12, true, ["NVRTC", "13.0", "CUDA 12.4"]),
             (v12, v12_4, v12, true, ["NVRTC", "12.4", "at most 12.0"]),
             (v13, v13_1, v13, true, ["NVRTC", "13.1", "at most 13.0"]),
         ] {

@@ -44,12 +44,23 @@ fn what_does_not_go_together_is_refused_with_what_was_found() {
     let Some(folder) = emulated::libraries() else {
         return;
     };
-    let cases: [(&str, &str, &[&str]); 5] = [
-        ("13000", "130000", &["works; Ok(Some("]),
-        // The compiler is of 13.0, and its cubins run.
-        ("12080", "120800", &["works; Ok(Some("]),
+    let cases: [(&str, &str, &str, &[&str]); 6] = [
+        ("13000", "13", "130000", &["works; Ok(Some("]),
+        ("12080", "12", "120800", &["works; Ok(Some("]),
+        (
+            "12080",
+            "13",
+            "120800",
+            &[
+                "refused",
+                "NVRTC: expected at most 12",
+                "CUDA 12.8",
+                "LD_LIBRARY_PATH",
+            ],
+        ),
         (
             "12040",
+            "12",
             "120400",
             &[
                 "works; Err",
@@ -59,6 +70,7 @@ fn what_does_not_go_together_is_refused_with_what_was_found() {
         ),
         (
             "12040",
+            "12",
             "130000",
             &[
                 "refused",
@@ -69,6 +81,7 @@ fn what_does_not_go_together_is_refused_with_what_was_found() {
         ),
         (
             "11080",
+            "12",
             "120400",
             &[
                 "refused",
@@ -77,12 +90,13 @@ fn what_does_not_go_together_is_refused_with_what_was_found() {
             ],
         ),
     ];
-    for (driver, cublas, words) in cases {
+    for (driver, nvrtc, cublas, words) in cases {
         let output = Command::new(std::env::current_exe().expect("this test"))
             .args(["what_is_said", "--ignored", "--nocapture"])
             .env("LD_LIBRARY_PATH", &folder)
             .env("PCAE_CACHE", folder.join("images"))
             .env("PCAE_EMULATED_DRIVER", driver)
+            .env("PCAE_EMULATED_NVRTC", nvrtc)
             .env("PCAE_EMULATED_CUBLASLT", cublas)
             .output()
             .expect("this test can be started");
@@ -91,7 +105,7 @@ fn what_does_not_go_together_is_refused_with_what_was_found() {
         for word in words {
             assert!(
                 said.contains(word),
-                "driver {driver}, cuBLASLt {cublas}: no {word:?} in {said}"
+                "driver {driver}, NVRTC {nvrtc}, cuBLASLt {cublas}: no {word:?} in {said}"
             );
         }
     }
