@@ -233,6 +233,7 @@ fn unreadable_pictures_are_no_others() {
         }
     }
     fs::write(format!("{data}/val/a/1.png"), "no picture").unwrap();
+    fs::write(format!("{data}/train/b/2.png"), "no picture").unwrap();
     // Fewer pictures than the usual batch.
     let args = [
         "finetune",
@@ -246,6 +247,7 @@ fn unreadable_pictures_are_no_others() {
     let sizes = ["--set", "img_size=[28,28]", "--epochs", "1"];
     let summary = PCAE.json(&[&args[..], &sizes, &TINY[..6]].concat());
     assert_eq!(summary["unreadable"], 1);
+    assert_eq!(summary["unreadable_train"], 1);
     let config = fs::read_to_string(format!("{out}/config.toml")).unwrap();
     assert!(config.contains("batch_size = 24"), "{config}");
     let confusion = place.path("confusion.csv");
@@ -274,11 +276,9 @@ fn unreadable_pictures_are_no_others() {
         "{}",
         stdout(&output)
     );
-    assert!(
-        stderr(&output).contains("(left out)"),
-        "{}",
-        stderr(&output)
-    );
+    // Once, though some pictures are classified twice.
+    let warnings = stderr(&output).matches("(left out)").count();
+    assert_eq!(warnings, 1, "{}", stderr(&output));
     let sheet = place.path("sheet.png");
     let output = PCAE.succeeds(&["visualize", &out, "--count", "8", "--out", &sheet]);
     assert!(
@@ -286,6 +286,57 @@ fn unreadable_pictures_are_no_others() {
         "{}",
         stdout(&output)
     );
+    for line in ["budget    ", "data      7 pictures of held out of "] {
+        assert!(stderr(&output).contains(line), "{}", stderr(&output));
+    }
+    // A class that is not there any more has no figure.
+    fs::remove_dir_all(format!("{data}/val/b")).unwrap();
+    let output = PCAE.succeeds(&["evaluate", &out]);
+    assert!(
+        stdout(&output).contains("no pictures of: b\n"),
+        "{}",
+        stdout(&output)
+    );
+}
+
+/// A probe of very few pictures has figures, and says what it could not choose; classes and budget are named.
+#[test]
+fn few_pictures_are_probed() {
+    let place = Place::new(64, 20);
+    let (pre, data) = (pretrained(&place), place.path("few"));
+    for class in ["a", "b"] {
+        photos(&format!("{data}/train/{class}"), 1);
+    }
+    photos(&format!("{data}/val/a"), 1);
+    let given = [&pre, "--data", &data, "--drop-ratio", "0.5"];
+    let probe = |solver: &str| {
+        let output = PCAE.succeeds(&[&["probe"], &given[..], &["--solver", solver]].concat());
+        for line in ["budget    49 -> 25 ->", "no pictures of: b\n"] {
+            assert!(stderr(&output).contains(line), "{}", stderr(&output));
+        }
+        let text = stdout(&output);
+        assert!(!text.contains("NaN"), "{text}");
+        text
+    };
+    let none = [("logistic", "l2 1e-4"), ("lars", "learning rate 0.0078125")];
+    for (solver, value) in none {
+        let text = probe(solver);
+        let said = format!("too few pictures to choose by: {value}, the middle one");
+        assert!(text.contains(&said), "{text}");
+    }
+    // One of two is held back.
+    for class in ["a", "b"] {
+        photos(&format!("{data}/train/{class}"), 2);
+    }
+    for (solver, _) in none {
+        let text = probe(solver);
+        assert!(text.contains("of the held-back training"), "{text}");
+        assert!(!text.contains("too few"), "{text}");
+    }
+    let output = PCAE.succeeds(&[&["knn"], &given[..]].concat());
+    for line in ["budget    49 -> 25 ->", "no pictures of: b\n"] {
+        assert!(stderr(&output).contains(line), "{}", stderr(&output));
+    }
 }
 
 /// A run that fails at its first pictures leaves nothing in the way of the next.
