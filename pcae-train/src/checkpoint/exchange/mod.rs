@@ -70,7 +70,7 @@ pub struct Encoder {
     pub path: PathBuf,
     /// The file and which of its weights, in words.
     pub title: String,
-    /// Metadata of a file of this program that [`write`] keeps: what was trained for how long, on what, and for which budget.
+    /// Metadata of a file of this program that [`write()`] keeps: what was trained for how long, on what, and for which budget.
     pub kept: BTreeMap<String, String>,
     /// Its configuration.
     pub vit: VitConfig,
