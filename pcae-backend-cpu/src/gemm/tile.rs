@@ -140,6 +140,7 @@ impl Fetch {
     }
 
     /// The next lines as far as they lie one behind the other, at most `lines` of them, and their number.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn run(&mut self, lines: usize) -> (*const f32, usize) {
         let at = self.row.wrapping_add(self.line * LINE);
