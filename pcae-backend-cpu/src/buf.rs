@@ -14,14 +14,9 @@ pub struct Buf {
 }
 
 impl Buf {
-    /// Elements that are allocated for `len` of them.
-    pub(crate) const fn allocated(len: usize) -> usize {
-        len.saturating_add(LINE)
-    }
-
     /// `len` zeros.
     pub(crate) fn zeros(len: usize) -> Result<Self, Error> {
-        let mut all: Vec<f32> = zeroed(Self::allocated(len))?;
+        let mut all: Vec<f32> = zeroed(len.saturating_add(LINE))?;
         let start = line_start(&all);
         all.truncate(start + len);
         Ok(Self { all, start })

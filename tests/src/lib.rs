@@ -81,6 +81,19 @@ impl Program {
     }
 }
 
+/// `pcae finetune` of random weights.
+pub fn from_scratch<'a>(data: &'a str, out: &'a str) -> [&'a str; 7] {
+    [
+        "finetune",
+        "--weights",
+        "none",
+        "--data",
+        data,
+        "--out",
+        out,
+    ]
+}
+
 /// A folder of its own, with real pictures in `data`; gone when it is dropped.
 pub struct Place {
     folder: tempfile::TempDir,

@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use pcae_kernel::rng::{Purpose, Stream};
-use pcae_tests::{Place, pcae, png, stderr, stdout};
+use pcae_tests::{Place, from_scratch, pcae, png, stderr, stdout};
 use pcae_train::checkpoint::file::Reader;
 use serde_json::Value;
 
@@ -51,15 +51,7 @@ const ALL: &[&str] = &[
 /// `pcae finetune` from random weights to `out`, with `more` after.
 fn args(place: &Place, out: &str, more: &[&str]) -> Vec<String> {
     let (data, out) = (place.path("data"), place.path(out));
-    let mut args = vec![
-        "finetune",
-        "--weights",
-        "none",
-        "--data",
-        &data,
-        "--out",
-        &out,
-    ];
+    let mut args = from_scratch(&data, &out).to_vec();
     args.extend_from_slice(TINY);
     args.extend_from_slice(more);
     args.into_iter().map(str::to_owned).collect()
@@ -608,15 +600,7 @@ fn classes_are_known_by_name() {
     let place = Place::new(200, 60);
     let (data, out) = (place.path("folders"), place.path("named"));
     class_folders(&data, &[("a", 40), ("bb", 40), ("cccc", 40)]);
-    let mut args = vec![
-        "finetune",
-        "--weights",
-        "none",
-        "--data",
-        &data,
-        "--out",
-        &out,
-    ];
+    let mut args = from_scratch(&data, &out).to_vec();
     args.extend_from_slice(TINY);
     args.extend(["--set", "img_size=[28,28]", "--steps", "8", "--lr", "3e-3"]);
     succeeds(&args);

@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::Path;
 
-use pcae_tests::{Place, Program, TINY, png, stderr, stdout};
+use pcae_tests::{Place, Program, TINY, from_scratch, png, stderr, stdout};
 use pcae_train::checkpoint::file::Reader;
 
 const PCAE: Program = Program(env!("CARGO_BIN_EXE_pcae-under-test"));
@@ -235,15 +235,7 @@ fn unreadable_pictures_are_no_others() {
     fs::write(format!("{data}/val/a/1.png"), "no picture").unwrap();
     fs::write(format!("{data}/train/b/2.png"), "no picture").unwrap();
     // Fewer pictures than the usual batch.
-    let args = [
-        "finetune",
-        "--weights",
-        "none",
-        "--data",
-        &data,
-        "--out",
-        &out,
-    ];
+    let args = from_scratch(&data, &out);
     let sizes = ["--set", "img_size=[28,28]", "--epochs", "1"];
     let summary = PCAE.json(&[&args[..], &sizes, &TINY[..6]].concat());
     assert_eq!(summary["unreadable"], 1);
@@ -351,15 +343,7 @@ fn a_run_without_a_step_leaves_nothing() {
             fs::write(format!("{folder}/{i}.png"), "no picture").unwrap();
         }
     }
-    let args = [
-        "finetune",
-        "--weights",
-        "none",
-        "--data",
-        &data,
-        "--out",
-        &out,
-    ];
+    let args = from_scratch(&data, &out);
     let known = ["--set", "mean=[0,0,0]", "--set", "std=[1,1,1]"];
     PCAE.fails(1, &[&args[..], &known].concat(), &["in a row"]);
     assert!(!Path::new(&out).exists());
