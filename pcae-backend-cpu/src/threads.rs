@@ -1,7 +1,8 @@
 //! Work split over threads.
 //!
 //! Work comes in units, such as the rows of a matrix, each with its own pieces of the outputs. What a unit computes does
-//! not depend on the others, so the number of threads decides who runs it, not what comes out.
+//! not depend on the others, so the number of threads decides who runs it, not what comes out. Every thread begins with a part
+//! of its own, front to back.
 //!
 //! An operation takes some 10 µs to 10 ms and a model runs hundreds in a row. So the threads here wait for the next one
 //! awake for a while before they sleep, the caller works too, and handing over allocates nothing: a general pool
@@ -195,26 +196,25 @@ impl Threads {
     ) {
         #[cfg(feature = "threads")]
         {
-            use core::sync::atomic::{AtomicUsize, Ordering};
-
             let worth = (GRAIN / cost.max(1)).max(1);
             if units > worth
                 && let Some(team) = &self.team
             {
-                // A thread takes the next units when it is done with its last. Eight rounds even out what disturbs one
-                // of them, and cost less than what they even out.
-                let grain = worth.max(units / (8 * self.count));
-                let next = AtomicUsize::new(0);
-                let ran = team.run(&|thread| {
-                    loop {
-                        let first = next.fetch_add(grain, Ordering::Relaxed);
-                        if first >= units {
-                            return;
-                        }
-                        for i in first..(first + grain).min(units) {
-                            // SAFETY: `next` gives every unit to one thread once, and the team runs one thread of each
-                            // number.
-                            unsafe { work(i, parts.piece(i), scratch.piece(thread)) };
+                // Each thread has its own part of the units, the same in every operation on as many rows: what it wrote is
+                // read by the same core. Who is done takes from the parts of the others. Eight rounds even out what
+                // disturbs one of them, and cost less than what they even out.
+                let count = self.count;
+                let grain = worth.max(units / (8 * count));
+                let ran = team.run(&|thread, taken| {
+                    for owner in (thread..count).chain(0..thread) {
+                        let part = units * owner / count..units * (owner + 1) / count;
+                        while let Some(first) = taken[owner].take(grain, part.len()) {
+                            let first = part.start + first;
+                            for i in first..(first + grain).min(part.end) {
+                                // SAFETY: `taken` gives every unit to one thread once, and the team runs one thread of
+                                // each number.
+                                unsafe { work(i, parts.piece(i), scratch.piece(thread)) };
+                            }
                         }
                     }
                 });
@@ -246,8 +246,23 @@ mod team {
     /// a model.
     const LOOKS: usize = 2000;
 
-    /// What all threads do once; the argument is the number of the thread.
-    type Job<'a> = dyn Fn(usize) + Sync + 'a;
+    /// What all threads do once, from the number of the thread and how much of each one's part is taken.
+    type Job<'a> = dyn Fn(usize, &[Taken]) + Sync + 'a;
+
+    /// How many units of a thread's part are taken. On cache lines of its own: others look at it seldom.
+    #[derive(Debug, Default)]
+    #[repr(align(128))]
+    pub(super) struct Taken(AtomicUsize);
+
+    impl Taken {
+        /// The first of the next `count` units, if fewer than `len` are taken.
+        pub(super) fn take(&self, count: usize, len: usize) -> Option<usize> {
+            // Looked at first, so that nobody writes to what everybody is done with.
+            let left = self.0.load(Ordering::Relaxed) < len;
+            let first = left.then(|| self.0.fetch_add(count, Ordering::Relaxed));
+            first.filter(|&first| first < len)
+        }
+    }
 
     /// Helping threads, numbered from 1; the caller is number 0.
     #[derive(Debug)]
@@ -265,6 +280,8 @@ mod team {
         round: AtomicUsize,
         /// Helpers that are not done with this round.
         running: AtomicUsize,
+        /// Of each thread's part; nothing when a round begins.
+        taken: Vec<Taken>,
         /// Whether each helper sleeps, or is about to.
         asleep: Vec<AtomicBool>,
         stop: AtomicBool,
@@ -289,6 +306,7 @@ mod team {
                 job: UnsafeCell::new(None),
                 round: AtomicUsize::new(0),
                 running: AtomicUsize::new(0),
+                taken: (0..=helpers).map(|_| Taken::default()).collect(),
                 asleep: (0..helpers).map(|_| AtomicBool::new(false)).collect(),
                 stop: AtomicBool::new(false),
                 panic: Mutex::new(None),
@@ -336,6 +354,9 @@ mod team {
             // SAFETY: no helper runs, as the last round has been waited for, and `busy` keeps other callers away.
             unsafe { *shared.job.get() = Some(job_static) };
             shared.running.store(self.threads.len(), Ordering::Relaxed);
+            for Taken(taken) in &shared.taken {
+                taken.store(0, Ordering::Relaxed);
+            }
             // Sequentially consistent, as is what `help` does before it sleeps: either it sees the new round, or the
             // flag is seen here.
             shared.round.fetch_add(1, Ordering::SeqCst);
@@ -346,7 +367,7 @@ mod team {
             }
             {
                 let _wait = Wait(shared);
-                job(0);
+                job(0, &shared.taken);
             }
             let mut panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(panic) = panic.take() {
@@ -387,7 +408,7 @@ mod team {
                 if let Some(job) = unsafe { *self.job.get() } {
                     // SAFETY: the caller keeps the job alive for the round.
                     let job = unsafe { &*job };
-                    let result = catch_unwind(AssertUnwindSafe(|| job(helper + 1)));
+                    let result = catch_unwind(AssertUnwindSafe(|| job(helper + 1, &self.taken)));
                     if let Err(panic) = result {
                         let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
                         first.get_or_insert(panic);

@@ -194,15 +194,7 @@ impl Product<'_> {
                 per_thread,
                 |unit, (), scratch| {
                     let (panels, sums) = scratch.split_at_mut(panels_len);
-                    self.unit(
-                        threads.count(),
-                        &plan,
-                        unit,
-                        first,
-                        packed_left,
-                        panels,
-                        sums,
-                    );
+                    self.unit(&plan, unit, first, packed_left, panels, sums);
                 },
             );
         }
@@ -256,7 +248,6 @@ impl Product<'_> {
     /// A unit of work of the block from row `first`.
     fn unit(
         &self,
-        threads: usize,
         plan: &Plan,
         unit: usize,
         first: usize,
@@ -266,12 +257,12 @@ impl Product<'_> {
     ) {
         let Dims { n, .. } = self.dims;
         let shape = &self.shape;
-        let (group, row_chunk) = (unit / plan.row_chunks, unit % plan.row_chunks);
+        let (row_chunk, group) = (unit / plan.groups, unit % plan.groups);
         let group = group * plan.group..plan.panels.min((group + 1) * plan.group);
         // The first panel of what this thread will probably take next.
-        let next = match plan.row_chunks {
-            1 => group.start + threads * plan.group,
-            _ => group.start,
+        let next = match group.end == plan.panels {
+            true => 0,
+            false => group.end,
         };
         let all = part(&(0..plan.strips.count), row_chunk, plan.row_chunks);
         let passes = plan.passes();
