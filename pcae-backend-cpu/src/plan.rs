@@ -7,7 +7,7 @@ use pcae_kernel::sizing::{Memory, Sizing};
 
 use crate::attention::Attention;
 use crate::cpu::LINE;
-use crate::gemm::{Dims, Precision, packed_len_bf16, scratch_len};
+use crate::gemm::{Dims, Left, Precision, packed_len_bf16, scratch_len};
 use crate::isa::Isa;
 use crate::threads::Threads;
 use crate::train::{COLUMNS, INNER, PIECE};
@@ -48,8 +48,9 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
     let (student, teacher) = precisions;
     let mut floats = 0;
     let (mut doubles, mut indices) = (0, 0);
-    let matmul =
-        |precision, m, n, inner| scratch_len(isa, precision, threads, Dims { m, n, inner });
+    let matmul = |precision, m, n, inner, left| {
+        scratch_len(isa, precision, threads, Dims { m, n, inner }, left)
+    };
     for op in ops {
         match *op {
             Op::Linear(LinearDims {
@@ -59,14 +60,28 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
             }) => {
                 // Whose parameters they are is not known: what differs is small.
                 for precision in [student, teacher] {
-                    floats = floats.max(matmul(precision, rows, out_features, in_features));
+                    floats = floats.max(matmul(
+                        precision,
+                        rows,
+                        out_features,
+                        in_features,
+                        Left::Rows(&[]),
+                    ));
                 }
             }
             Op::LinearInput(LinearDims {
                 rows,
                 in_features,
                 out_features,
-            }) => floats = floats.max(matmul(student, rows, in_features, out_features)),
+            }) => {
+                floats = floats.max(matmul(
+                    student,
+                    rows,
+                    in_features,
+                    out_features,
+                    Left::Rows(&[]),
+                ))
+            }
             Op::LinearParams(LinearDims {
                 rows,
                 in_features,
@@ -74,7 +89,13 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
             }) => {
                 // Rows are summed in chunks of `INNER`, of which the last is shorter.
                 for inner in [rows.min(INNER), rows % INNER] {
-                    floats = floats.max(matmul(student, out_features, in_features, inner));
+                    floats = floats.max(matmul(
+                        student,
+                        out_features,
+                        in_features,
+                        inner,
+                        Left::Columns(&[]),
+                    ));
                 }
             }
             Op::Attention(dims) => {

@@ -187,6 +187,13 @@ impl TrainBackend for Cpu {
         let (total, width) = (grads.len(), dims.out_features);
         let weight = check_span(OP, "weight", total, layer.weight, dims.weight_len())?;
         let bias = check_span(OP, "bias", total, layer.bias, width)?;
+        let Ok([d_weight, d_bias]) = grads.get_disjoint_mut([weight, bias]) else {
+            return Err(Error::Kernel(KernelError::Dimensions {
+                op: OP,
+                expected: "a weight and a bias that do not overlap",
+                found: layer.bias.start,
+            }));
+        };
         let d_y = front(OP, "d_y", d_y, dims.out_len())?;
         let x = front(OP, "x", x, dims.in_len())?;
         // The rows are the inner dimension: cut so that a panel of it stays in cache. The cuts depend on nothing else.
@@ -199,7 +206,7 @@ impl TrainBackend for Cpu {
                 inner,
             };
             let (d_y, x) = (&d_y[first * to..], &x[first * from..]);
-            let finish = Finish::new(&mut grads[weight.clone()], from, &[], Mode::Add);
+            let finish = Finish::new(d_weight, from, &[], Mode::Add).with_row_sums(d_bias);
             self.product(
                 self.precision,
                 product,
@@ -208,18 +215,6 @@ impl TrainBackend for Cpu {
                 &finish,
             )?;
         }
-        if d_y.is_empty() {
-            return Ok(());
-        }
-        let d_bias = Pieces::new(&mut grads[bias], COLUMNS);
-        self.threads.for_each(
-            width.div_ceil(COLUMNS),
-            COLUMNS * dims.rows,
-            d_bias,
-            |i, d_bias| {
-                rows::sum_rows(self.isa, d_bias, &d_y[i * COLUMNS..], dims.rows, width);
-            },
-        );
         Ok(())
     }
 

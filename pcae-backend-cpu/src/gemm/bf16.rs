@@ -10,6 +10,7 @@ use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
 use super::Left;
+use super::pack::RowSums;
 use super::tile::Strips;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Amx, Avx512Bf16};
@@ -258,6 +259,8 @@ fn pair_lines<S: Simd>(s: S, to: &mut [f32], lower: &[f32], upper: &[f32]) {
 pub(super) struct PackLeft<'a> {
     /// The place of these tiles.
     pub(super) to: &'a mut [f32],
+    /// As in [`super::pack::PackLeft`].
+    pub(super) sums: Option<&'a mut [f32]>,
     pub(super) words: usize,
     pub(super) squares: bool,
     pub(super) left: Left<'a>,
@@ -277,6 +280,7 @@ impl Kernel for PackLeft<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self {
             to,
+            mut sums,
             words,
             squares,
             left,
@@ -293,6 +297,10 @@ impl Kernel for PackLeft<'_> {
             for row in (top..end).step_by(SQUARE) {
                 let height = SQUARE.min(end - row);
                 let to = &mut to[(row - start) * words..];
+                if let (Left::Columns(data), Some(sums)) = (left, &mut sums) {
+                    let sums = &mut sums[row - start..][..height];
+                    sum_columns(s, sums, &data[first + row..], stride, inner);
+                }
                 for word in (0..words).step_by(SQUARE) {
                     if squares {
                         let to = &mut to[word * SQUARE..];
@@ -342,6 +350,16 @@ impl Kernel for PackLeft<'_> {
             }
         }
     }
+}
+
+/// Adds the sums of the first columns of `data`, `[inner, stride]`, to `sums`.
+#[inline(always)]
+fn sum_columns<S: Simd>(s: S, to: &mut [f32], data: &[f32], stride: usize, inner: usize) {
+    let mut sums = RowSums::default();
+    for i in 0..inner {
+        sums.add(s, i, &data[i * stride..][..to.len()]);
+    }
+    sums.finish(s, to);
 }
 
 /// `out[i] = word + i of each of height columns` of `data`, `[inner, stride]`; zeros beyond the last column and row.

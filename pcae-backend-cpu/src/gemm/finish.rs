@@ -15,6 +15,8 @@ pub(crate) struct Finish<'a> {
     /// `[n]`, or empty for zeros.
     bias: &'a [f32],
     mode: Mode<'a>,
+    /// `[m]`, to which the sum of each row of the left operand is added: one that comes transposed, in f32.
+    pub(super) row_sums: Option<Shared<'a>>,
     /// Whether results are written past the caches, which would not hold them until they are read.
     pub(super) streamed: bool,
 }
@@ -59,7 +61,16 @@ impl<'a> Finish<'a> {
             n,
             bias,
             mode,
+            row_sums: None,
             streamed,
+        }
+    }
+
+    /// Adds the sums of the left operand's rows to `sums: [m]`, as it is packed: a bias gradient.
+    pub(crate) fn with_row_sums(self, sums: &'a mut [f32]) -> Self {
+        Self {
+            row_sums: Some(Shared::new(sums)),
+            ..self
         }
     }
 
@@ -73,7 +84,8 @@ impl<'a> Finish<'a> {
         assert!(
             self.n == n
                 && self.out.len().min(len) >= m * n
-                && (self.bias.is_empty() || self.bias.len() >= n),
+                && (self.bias.is_empty() || self.bias.len() >= n)
+                && self.row_sums.is_none_or(|sums| sums.len() >= m),
             "what a product writes to is as long as it says"
         );
     }

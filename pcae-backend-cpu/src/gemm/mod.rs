@@ -41,7 +41,7 @@ use bf16::{PackRight, TilePairs, Turned, Unit};
 use finish::{FetchTile, FinishTile, Flush};
 use pack::{PackColumns, PackLeft, PackRows};
 use plan::{Cuts, Plan, Room, part};
-use tile::{Fetch, FetchLines, Shape, Tile};
+use tile::{Fetch, FetchLines, Shape, Strip, Tile};
 
 /// The number format of a product's operands; sums are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,13 +96,31 @@ pub(crate) enum Right<'a> {
 /// Rows of the left operand that are packed at a time: runs of some cache lines where it comes transposed.
 const PACKED_ROWS: usize = 64;
 const PACKED_OTHERWISE: &str = "an operand is packed for the precision it is used with";
-/// Elements of scratch that [`gemm`] takes.
-pub(crate) fn scratch_len(isa: Isa, precision: Precision, threads: usize, dims: Dims) -> usize {
+
+/// Elements of a row of the left operand that is read where it lies: rows of a tile then stay in the level-1 cache while they are
+/// multiplied with all panels, and packing them would only be a trip through the cache more.
+const IN_PLACE: usize = 512;
+
+/// Whether the left operand is packed.
+fn packs(precision: Precision, dims: Dims, left: Left<'_>) -> bool {
+    precision != Precision::F32 || matches!(left, Left::Columns(_)) || dims.inner > IN_PLACE
+}
+
+/// Elements of scratch that [`gemm`] takes, whatever is in `left`.
+pub(crate) fn scratch_len(
+    isa: Isa,
+    precision: Precision,
+    threads: usize,
+    dims: Dims,
+    left: Left<'_>,
+) -> usize {
     if dims.m == 0 || dims.n == 0 {
         return 0;
     }
     let shape = Shape::of(isa, precision, dims.inner);
-    let room = Room::new(&Cuts::of_this_machine(precision), dims, &shape, threads);
+    let packed = packs(precision, dims, left);
+    let cuts = Cuts::of_this_machine(precision);
+    let room = Room::new(&cuts, dims, &shape, threads, packed);
     room.left + threads * room.per_thread
 }
 
@@ -175,18 +193,22 @@ impl Product<'_> {
                 threads.count(),
             )
         };
+        let packed = packs(self.precision, self.dims, self.left);
         let Room {
             block,
             left: left_len,
             panels: panels_len,
             per_thread,
-        } = Room::new(cuts, self.dims, shape, threads.count());
+        } = Room::new(cuts, self.dims, shape, threads.count(), packed);
         let scratch = scratch.floats(left_len + threads.count() * per_thread)?;
         let (packed_left, scratch) = scratch.split_at_mut(left_len);
         for first in (0..m).step_by(block) {
             let plan = plan(block.min(m - first));
-            self.pack_left(threads, &plan, first, packed_left);
-            let (packed_left, per_thread) = (&*packed_left, Pieces::new(&mut *scratch, per_thread));
+            if packed {
+                self.pack_left(threads, &plan, first, packed_left);
+            }
+            let packed_left = packed.then_some(&*packed_left);
+            let per_thread = Pieces::new(&mut *scratch, per_thread);
             threads.for_each_with(
                 plan.groups * plan.row_chunks,
                 usize::MAX,
@@ -217,9 +239,15 @@ impl Product<'_> {
                 .next_multiple_of(self.shape.least_rows);
             // SAFETY: tiles do not overlap, and each belongs to one piece.
             let to = unsafe { place.part(start * words, (end - start) * words) };
+            // SAFETY: the rows of these tiles, of one piece too.
+            let sums = self.finish.row_sums.map(|sums| unsafe {
+                let end = strips.start(tiles.end);
+                sums.part(first + start, end - start)
+            });
             match self.precision {
                 Precision::F32 => self.isa.run(PackLeft {
                     to,
+                    sums,
                     left,
                     m,
                     first,
@@ -229,6 +257,7 @@ impl Product<'_> {
                 }),
                 Precision::Bf16(unit) => self.isa.run(bf16::PackLeft {
                     to,
+                    sums,
                     words,
                     squares: unit.wants_squares(),
                     left,
@@ -251,7 +280,7 @@ impl Product<'_> {
         plan: &Plan,
         unit: usize,
         first: usize,
-        packed_left: &[f32],
+        packed_left: Option<&[f32]>,
         panels: &mut [f32],
         sums: &mut [f32],
     ) {
@@ -329,7 +358,7 @@ impl Product<'_> {
                                 }
                                 ready.sum(
                                     shape,
-                                    &packed_left[row * shape.words..][..height * shape.words],
+                                    self.strip(packed_left, first, row, height),
                                     &right[(depth.start - words.start) * shape.width..],
                                     &depth,
                                     height,
@@ -357,6 +386,30 @@ impl Product<'_> {
         }
         if self.finish.streamed {
             self.isa.run(Flush);
+        }
+    }
+
+    /// `rows` rows of the left operand, of the block from row `first` those from `row`.
+    fn strip<'a>(
+        &'a self,
+        packed: Option<&'a [f32]>,
+        first: usize,
+        row: usize,
+        rows: usize,
+    ) -> Strip<'a> {
+        let Dims { inner, .. } = self.dims;
+        let (Left::Rows(data) | Left::Columns(data)) = self.left;
+        match packed {
+            Some(packed) => Strip {
+                data: &packed[row * self.shape.words..][..rows * self.shape.words],
+                row: 1,
+                word: rows,
+            },
+            None => Strip {
+                data: &data[(first + row) * inner..][..rows * inner],
+                row: inner,
+                word: 1,
+            },
         }
     }
 
@@ -490,11 +543,11 @@ impl Tiles {
     }
 
     /// Adds the words `words` of `left @ right` to the first `width` columns of `sums`, or stores them there if they are
-    /// the first. `left` has all words of its `rows` rows, `right` those words.
+    /// the first. `left` has all words of its `rows` rows, packed unless all is f32; `right` has those words.
     fn sum(
         &self,
         shape: &Shape,
-        left: &[f32],
+        left: Strip<'_>,
         right: &[f32],
         words: &Range<usize>,
         rows: usize,
@@ -505,11 +558,11 @@ impl Tiles {
     ) {
         let vectors = width.div_ceil(shape.lanes);
         let (count, add) = (words.len(), words.start > 0);
-        let tile = &left[words.start * rows..][..count * rows];
+        let tile = &left.data[(words.start * left.word).min(left.data.len())..];
         match self {
             Self::F32(isa) => isa.run(Tile {
                 inner: count,
-                left: tile,
+                left: Strip { data: tile, ..left },
                 right,
                 rows,
                 vectors,
@@ -543,7 +596,7 @@ impl Tiles {
                     fetch,
                     lines: lines - run,
                 });
-                let left = &left[words.start * x86::TILE..];
+                let left = &left.data[words.start * x86::TILE..];
                 let step = shape.words * x86::TILE;
                 amx.tile(count, left, step, right, rows, add, next, run, sums);
             }
@@ -765,6 +818,48 @@ mod tests {
         }
         assert!(bf16::rounded(f32::NAN).is_nan());
         assert!(bf16::rounded(f32::from_bits(0x7f80_0001)).is_nan());
+    }
+
+    #[test]
+    fn sums_of_rows_are_added_as_the_left_operand_is_packed() {
+        for isa in Isa::available() {
+            let units = Bf16Unit::available(isa).map(Precision::Bf16);
+            for precision in core::iter::once(Precision::F32).chain(units) {
+                for (m, n, inner) in [(131, 50, 300), (7, 5, 33), (64, 3, 32), (1, 1, 1)] {
+                    let dims = Dims { m, n, inner };
+                    let (left_t, right) = (values(m * inner, 1), values(inner * n, 2));
+                    let start = values(m, 3);
+                    let mut first: Option<Vec<f32>> = None;
+                    for (pool, cuts) in pools()
+                        .iter()
+                        .flat_map(|pool| [(pool, Cuts::of_this_machine(precision)), (pool, SMALL)])
+                    {
+                        let (mut out, mut sums) = (vec![0.0; m * n], start.clone());
+                        let finish = Finish::new(&mut out, n, &[], Mode::Store);
+                        let finish = finish.with_row_sums(&mut sums);
+                        let (left, right) = (Left::Columns(&left_t), Right::Rows(&right));
+                        run(isa, precision, pool, &cuts, dims, left, right, &finish);
+                        for (i, sum) in sums.iter().enumerate() {
+                            let terms = (0..inner).map(|l| f64::from(left_t[l * m + i]));
+                            let want = f64::from(start[i]) + terms.sum::<f64>();
+                            // At most 32 numbers below 1 are added, and then as many of these sums.
+                            let bound = 32.0 * f64::from(f32::EPSILON) * (inner + 1) as f64;
+                            assert!(
+                                (f64::from(*sum) - want).abs() <= bound,
+                                "{isa} {precision:?} {dims:?} {i}: {sum} {want}"
+                            );
+                        }
+                        let first = first.get_or_insert_with(|| sums.clone());
+                        assert!(
+                            first
+                                .iter()
+                                .zip(&sums)
+                                .all(|(a, b)| a.to_bits() == b.to_bits())
+                        );
+                    }
+                }
+            }
+        }
     }
 
     fn pools() -> Vec<Threads> {

@@ -10,7 +10,7 @@ use crate::simd::Simd;
 
 use super::bf16::{Bf16Unit, PackRight, Turned};
 use super::tile::{Shape, Strips};
-use super::{Left, Precision};
+use super::{Left, PACKED_ROWS, Precision};
 
 /// Puts a weight, `[n, inner]`, in panels in place: panel after panel of `width` columns, each `[inner, width]`, the last
 /// one as narrow as what is left. `copy` is as long as the weight.
@@ -149,6 +149,8 @@ impl Kernel for PackColumns<'_> {
 pub(super) struct PackLeft<'a> {
     /// The place of these tiles.
     pub(super) to: &'a mut [f32],
+    /// Of these tiles' rows, at most [`PACKED_ROWS`]: what their sums are added to, where the operand comes transposed.
+    pub(super) sums: Option<&'a mut [f32]>,
     pub(super) left: Left<'a>,
     /// Rows of the whole operand.
     pub(super) m: usize,
@@ -226,11 +228,15 @@ impl PackLeft<'_> {
         let (first, last) = (self.tiles.start, self.tiles.end);
         let columns = self.first + start..self.first + self.strips.start(last);
         let full = columns.len() == (last - first) * S::ROWS;
+        let mut sums = RowSums::default();
         for i in 0..self.inner {
             // The next lines lie a row of the operand away each, out of sight of the processor's own fetching.
             let ahead = (i + AHEAD) * self.m;
             for line in columns.clone().step_by(LINE) {
                 s.prefetch_near(data.as_ptr().wrapping_add(ahead + line));
+            }
+            if self.sums.is_some() {
+                sums.add(s, i, &data[i * self.m + columns.start..][..columns.len()]);
             }
             if full {
                 let from = &data[i * self.m + columns.start..][..columns.len()];
@@ -251,6 +257,58 @@ impl PackLeft<'_> {
                     s.store(to, s.load(from));
                 }
             }
+        }
+        if let Some(to) = self.sums {
+            sums.finish(s, to);
+        }
+    }
+}
+
+/// Elements of a group.
+const GROUP: usize = 32;
+
+/// Sums of at most [`PACKED_ROWS`] columns, by groups: one long sum of f32 would lose more.
+pub(super) struct RowSums {
+    group: [f32; PACKED_ROWS],
+    all: [f32; PACKED_ROWS],
+}
+
+impl Default for RowSums {
+    fn default() -> Self {
+        Self {
+            group: [0.0; PACKED_ROWS],
+            all: [0.0; PACKED_ROWS],
+        }
+    }
+}
+
+impl RowSums {
+    /// Element `i` of each.
+    #[inline(always)]
+    pub(super) fn add<S: Simd>(&mut self, s: S, i: usize, line: &[f32]) {
+        if i.is_multiple_of(GROUP) {
+            self.end_group(s);
+        }
+        let lanes = self.group.chunks_exact_mut(S::LANES);
+        for (sum, x) in lanes.zip(line.chunks(S::LANES)) {
+            s.store(sum, s.add(s.load(sum), s.load(x)));
+        }
+    }
+
+    #[inline(always)]
+    fn end_group<S: Simd>(&mut self, s: S) {
+        let all = self.all.chunks_exact_mut(S::LANES);
+        for (all, group) in all.zip(self.group.chunks_exact_mut(S::LANES)) {
+            s.store(all, s.add(s.load(all), s.load(group)));
+            s.store(group, s.splat(0.0));
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn finish<S: Simd>(mut self, s: S, to: &mut [f32]) {
+        self.end_group(s);
+        for (to, sum) in to.chunks_mut(S::LANES).zip(self.all.chunks_exact(S::LANES)) {
+            s.store(to, s.add(s.load(to), s.load(sum)));
         }
     }
 }

@@ -201,20 +201,31 @@ pub(super) struct Room {
 }
 
 impl Room {
-    /// `dims.m` must not be 0.
-    pub(super) fn new(cuts: &Cuts, dims: Dims, shape: &Shape, threads: usize) -> Self {
+    /// `dims.m` must not be 0. `packed` is the left operand or not.
+    pub(super) fn new(
+        cuts: &Cuts,
+        dims: Dims,
+        shape: &Shape,
+        threads: usize,
+        packed: bool,
+    ) -> Self {
         let m = dims.m;
         let block = (cuts.block / shape.words.max(1))
             .max(cuts.min_block)
             .next_multiple_of(shape.rows)
             .min(m);
+        let block = if packed { block } else { m };
         // The last block may be smaller and be cut otherwise.
         let lens = [block, m - (m - 1) / block * block]
             .map(|rows| Plan::new(cuts, Dims { m: rows, ..dims }, shape, threads).scratch(shape));
         let panels = lens[0].0.max(lens[1].0).next_multiple_of(LINE);
         Self {
             block,
-            left: (block.next_multiple_of(shape.least_rows) * shape.words).next_multiple_of(LINE),
+            left: match packed {
+                true => block.next_multiple_of(shape.least_rows) * shape.words,
+                false => 0,
+            }
+            .next_multiple_of(LINE),
             panels,
             per_thread: panels + lens[0].1.max(lens[1].1).next_multiple_of(LINE),
         }

@@ -6,7 +6,7 @@ use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
 use super::bf16::{Bf16Unit, PackLeft, PackRight, Turned};
-use super::tile::{Fetch, Shape, Strips};
+use super::tile::{Fetch, Shape, Strip, Strips};
 use super::{Left, Precision, Tiles};
 
 /// `[rows, inner] @ [inner, width]` for any `rows` and `width`.
@@ -61,6 +61,7 @@ impl SmallProduct {
         let strips = Strips::new(rows, &self.shape);
         self.isa.run(PackLeft {
             to,
+            sums: None,
             words: self.shape.words,
             squares: self.unit.wants_squares(),
             left: Left::Rows(data),
@@ -140,7 +141,11 @@ impl SmallProduct {
                 let height = (end - row).next_multiple_of(shape.least_rows);
                 ready.0.sum(
                     shape,
-                    &left[row * shape.words..][..height * shape.words],
+                    Strip {
+                        data: &left[row * shape.words..][..height * shape.words],
+                        row: 1,
+                        word: height,
+                    },
                     panel,
                     &(0..shape.words),
                     height,

@@ -175,11 +175,18 @@ const ROUNDS: usize = 8;
 /// Rows of a panel that are on their way from the level-2 to the level-1 cache.
 const AHEAD: usize = 16;
 
+/// Rows of the left operand: element `i` of row `r` is `data[r * row + i * word]`. Packed ones have `row` 1.
+#[derive(Clone, Copy)]
+pub(super) struct Strip<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) row: usize,
+    pub(super) word: usize,
+}
+
 /// `sums = left @ right`, or `sums += left @ right`, for one tile.
 pub(super) struct Tile<'a> {
     pub(super) inner: usize,
-    /// `[inner, rows]`
-    pub(super) left: &'a [f32],
+    pub(super) left: Strip<'a>,
     /// A panel: `[inner, width of a full tile]`.
     pub(super) right: &'a [f32],
     /// At most [`Simd::ROWS`].
@@ -200,8 +207,11 @@ impl Kernel for Tile<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        let Strip { data, row, word } = self.left;
+        let last = self.rows.saturating_sub(1) * row + self.inner.saturating_sub(1) * word;
         assert!(
-            self.left.len() >= self.rows * self.inner
+            (self.rows.min(self.inner) == 0 || data.len() > last)
+                && (row == 1 && word == self.rows || word == 1)
                 && self.right.len() >= self.inner * S::VECTORS * S::LANES
                 && self.sums.len() >= self.rows * S::VECTORS * S::LANES,
             "the operands of a tile are as long as it says"
@@ -218,19 +228,27 @@ impl Tile<'_> {
     #[inline(always)]
     fn with_vectors<S: Simd, const V: usize>(self, s: S) {
         match self.rows {
-            8 => self.with_rows::<S, 8, V>(s),
-            7 => self.with_rows::<S, 7, V>(s),
-            6 => self.with_rows::<S, 6, V>(s),
-            5 => self.with_rows::<S, 5, V>(s),
-            4 => self.with_rows::<S, 4, V>(s),
-            3 => self.with_rows::<S, 3, V>(s),
-            2 => self.with_rows::<S, 2, V>(s),
-            _ => self.with_rows::<S, 1, V>(s),
+            8 => self.packed_or_not::<S, 8, V>(s),
+            7 => self.packed_or_not::<S, 7, V>(s),
+            6 => self.packed_or_not::<S, 6, V>(s),
+            5 => self.packed_or_not::<S, 5, V>(s),
+            4 => self.packed_or_not::<S, 4, V>(s),
+            3 => self.packed_or_not::<S, 3, V>(s),
+            2 => self.packed_or_not::<S, 2, V>(s),
+            _ => self.packed_or_not::<S, 1, V>(s),
         }
     }
 
     #[inline(always)]
-    fn with_rows<S: Simd, const R: usize, const V: usize>(self, s: S) {
+    fn packed_or_not<S: Simd, const R: usize, const V: usize>(self, s: S) {
+        match self.left.row {
+            1 => self.with_rows::<S, R, V, true>(s),
+            _ => self.with_rows::<S, R, V, false>(s),
+        }
+    }
+
+    #[inline(always)]
+    fn with_rows<S: Simd, const R: usize, const V: usize, const PACKED: bool>(self, s: S) {
         if R > S::ROWS || V > S::VECTORS {
             // No tile of this instruction set is as large; the code need not exist.
             return;
@@ -245,7 +263,10 @@ impl Tile<'_> {
                 }
             }
         }
-        let (mut left, mut right) = (self.left.as_ptr(), self.right.as_ptr());
+        let left = self.left.data.as_ptr();
+        let rows: [*const f32; R] =
+            core::array::from_fn(|r| left.wrapping_add(if PACKED { r } else { r * self.left.row }));
+        let (mut at, mut right) = (0, self.right.as_ptr());
         // Lines now and then: many at once would hold up the loads of the product.
         let parts = self.inner / ROUNDS;
         let each = self.lines.div_ceil(parts.max(1));
@@ -257,12 +278,12 @@ impl Tile<'_> {
             lines = lines.saturating_sub(each);
             for _ in 0..ROUNDS {
                 // SAFETY: `run` has checked the length of both operands for `inner` rounds, and there are no more.
-                unsafe { round::<S, R, V>(s, &mut sums, &mut left, &mut right) };
+                unsafe { round::<S, R, V, PACKED>(s, &mut sums, &rows, &mut at, &mut right) };
             }
         }
         for _ in parts * ROUNDS..self.inner {
             // SAFETY: as above.
-            unsafe { round::<S, R, V>(s, &mut sums, &mut left, &mut right) };
+            unsafe { round::<S, R, V, PACKED>(s, &mut sums, &rows, &mut at, &mut right) };
         }
         for (row, sums) in self.sums.chunks_exact_mut(width).zip(sums) {
             for (lanes, sum) in row.chunks_exact_mut(S::LANES).zip(sums) {
@@ -272,15 +293,17 @@ impl Tile<'_> {
     }
 }
 
-/// Adds one row of `R` elements times one row of a panel, and moves on to the next.
+/// Adds one element of each of `R` rows times one row of a panel, and moves on to the next: element `at` of each row, the `R`th
+/// behind the last one where they are packed.
 ///
 /// # Safety
 /// There are these rows.
 #[inline(always)]
-unsafe fn round<S: Simd, const R: usize, const V: usize>(
+unsafe fn round<S: Simd, const R: usize, const V: usize, const PACKED: bool>(
     s: S,
     sums: &mut [[S::V; V]; R],
-    left: &mut *const f32,
+    rows: &[*const f32; R],
+    at: &mut usize,
     right: &mut *const f32,
 ) {
     let width = S::VECTORS * S::LANES;
@@ -290,13 +313,13 @@ unsafe fn round<S: Simd, const R: usize, const V: usize>(
     // SAFETY: by contract; `V` vectors are at most the panel's width.
     unsafe {
         let vectors: [S::V; V] = core::array::from_fn(|v| s.load_at(right.add(v * S::LANES)));
-        for (r, sums) in sums.iter_mut().enumerate() {
-            let x = s.splat(*left.add(r));
+        for (row, sums) in rows.iter().zip(sums) {
+            let x = s.splat(*row.add(*at));
             for (sum, vector) in sums.iter_mut().zip(vectors) {
                 *sum = s.mul_add(x, vector, *sum);
             }
         }
-        *left = left.add(R);
+        *at += if PACKED { R } else { 1 };
         *right = right.add(width);
     }
 }
