@@ -35,6 +35,22 @@ pub fn atomic_write(
     sync_folder(folder_of(path))
 }
 
+/// Whether [`atomic_write`] to `path` would find a folder that takes its file: makes and deletes one in the nearest folder
+/// above it that is there.
+///
+/// # Errors
+/// If that is no folder, or takes no file.
+pub fn check_writable(path: &Path) -> io::Result<()> {
+    let temporary = temporary_path(path)?;
+    let name = temporary.file_name().unwrap_or_default();
+    let there = folder_of(path)
+        .ancestors()
+        .find(|folder| folder.symlink_metadata().is_ok());
+    let probe = there.unwrap_or(Path::new(".")).join(name);
+    File::create(&probe)?;
+    fs::remove_file(&probe)
+}
+
 fn write_and_sync(
     temporary: &Path,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
@@ -134,6 +150,21 @@ mod tests {
         let path = folder.path().join("new/deep/a.txt");
         atomic_write(&path, |out| out.write_all(b"content")).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "content");
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_known_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("file"), "content").unwrap();
+        for fits in ["a.txt", "file", "new/deep/a.txt"] {
+            check_writable(&at(fits)).unwrap();
+        }
+        for wrong in ["file/a.txt", "file/new/a.txt"] {
+            assert!(check_writable(&at(wrong)).is_err(), "{wrong}");
+        }
+        assert_eq!(names_in(folder.path()), ["file"]);
+        assert_eq!(fs::read_to_string(at("file")).unwrap(), "content");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::durable;
 use crate::error::Error;
 use crate::run_dir;
 
@@ -33,7 +34,8 @@ impl Kind {
 }
 
 /// Checks that a file of `kind` may be written to `path`, the value of `flag`, by a command that reads `inputs`, files or folders:
-/// its name says what it is, and it replaces nothing that is read, nor what a run directory holds of its run.
+/// its name says what it is, its folder takes files, and it replaces nothing that is read, nor what a run directory holds of its
+/// run. All that is known before the command's work, and not after hours of it.
 ///
 /// # Errors
 /// [`Error::Setting`] naming the flag.
@@ -59,7 +61,11 @@ pub(crate) fn check(
         let expected = "another file than one of a run's own, which the run directory needs";
         return Err(wrong(flag, path, expected));
     }
-    refuse_inputs(flag, path, inputs)
+    refuse_inputs(flag, path, inputs)?;
+    durable::check_writable(path).map_err(|error| {
+        let expected = format!("a place where a file can be written ({error})");
+        wrong(flag, path, &expected)
+    })
 }
 
 /// Refuses to replace a file that is read: one of `inputs`, or below a folder among them.
@@ -129,6 +135,7 @@ mod tests {
             ("run/../old.png", Kind::Png, "another file"),
             ("photos/deep/a.png", Kind::Png, "another file"),
             ("folder.png", Kind::Png, "no folder"),
+            ("old.png/new.png", Kind::Png, "can be written"),
             ("run/checkpoints/last.safetensors", Kind::Safetensors, "run"),
             // It would be what the run means from then on.
             ("run/checkpoints/best.safetensors", Kind::Safetensors, "run"),

@@ -99,10 +99,14 @@ impl Limits {
         }
     }
 
-    /// The peak of a CPU at this moment, if it is known at all.
+    /// The peak of a CPU at the clock of this moment, if it is known at all.
     pub(super) fn now(&self, machine: &Machine) -> Option<f64> {
         match &self.peaks.get(&key(machine))?.on {
-            On::Cpu(cpu) => Some((0..3).map(|_| cpu.spin_rate()).fold(0.0, f64::max)),
+            On::Cpu(cpu) => {
+                // Wakes the threads, while those of the work go to sleep.
+                cpu.spin_rate();
+                Some(cpu.spin_rate())
+            }
             On::Cuda(_) => None,
         }
     }

@@ -154,8 +154,8 @@ pub struct Measurement {
     /// `gflops` over the peak measured in this run with the same threads, instruction set and precision (the student's,
     /// where a teacher has another one); `None` where it is not measured.
     pub share_of_peak: Option<f64>,
-    /// The median of each run's share of a peak that was measured just before it, for about a millisecond: of use where the
-    /// machine's clock moves during a run.
+    /// The median of each run's share of what multiply-adds alone reach just after it, for a tenth of a millisecond: at the
+    /// clock that the run has left. Heavy vector load lowers a processor's clock, and other work on a shared machine too.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub share_of_peak_beside: Option<f64>,
     /// Operations per byte that its parts read and write at least, each for itself.
@@ -642,13 +642,13 @@ fn measure(cases: Vec<Case>, plan: &Plan, limits: &mut Limits) -> Result<Vec<Mea
         for (case, work, timings) in &mut live {
             limits.measure(&case.settings.machine)?;
             for (track, timing) in timings.iter_mut().enumerate() {
-                let peak = limits.now(&case.settings.machine);
                 if plan.breakdown && !timing.is_queued {
                     work.start();
                 }
                 let seconds = pass(work.as_mut(), track, timing.calls)? / f64::from(timing.calls);
                 timing.seconds.push(seconds);
                 let flops = 2.0 * timing.track.macs as f64 / seconds;
+                let peak = limits.now(&case.settings.machine);
                 timing.beside.extend(peak.map(|peak| flops / peak));
                 if plan.breakdown {
                     // Apart from the figures: alone, operations are no graph, and wait for the host.

@@ -13,7 +13,7 @@ use crate::network::arrows;
 pub fn header() -> String {
     columns([
         "what", "of", "batch", "threads", "format", "isa", "images/s", "GFLOP/s", "of peak",
-        "spread",
+        "at clock", "spread",
     ])
 }
 
@@ -21,7 +21,7 @@ pub fn header() -> String {
 pub fn row(result: &Measurement) -> String {
     let what = format!("{:?}", result.what).to_lowercase();
     let number = |number: Option<usize>| number.map_or_else(|| "-".to_owned(), |n| n.to_string());
-    let share = result.share_of_peak.map_or_else(|| "-".to_owned(), percent);
+    let share = |share: Option<f64>| share.map_or_else(|| "-".to_owned(), percent);
     let mut text = columns([
         &what,
         &subject(result),
@@ -33,7 +33,8 @@ pub fn row(result: &Measurement) -> String {
             .images_per_s
             .map_or_else(|| "-".to_owned(), |rate| format!("{rate:.2}")),
         &format!("{:.1}", result.gflops),
-        &share,
+        &share(result.share_of_peak),
+        &share(result.share_of_peak_beside),
         &result.spread.map_or_else(|| "-".to_owned(), percent),
     ]);
     for part in &result.breakdown {
@@ -224,7 +225,7 @@ fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
-fn columns(cells: [&str; 10]) -> String {
+fn columns(cells: [&str; 11]) -> String {
     let [
         what,
         of,
@@ -235,9 +236,10 @@ fn columns(cells: [&str; 10]) -> String {
         images,
         gflops,
         peak,
+        clock,
         spread,
     ] = cells;
     format!(
-        "{what:<6} {of:<56} {batch:>5} {threads:>7} {format:<15} {isa:<8} {images:>9} {gflops:>9} {peak:>8} {spread:>7}\n"
+        "{what:<6} {of:<56} {batch:>5} {threads:>7} {format:<15} {isa:<8} {images:>9} {gflops:>9} {peak:>8} {clock:>8} {spread:>7}\n"
     )
 }
