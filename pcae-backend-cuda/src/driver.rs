@@ -358,6 +358,21 @@ impl Heap {
             .unwrap_or_default()
     }
 
+    /// Frees memory that no work refers to, and that no graph does.
+    pub(crate) fn free_at_once(&self, memory: Memory) {
+        let block = memory.block;
+        // Noted as all that is dropped, and then not left to the queue.
+        drop(memory);
+        let noted = self.dropped().as_mut().is_some_and(|blocks| {
+            let before = blocks.len();
+            blocks.retain(|dropped| dropped.at != block.at);
+            blocks.len() < before
+        });
+        if noted {
+            self.free(&[block]);
+        }
+    }
+
     pub(crate) fn free(&self, blocks: &[Block]) {
         for block in blocks {
             self.context.free(*block);
