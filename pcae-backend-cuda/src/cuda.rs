@@ -36,7 +36,6 @@ pub struct Cuda {
     pub(crate) precision: Precision,
     /// What the optimizer treats alike.
     pub(crate) pieces: Option<Pieces>,
-    warning: Option<String>,
 }
 
 impl Cuda {
@@ -46,12 +45,11 @@ impl Cuda {
     /// If a library or the device is missing or too old, its memory is used up, or the compiler refuses a kernel.
     pub fn new(device: usize, precision: Precision) -> Result<Self, Error> {
         driver::libraries()?;
-        let (queue, warning) = Queue::new(Context::new(device)?, precision)?;
+        let queue = Queue::new(Context::new(device)?, precision)?;
         Ok(Self {
             queue,
             precision,
             pieces: None,
-            warning,
         })
     }
 
@@ -69,11 +67,6 @@ impl Cuda {
     /// The format of activations and products.
     pub fn precision(&self) -> Precision {
         self.precision
-    }
-
-    /// What is not as it should be, though everything works: a cache that cannot be used.
-    pub fn warning(&self) -> Option<&str> {
-        self.warning.as_deref()
     }
 
     /// Bytes of the device's memory that are taken: by buffers, those too that were dropped since the last one was made, and
@@ -94,15 +87,15 @@ impl Cuda {
     /// keep the fastest; otherwise the first one is taken.
     ///
     /// Which is the fastest may change from run to run, and with it the last bits of every result: only the first is the same
-    /// each time. Outputs that are added to in place are kept meanwhile: until the next allocation that is memory which no plan
-    /// has.
+    /// each time. A copy of an output that is added to in place is kept while its product is timed, of one at a time: memory
+    /// which no plan has.
     pub fn time_products(&mut self, timed: bool) {
         self.queue.time_products(timed);
     }
 
     /// How work has run so far.
     pub fn runs(&self) -> Runs {
-        self.queue.runs
+        self.queue.runs()
     }
 }
 

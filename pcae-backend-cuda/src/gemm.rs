@@ -22,6 +22,7 @@ use crate::driver::{Context, DevicePtr, Event, Heap, Memory, Stream};
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
 use crate::queue::{Arg, Shape};
+use crate::warnings::Warnings;
 use plan::Plan;
 
 /// Bytes for sums of a product that is cut along its inner dimension: what NVIDIA recommends for its H100.
@@ -29,6 +30,9 @@ pub(crate) const WORKSPACE: usize = 32 << 20;
 
 /// Of operands, in bytes: more does not matter to any algorithm.
 const ALIGNED: u32 = 256;
+
+/// What cuBLASLt wants of the place of a bias, in bytes. With less it goes by the place that was named first, or by none.
+const BIAS_ALIGNED: u32 = 16;
 
 /// Timings of an algorithm, of which the least counts.
 const TIMINGS: usize = 3;
@@ -209,6 +213,33 @@ struct Way {
     bias_apart: bool,
 }
 
+/// Products that cuBLASLt does not do as a whole. Each counts once, by what an algorithm depends on.
+#[derive(Debug, Default)]
+pub(crate) struct Fallbacks {
+    /// By a kernel of ours.
+    pub(crate) own: u64,
+    /// By cuBLASLt, onto a bias that a kernel has spread.
+    pub(crate) spread: u64,
+    pub(crate) warnings: Warnings,
+}
+
+impl Fallbacks {
+    fn note(&mut self, matmul: &Matmul, way: &Way) {
+        let how = match (&way.plan, way.bias_apart) {
+            (Some(_), false) => return,
+            (Some(_), true) => {
+                self.spread += 1;
+                "cuBLASLt adds no such bias: a kernel writes it to the output before, one more pass over memory"
+            }
+            (None, _) => {
+                self.own += 1;
+                "cuBLASLt has no algorithm: a plain kernel computes it, many times slower"
+            }
+        };
+        self.warnings.add(format!("product {matmul}: {how}"));
+    }
+}
+
 struct Handle(sys::cublasLtHandle_t);
 
 impl Drop for Handle {
@@ -225,6 +256,7 @@ pub(crate) type Launch<'a> = dyn Fn(Kernel, Shape, &[Arg]) -> Result<(), Error> 
 pub(crate) struct Gemm {
     precision: Precision,
     ways: HashMap<Key, Way>,
+    pub(crate) fallbacks: Fallbacks,
     /// Times algorithms, instead of taking the first.
     timed: bool,
     workspace: Memory,
@@ -271,6 +303,7 @@ impl Gemm {
         Ok(Self {
             precision,
             ways: HashMap::new(),
+            fallbacks: Fallbacks::default(),
             timed: false,
             workspace: heap.allocate(WORKSPACE)?,
             heap: Arc::clone(heap),
@@ -306,6 +339,7 @@ impl Gemm {
         let key = Key::of(matmul);
         let Some(way) = self.ways.get(&key) else {
             let way = self.first(stream, launch, matmul)?;
+            self.fallbacks.note(matmul, &way);
             self.ways.insert(key, way);
             return Ok(());
         };
@@ -323,7 +357,9 @@ impl Gemm {
 
     /// Puts a product that comes for the first time into a stream, and says how.
     fn first(&self, stream: &Stream, launch: &Launch<'_>, matmul: &Matmul) -> Result<Way, Error> {
-        if let Some(plan) = Plan::new(self.handle.0, self.precision, matmul)?
+        let is_aligned = |bias| alignment(bias) >= BIAS_ALIGNED;
+        if matmul.bias.is_none_or(is_aligned)
+            && let Some(plan) = Plan::new(self.handle.0, self.precision, matmul)?
             && let Some(plan) = self.try_all(stream, plan, matmul)?
         {
             return Ok(Way {
@@ -386,7 +422,7 @@ impl Gemm {
             _ => None,
         };
         if let Some(kept) = &kept {
-            // SAFETY: just allocated, as large as the output, and freed behind what is queued.
+            // SAFETY: just allocated, as large as the output, and freed behind this, here or by the queue.
             unsafe { stream.copy(kept.at(), out, bytes)? };
         }
         let clock = || Event::timed(&self.context);
@@ -410,9 +446,12 @@ impl Gemm {
             }
             times.push(least);
         }
-        if let Some(kept) = &kept {
+        if let Some(kept) = kept {
             // SAFETY: as above.
             unsafe { stream.copy(out, kept.at(), bytes)? };
+            // At once: copies of all outputs together would be more than any plan of memory has.
+            stream.wait()?;
+            self.heap.free_at_once(kept);
         }
         plan.prefer(&times);
         Ok(())

@@ -48,6 +48,7 @@ mod testing;
 mod tokens;
 mod train;
 mod versions;
+mod warnings;
 
 pub use buffers::{Buf, Ids, Params, Scores, Vector};
 pub use bytes::bytes;

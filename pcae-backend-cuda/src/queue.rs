@@ -37,6 +37,7 @@ use crate::kernels::{File, KERNELS, Kernel};
 use crate::ring::{PIECE, Ring, to_bf16};
 use crate::sums::ColumnSums;
 use crate::versions::{self, Version};
+use crate::warnings::Warnings;
 use reading::Reading;
 use upload::Upload;
 pub(crate) use upload::stages;
@@ -144,6 +145,11 @@ pub struct Runs {
     pub made: u64,
     /// Tapes that could not be made into a graph. They are issued.
     pub refused: u64,
+    /// Products that a plain kernel computes because cuBLASLt has no algorithm for them, each counted once by its sizes, its operands'
+    /// forms and their alignments.
+    pub own_products: u64,
+    /// Products whose bias is written to the output before them because cuBLASLt does not add it, counted likewise.
+    pub spread_biases: u64,
 }
 
 /// See the module.
@@ -168,7 +174,8 @@ pub(crate) struct Queue {
     seen: VecDeque<u64>,
     refused: VecDeque<u64>,
     clock: u64,
-    pub(crate) runs: Runs,
+    runs: Runs,
+    warnings: Warnings,
 
     ring: Ring,
     upload: Upload,
@@ -200,11 +207,8 @@ struct Loaded {
 }
 
 impl Queue {
-    /// Compiles and loads all kernels. The second is a warning, if there is one.
-    pub(crate) fn new(
-        context: Arc<Context>,
-        precision: Precision,
-    ) -> Result<(Self, Option<String>), Error> {
+    /// Compiles and loads all kernels.
+    pub(crate) fn new(context: Arc<Context>, precision: Precision) -> Result<Self, Error> {
         let compiler = Compiler::new()?;
         let found = versions::Found {
             driver: context.driver,
@@ -214,6 +218,10 @@ impl Queue {
         };
         found.check()?;
         let (images, warning) = compiler.all(&context, precision)?;
+        let mut warnings = Warnings::default();
+        if let Some(warning) = warning {
+            warnings.add(warning);
+        }
         let modules = images
             .iter()
             .map(|image| Module::new(&context, image))
@@ -244,6 +252,7 @@ impl Queue {
             refused: VecDeque::new(),
             clock: 0,
             runs: Runs::default(),
+            warnings,
             ring: Ring::new(&context)?,
             upload: Upload::new(&context)?,
             halves: [half()?, half()?],
@@ -264,7 +273,7 @@ impl Queue {
         let (at, bytes) = (queue.fault_at.at(), queue.fault_at.bytes());
         // SAFETY: allocated above, and kept.
         unsafe { queue.stream.zero(at, bytes)? };
-        Ok((queue, warning))
+        Ok(queue)
     }
 
     /// Zeros on the device. What was dropped is freed first.
@@ -276,6 +285,21 @@ impl Queue {
         // SAFETY: just allocated; if it is dropped, the heap frees it behind this work.
         unsafe { self.stream.zero(memory.at(), memory.bytes())? };
         Ok(memory)
+    }
+
+    /// How work has run so far.
+    pub(crate) fn runs(&self) -> Runs {
+        Runs {
+            own_products: self.gemm.fallbacks.own,
+            spread_biases: self.gemm.fallbacks.spread,
+            ..self.runs
+        }
+    }
+
+    /// The next thing that is not as it should be, though everything works. Each is told once.
+    pub(crate) fn warning(&mut self) -> Option<&str> {
+        let other = self.warnings.next();
+        other.or_else(|| self.gemm.fallbacks.warnings.next())
     }
 
     /// Bytes that are taken from the device.
@@ -594,8 +618,13 @@ impl Queue {
                     // SAFETY: as above.
                     return known.map_or(Ok(()), |known| unsafe { self.stream.run(&known.graph) });
                 }
-                Err(_) => {
+                Err(error) => {
                     // It may still run piece by piece, and says so if not.
+                    if self.runs.refused == 0 {
+                        self.warnings.add(format!(
+                            "work that comes again does not become a graph, and the host issues it piece by piece, slower: {error}"
+                        ));
+                    }
                     self.runs.refused += 1;
                     remember(&mut self.refused, sum);
                 }

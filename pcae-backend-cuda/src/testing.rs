@@ -28,8 +28,8 @@ pub(crate) fn queue(precision: Precision) -> Option<Queue> {
         return None;
     }
     driver::libraries().unwrap();
-    let (queue, warning) = Queue::new(Context::new(0).unwrap(), precision).unwrap();
-    assert_eq!(warning, None);
+    let mut queue = Queue::new(Context::new(0).unwrap(), precision).unwrap();
+    assert_eq!(queue.warning(), None);
     Some(queue)
 }
 

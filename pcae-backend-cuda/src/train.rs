@@ -32,6 +32,10 @@ impl TrainBackend for Cuda {
         self.queue.finish_read(to, from.at(at))
     }
 
+    fn warning(&mut self) -> Option<&str> {
+        self.queue.warning()
+    }
+
     fn is_queued(&self) -> bool {
         true
     }

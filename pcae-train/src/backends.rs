@@ -55,7 +55,11 @@ pub fn run<J: Job>(machine: &Machine, job: J) -> Result<J::Output, Error> {
             mut backend: B,
             name: &str,
         ) -> Result<J::Output, Error> {
-            self.0.run(&mut backend, name)
+            let done = self.0.run(&mut backend, name);
+            while let Some(warning) = backend.warning() {
+                log::warn!("{warning}");
+            }
+            done
         }
     }
     build(machine, ByReference(job))
@@ -94,8 +98,8 @@ pub fn build<J: Build>(machine: &Machine, job: J) -> Result<J::Output, Error> {
             job.build(backend, &(name + ")"))
         }
         (BackendKind::Cuda, _) => {
-            let backend = cuda(machine)?;
-            if let Some(warning) = backend.warning() {
+            let mut backend = cuda(machine)?;
+            while let Some(warning) = backend.warning() {
                 log::warn!("{warning}");
             }
             let precision = match backend.precision() {

@@ -110,7 +110,11 @@ pub(crate) struct Fitted {
     pub(crate) line: String,
 }
 
-/// The largest batch of at most `pictures` for which `plan`, of a batch, says no more bytes than `machine` has.
+/// Steps of an epoch, below which a batch is rather too large than well chosen.
+const FEW_STEPS: usize = 10;
+
+/// The largest batch of at most `pictures` for which `plan`, of a batch, says no more bytes than `machine` has. Warns where `accum` of
+/// them leave few steps in an epoch.
 ///
 /// # Errors
 /// [`Error::Unreachable`] if not even one picture fits, [`Error::Setting`] where nobody says how much memory there is, or what `plan`
@@ -119,13 +123,32 @@ pub(crate) fn largest(
     machine: &Machine,
     vit: &VitConfig,
     pictures: usize,
+    accum: u64,
     plan: impl FnMut(usize) -> Result<usize, Error>,
 ) -> Result<Fitted, Error> {
     // Kernels count the elements of a buffer in 32 bits, and of a picture the hidden layers, queries, keys and values have the most.
     let widest = vit.mlp_hidden().max(3 * vit.embed_dim);
     let elements = (vit.num_patches() + 1) * widest.max(vit.patch_len());
     let most = pictures.min((u32::MAX as usize / elements.max(1)).max(1));
-    choose(&backends::available(machine)?, most, plan)
+    let fitted = choose(&backends::available(machine)?, most, plan)?;
+    if let Some(warning) = few_steps(fitted.batch_size, accum, pictures) {
+        log::warn!("{warning}");
+    }
+    Ok(fitted)
+}
+
+/// What to say if a batch leaves few steps in an epoch.
+fn few_steps(batch_size: usize, accum: u64, pictures: usize) -> Option<String> {
+    let steps =
+        (pictures / batch_size.max(1)).div_ceil(usize::try_from(accum).unwrap_or(usize::MAX));
+    (steps < FEW_STEPS).then(|| {
+        format!(
+            "--batch-size auto: {} of {} pictures are an epoch, and fewer than {FEW_STEPS} large steps may learn less than more \
+             small ones would; a smaller --batch-size, as 64, or more --epochs may do better",
+            backends::count(steps, "step"),
+            batch_size * usize::try_from(accum).unwrap_or(usize::MAX)
+        )
+    })
 }
 
 fn choose(
@@ -163,7 +186,7 @@ fn choose(
     let reason = if fits == sizes.len() {
         "no more are of use"
     } else {
-        "the most that fit"
+        "the most that fit of sizes with four significant bits"
     };
     Ok(Fitted {
         batch_size,
@@ -250,6 +273,17 @@ mod tests {
         let text = "--batch-size: expected memory for one picture, which takes 1.07 GB, found 1.47 GB free here, of which 400 MB are left \
                     for what is not planned; free some, or take a smaller --model";
         assert_eq!(none.to_string(), text);
+    }
+
+    #[test]
+    fn few_steps_an_epoch_are_said() {
+        assert_eq!(few_steps(10, 1, 100), None);
+        assert_eq!(few_steps(10, 2, 181), None);
+        let said = few_steps(11, 1, 100).unwrap();
+        assert!(said.contains("9 steps of 11 pictures"), "{said}");
+        let said = few_steps(11, 9, 100).unwrap();
+        assert!(said.contains("1 step of 99 pictures"), "{said}");
+        assert!(said.contains("--batch-size auto"), "{said}");
     }
 
     #[test]

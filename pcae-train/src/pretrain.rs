@@ -123,12 +123,18 @@ fn fit(settings: &mut Settings, splits: &Splits) -> Result<Option<String>, Error
     let recipe = one.resolve(splits)?;
     let augmentation = recipe.transform.clone().into();
     let (machine, vit) = (&settings.machine, &recipe.task.vit);
-    let fitted = fit::largest(machine, vit, splits.train.len(), |batch| {
-        let mut recipe = recipe.clone();
-        recipe.plan.batch_size = batch;
-        let memory = planned_memory(&one, &recipe, splits)?.total();
-        Ok(memory.saturating_add(backends::of_loader(machine, &augmentation, batch)))
-    })?;
+    let fitted = fit::largest(
+        machine,
+        vit,
+        splits.train.len(),
+        recipe.plan.accum,
+        |batch| {
+            let mut recipe = recipe.clone();
+            recipe.plan.batch_size = batch;
+            let memory = planned_memory(&one, &recipe, splits)?.total();
+            Ok(memory.saturating_add(backends::of_loader(machine, &augmentation, batch)))
+        },
+    )?;
     settings.batch_size = BatchSize::Pictures(fitted.batch_size);
     // Which took a pass over the data.
     (settings.mean, settings.std) = (one.mean, one.std);

@@ -9,12 +9,14 @@ use pcae_tests::{TINY, idx_folder, pcae, stderr};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_pcae-under-test");
 
-/// What a run says about its batch, if it says anything.
+/// What a run says about its batch, if it says anything. So large a batch leaves one step, of which it warns.
 fn said(args: &[&str]) -> Option<String> {
     let output = pcae(BINARY, args);
     let stderr = stderr(&output);
     assert!(output.status.success(), "{args:?}: {stderr}");
     let line = stderr.lines().find(|line| line.starts_with("batch "));
+    let warns = stderr.contains("--batch-size auto: 1 step of 120 pictures");
+    assert_eq!(warns, line.is_some(), "{args:?}: {stderr}");
     line.map(str::to_owned)
 }
 

@@ -38,17 +38,21 @@ fn emulator() -> Option<String> {
 
 /// `pcae bench --backend cuda` of a tiny model.
 fn bench(folder: &str, more: &[&str]) -> Output {
+    command(folder, more).output().expect("the command starts")
+}
+
+fn command(folder: &str, more: &[&str]) -> Command {
     let mut args = vec!["bench", "--backend", "cuda", "--model", "vit-micro"];
     args.extend(["--repeats", "1", "--batch-size", "2"]);
     args.extend_from_slice(TINY);
     args.extend_from_slice(more);
-    Command::new(BINARY)
+    let mut command = Command::new(BINARY);
+    command
         .args(args)
         .env("LD_LIBRARY_PATH", folder)
         // Images live and go with the emulator that made them.
-        .env("PCAE_CACHE", format!("{folder}/images"))
-        .output()
-        .expect("the command starts")
+        .env("PCAE_CACHE", format!("{folder}/images"));
+    command
 }
 
 #[test]
@@ -101,6 +105,14 @@ fn everything_is_measured() {
         assert_eq!(has_share, result["what"] != "peak", "{result}");
         assert!(result["share_of_peak_beside"].is_null());
     }
+    for result in results {
+        let launches = &result["launches"];
+        assert_eq!(launches.is_null(), result["what"] == "peak", "{result}");
+        if !launches.is_null() {
+            assert!(launches["graphs"].as_u64() > Some(0), "{result}");
+            assert_eq!(launches["refused"], 0, "{result}");
+        }
+    }
     for step in results.iter().filter(|it| it["what"] == "step") {
         let parts = step["breakdown"].as_array().expect("parts");
         let shares = parts.iter().filter_map(|part| part["share"].as_f64());
@@ -128,6 +140,37 @@ fn everything_is_measured() {
         // One update, apart from the runs that the figures are of.
         assert_eq!(part("AdamW and moving average")["calls"], 1.0);
     }
+}
+
+/// Work that cannot become a graph runs all the same, and the figures say how they came to be.
+#[test]
+fn refused_graphs_and_slow_products_are_said() {
+    let Some(emulator) = emulator() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let json = folder.path().join("b.json");
+    let output = command(
+        &emulator,
+        // The last product has as many columns as the decoder predicts, of which cuBLASLt adds no bias there.
+        &["--what", "step", "--json", &json.to_string_lossy()],
+    )
+    .env("PCAE_EMULATED_NO_GRAPHS", "1")
+    .output()
+    .expect("the command starts");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = fs::read(json).expect("the report is there");
+    let report: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    let result = &report["results"][0];
+    let launches = &result["launches"];
+    assert_eq!(launches["graphs"], 0, "{report}");
+    assert!(launches["refused"].as_u64() > Some(0), "{report}");
+    assert!(launches["issued"].as_u64() > launches["refused"].as_u64());
+    let warnings = result["warnings"].as_array().expect("warnings");
+    let first = warnings[0].as_str().expect("a text");
+    assert!(
+        first.contains("does not become a graph") && first.contains("CUDA_ERROR_NOT_SUPPORTED"),
+        "{report}"
+    );
+    assert!(stderr(&output).contains(first), "{}", stderr(&output));
 }
 
 /// On the emulator the fastest algorithm is never the first.

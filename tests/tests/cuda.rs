@@ -194,6 +194,44 @@ fn runs_go_on_with_another_backend() {
     }
 }
 
+/// Steps that cannot become graphs have the same losses, and are warned of once.
+#[test]
+fn steps_without_graphs_are_the_same_and_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let data = path("data");
+    idx_folder(Path::new(&data), 40, 10);
+    for place in places() {
+        let is_emulated = place.name == "the emulator";
+        if !is_emulated {
+            continue;
+        }
+        let run = |out: &str, refused: bool| {
+            let out = path(out);
+            let mut args = vec!["pretrain", "--data", &data, "--out", &out];
+            args.extend_from_slice(&["--backend", "cuda", "--batch-size", "2", "--steps", "12"]);
+            args.extend_from_slice(&["--set", "eval_every=0", "--set", "save_every=1000"]);
+            args.extend_from_slice(TINY);
+            let mut command = place.command(&args);
+            if refused {
+                command.env("PCAE_EMULATED_NO_GRAPHS", "1");
+            }
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{}", stderr(&output));
+            (losses(Path::new(&out)), stderr(&output))
+        };
+        let (graphs, said) = run("graphs", false);
+        assert!(!said.contains("does not become a graph"), "{said}");
+        let (issued, said) = run("issued", true);
+        assert_eq!(said.matches("does not become a graph").count(), 1, "{said}");
+        assert!(said.contains("warning: work"), "{said}");
+        assert!(said.contains("CUDA_ERROR_NOT_SUPPORTED"), "{said}");
+        assert_eq!(graphs.len(), 12);
+        assert_eq!(graphs, issued);
+        println!("{said}");
+    }
+}
+
 /// Losses that are read while later steps run are those that are read after each step.
 #[test]
 fn losses_that_come_late_are_the_same() {

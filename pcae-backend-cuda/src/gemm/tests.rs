@@ -221,6 +221,80 @@ fn products_are_those_of_the_formula() {
     }
 }
 
+/// Each product that is not cuBLASLt's as a whole counts once, and is named once.
+#[test]
+fn products_that_fall_back_are_counted_and_named() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let Some(mut queue) = crate::testing::queue(precision) else {
+            return;
+        };
+        if !crate::testing::is_emulated() {
+            return;
+        }
+        let counts = |queue: &Queue| (queue.runs().own_products, queue.runs().spread_biases);
+        // By cuBLASLt; onto its bias, as the output has no rows of 16 bytes; by our kernel, as every algorithm is refused.
+        for size in [(16, 16, 32), (5, 9, 6), (16, 16, 30)] {
+            let case = Case::new(&mut queue, size, 0b100, 0);
+            case.check(&mut queue);
+            case.check(&mut queue);
+        }
+        assert_eq!(counts(&queue), (1, 1), "{precision:?}");
+        let mut told = Vec::new();
+        while let Some(warning) = queue.warning() {
+            told.push(warning.to_owned());
+        }
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(told[0].contains("[5, 6] @ [6, 9], bias: "), "{told:?}");
+        assert!(told[1].contains("[16, 30] @ [30, 16], bias: "), "{told:?}");
+        assert!(told[1].contains("many times slower"), "{told:?}");
+        // At another alignment it is another product, of the same shape.
+        Case::new(&mut queue, (5, 9, 6), 0b100, 3).check(&mut queue);
+        assert_eq!(counts(&queue), (1, 2), "{precision:?}");
+        assert_eq!(queue.warning(), None);
+    }
+}
+
+/// cuBLASLt is not asked about a bias that is not aligned, whatever was asked for before: the emulated one fails then.
+#[test]
+fn a_bias_between_alignments_is_spread() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let Some(mut queue) = crate::testing::queue(precision) else {
+            return;
+        };
+        let size = precision.size();
+        let [bias, a, b, out] = [(); 4].map(|()| queue.allocate(256 * 4).unwrap());
+        let values: Vec<f32> = (0..64).map(|i| f32::from(i as u8)).collect();
+        queue.write_act(bias.at(), &values).unwrap();
+        queue.write_act(a.at(), &[2.0; 64]).unwrap();
+        queue.write_act(b.at(), &[3.0; 64]).unwrap();
+        for elements in [0, 1, 16 / size, 2, 4, 8] {
+            let matmul = Matmul {
+                m: 8,
+                n: 8,
+                k: 8,
+                a: a.at(),
+                a_transposed: false,
+                a_row: 8,
+                b: b.at(),
+                b_transposed: false,
+                b_row: 8,
+                bias: Some(bias.at().plus(elements * size)),
+                add: None,
+                out: out.at(),
+                out_f32: false,
+            };
+            queue.matmul(matmul).unwrap();
+            let mut found = [0.0; 8];
+            queue.read_act(&mut found, out.at()).unwrap();
+            let expected: Vec<f32> = values[elements..][..8].iter().map(|x| 48.0 + x).collect();
+            assert_eq!(found[..], expected[..], "{precision:?}, {elements}");
+            let way = &queue.gemm.ways[&Key::of(&matmul)];
+            let apart = elements * size % 16 != 0;
+            assert!(way.bias_apart || !apart, "{precision:?}, {elements}");
+        }
+    }
+}
+
 /// Timing algorithms changes no result, not even of a product that is added to what is there; and it finds the fastest.
 #[test]
 fn the_fastest_algorithm_is_taken_where_that_is_asked_for() {
@@ -235,7 +309,10 @@ fn the_fastest_algorithm_is_taken_where_that_is_asked_for() {
                     continue;
                 }
                 let case = Case::new(&mut queue, size, form, 0);
+                let taken = queue.taken();
                 case.check(&mut queue);
+                // No copy of an output is left.
+                assert_eq!(queue.taken(), taken, "{}", case.matmul);
                 let way = &queue.gemm.ways[&Key::of(&case.matmul)];
                 let Some(plan) = &way.plan else { continue };
                 if crate::testing::is_emulated() {

@@ -94,7 +94,8 @@ fn work_that_repeats_becomes_a_graph_and_allocates_nothing() {
             issued: before.issued + 1,
             made: before.made + 1,
             graphs: before.graphs + 92,
-            refused: 0
+            refused: 0,
+            ..before
         }
     );
 }

@@ -104,11 +104,11 @@ Status check(const Desc& desc, const Layout& a, const Layout& b, const Layout& c
 
 enum class Refusal { NONE, SAID, NOTHING_FOUND };
 
-/// Whether there is no algorithm. What the documentation asks for the best use of tensor cores, 16 bytes, is what an epilogue needs here; columns
+/// Whether there is no algorithm. What the documentation asks for the best use of tensor cores, 16 bytes, is what the output of an epilogue needs here; columns
 /// of bf16 that begin at odd elements, and products of one term in f32, are not computed at all.
 Refusal refuses(const Desc& desc, const Layout& a, const Layout& b, const Layout& d, size_t k) {
     if (a.type == R_16BF ? k % 2 == 1 && (a.leading % 2 == 1 || b.leading % 2 == 1) : k == 1) return Refusal::NOTHING_FOUND;
-    if (desc.epilogue == EPILOGUE_BIAS && (reinterpret_cast<uintptr_t>(desc.bias) % 16 != 0 || d.rows * d.size() % 16 != 0)) return Refusal::SAID;
+    if (desc.epilogue == EPILOGUE_BIAS && d.rows * d.size() % 16 != 0) return Refusal::SAID;
     return Refusal::NONE;
 }
 
@@ -235,6 +235,9 @@ EXPORT Status cublasLtMatmulAlgoGetHeuristic(void*, const void* desc, const void
     size_t m, n, k;
     if (Status status = check(*static_cast<const Desc*>(desc), la, lb, lc, ld, m, n, k)) return status;
     if (asked < 1) return refuse(INVALID_VALUE, "no algorithm is asked for");
+    // What versions make of it differs.
+    if (static_cast<const Desc*>(desc)->epilogue == EPILOGUE_BIAS && reinterpret_cast<uintptr_t>(static_cast<const Desc*>(desc)->bias) % 16 != 0)
+        return refuse(INVALID_VALUE, "a bias that is no multiple of 16");
     // Otherwise partial sums may be rounded to the output's format, or added in any order.
     if (preference.reductions != 2) return refuse(NOT_SUPPORTED, "reduction schemes other than CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE are allowed");
     switch (refuses(*static_cast<const Desc*>(desc), la, lb, ld, k)) {

@@ -410,6 +410,8 @@ extern "C" void emulated_complain(const char* format, ...) {
 EXPORT Result cuInit(unsigned flags) {
     GUARD;
     if (flags != 0) return INVALID_VALUE;
+    const char* set = getenv("PCAE_EMULATED_INIT");
+    if (set != nullptr) return static_cast<Result>(atoi(set));
     initialized = true;
     return SUCCESS;
 }
@@ -828,7 +830,8 @@ EXPORT Result cuEventSynchronize(void* handle) {
     return event->stream == nullptr ? SUCCESS : run_until(event->stream, event->at);
 }
 
-EXPORT Result cuEventElapsedTime_v2(float* milliseconds, void* first, void* second) {
+/// What every driver has.
+EXPORT Result cuEventElapsedTime(float* milliseconds, void* first, void* second) {
     NEED_CONTEXT;
     std::chrono::steady_clock::time_point times[2];
     void* handles[] = {first, second};
@@ -842,6 +845,13 @@ EXPORT Result cuEventElapsedTime_v2(float* milliseconds, void* first, void* seco
     }
     *milliseconds = std::chrono::duration<float, std::milli>(times[1] - times[0]).count();
     return SUCCESS;
+}
+
+EXPORT Result cuEventElapsedTime_v2(float* milliseconds, void* first, void* second) {
+    int version = 0;
+    cuDriverGetVersion(&version);
+    if (version < 12080) return refuse(NOT_SUPPORTED, "cuEventElapsedTime_v2 is not in this driver");
+    return cuEventElapsedTime(milliseconds, first, second);
 }
 
 EXPORT Result cuEventQuery(void* handle) {
@@ -896,6 +906,7 @@ EXPORT Result cuGraphInstantiateWithFlags(void** executable, void* graph, unsign
     NEED_CONTEXT;
     if (graphs.count(graph) == 0) return refuse(INVALID_HANDLE, "cuGraphInstantiate: no graph");
     if (flags != 0) return refuse(INVALID_VALUE, "cuGraphInstantiate: flags %#llx are not emulated", flags);
+    if (getenv("PCAE_EMULATED_NO_GRAPHS") != nullptr) return NOT_SUPPORTED;
     auto nodes = std::make_shared<std::vector<Op>>(static_cast<Graph*>(graph)->nodes);
     *executable = nodes.get();
     executables[*executable] = nodes;

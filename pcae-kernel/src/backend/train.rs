@@ -128,6 +128,12 @@ pub trait TrainBackend: Backend {
         false
     }
 
+    /// The next thing that is not as it should be though everything works, such as work that runs slower than it might. Each is told
+    /// once.
+    fn warning(&mut self) -> Option<&str> {
+        None
+    }
+
     /// Waits until all operations so far are done: for who wants to know how long they take.
     ///
     /// # Errors

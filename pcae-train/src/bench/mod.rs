@@ -167,6 +167,42 @@ pub struct Measurement {
     /// Where the time went, if that was asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub breakdown: Vec<Part>,
+    /// How work ran on a device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub launches: Option<Launches>,
+    /// What is not as it should be though everything works, of a device: what was warned of.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// How work ran on a device, warming up included: [`pcae_backend_cuda::Runs`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Launches {
+    /// Pieces of work that were launched as a graph.
+    pub graphs: u64,
+    /// Those that were issued kernel by kernel.
+    pub issued: u64,
+    /// Graphs that were made.
+    pub made: u64,
+    /// Pieces of work that could not be made into a graph.
+    pub refused: u64,
+    /// Products that a plain kernel of ours computes because cuBLASLt has no algorithm for them.
+    pub own_products: u64,
+    /// Products whose bias is written to the output before them because cuBLASLt does not add it.
+    pub spread_biases: u64,
+}
+
+impl From<pcae_backend_cuda::Runs> for Launches {
+    fn from(runs: pcae_backend_cuda::Runs) -> Self {
+        Self {
+            graphs: runs.graphs,
+            issued: runs.issued,
+            made: runs.made,
+            refused: runs.refused,
+            own_products: runs.own_products,
+            spread_biases: runs.spread_biases,
+        }
+    }
 }
 
 /// All operations of one kind in a run, the mean of the timed runs.
@@ -598,6 +634,8 @@ impl Measurement {
             flops_per_byte: None,
             planned_bytes: None,
             breakdown: Vec::new(),
+            launches: None,
+            warnings: Vec::new(),
         }
     }
 }
@@ -663,8 +701,16 @@ fn measure(cases: Vec<Case>, plan: &Plan, limits: &mut Limits) -> Result<Vec<Mea
         }
     }
     let mut results = Vec::new();
-    for (case, _, timings) in live {
-        let blank = case.blank()?;
+    for (case, mut work, timings) in live {
+        let warnings = work.warnings();
+        for warning in &warnings {
+            log::warn!("{warning}");
+        }
+        let blank = Measurement {
+            launches: work.launches(),
+            warnings,
+            ..case.blank()?
+        };
         let peak = limits.peak(&case.settings.machine);
         let bandwidth = limits.bandwidth(&case.settings.machine);
         for timing in timings {

@@ -47,6 +47,11 @@ impl<B> Timed<B> {
     }
 
     /// The backend itself.
+    pub fn inner(&self) -> &B {
+        &self.inner
+    }
+
+    /// The backend itself.
     pub fn into_inner(self) -> B {
         self.inner
     }
@@ -318,6 +323,10 @@ impl<B: TrainBackend> TrainBackend for Timed<B> {
 
     fn is_queued(&self) -> bool {
         self.inner.is_queued()
+    }
+
+    fn warning(&mut self) -> Option<&str> {
+        self.inner.warning()
     }
 
     fn wait(&mut self) -> Result<(), Self::Error> {

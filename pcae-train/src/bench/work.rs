@@ -1,7 +1,9 @@
 //! What is timed: made once, run many times, on any backend.
 
+use std::any::Any;
 use std::sync::Arc;
 
+use pcae_backend_cuda::Cuda;
 use pcae_kernel::backend::{
     AdamW, AttentionDims, Backend, Epilogue, Linear, LinearDims, Pixels, RowDims, TrainBackend,
 };
@@ -15,6 +17,7 @@ use pcae_kernel::rng::{Purpose, Stream};
 use pcae_kernel::schedule::random_masking;
 use pcae_kernel::sizing::Sizing;
 
+use super::Launches;
 use super::timed::{Tally, Timed};
 use crate::backends::Build;
 use crate::error::Error;
@@ -65,6 +68,12 @@ pub(super) trait Workload {
     fn stop(&mut self);
 
     fn tallies(&self) -> Vec<(OpKind, Tally)>;
+
+    /// How work ran so far, on a device.
+    fn launches(&self) -> Option<Launches>;
+
+    /// What the backend warns of and has not told yet.
+    fn warnings(&mut self) -> Vec<String>;
 }
 
 /// Makes a [`Workload`] on the backend it is given.
@@ -178,7 +187,7 @@ struct Live<B: TrainBackend> {
     name: String,
 }
 
-impl<B: TrainBackend> Workload for Live<B> {
+impl<B: TrainBackend + 'static> Workload for Live<B> {
     fn tracks(&self) -> &[Track] {
         self.work.tracks()
     }
@@ -215,6 +224,15 @@ impl<B: TrainBackend> Workload for Live<B> {
 
     fn tallies(&self) -> Vec<(OpKind, Tally)> {
         self.backend.tallies().collect()
+    }
+
+    fn launches(&self) -> Option<Launches> {
+        let backend: &dyn Any = self.backend.inner();
+        Some(backend.downcast_ref::<Cuda>()?.runs().into())
+    }
+
+    fn warnings(&mut self) -> Vec<String> {
+        std::iter::from_fn(|| self.backend.warning().map(str::to_owned)).collect()
     }
 }
 

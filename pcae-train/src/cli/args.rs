@@ -152,7 +152,7 @@ pub(super) struct PretrainArgs {
     /// Optimizer steps, instead of --epochs
     #[arg(long)]
     steps: Option<String>,
-    /// Pictures in a micro-batch, or auto for as many as there is memory for [default: 64]
+    /// Pictures in a micro-batch, or auto for as many as there is memory for, to four significant bits [default: 64]
     #[arg(long)]
     batch_size: Option<String>,
     /// Micro-batches in an optimizer step [default: 1]

@@ -43,7 +43,7 @@ pub(super) struct FinetuneArgs {
     /// Optimizer steps, instead of --epochs
     #[arg(long)]
     steps: Option<String>,
-    /// Pictures in a micro-batch, or auto for as many as there is memory for [default: 64, or all of fewer]
+    /// Pictures in a micro-batch, or auto for as many as there is memory for, to four significant bits [default: 64, or all of fewer]
     #[arg(long)]
     batch_size: Option<String>,
     /// Micro-batches in an optimizer step [default: 1]

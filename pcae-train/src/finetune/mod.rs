@@ -150,13 +150,19 @@ fn fit(settings: &mut FinetuneSettings, splits: &Splits) -> Result<Option<String
     };
     let recipe = one.resolve(splits)?;
     let (machine, vit) = (&settings.machine, &recipe.task.vit);
-    let fitted = fit::largest(machine, vit, splits.train.len(), |batch| {
-        let mut recipe = recipe.clone();
-        recipe.plan.batch_size = batch;
-        let memory = planned_memory(&one, &recipe)?.total();
-        let loader = backends::of_loader(machine, &recipe.augmentation, batch);
-        Ok(memory.saturating_add(loader))
-    })?;
+    let fitted = fit::largest(
+        machine,
+        vit,
+        splits.train.len(),
+        recipe.plan.accum,
+        |batch| {
+            let mut recipe = recipe.clone();
+            recipe.plan.batch_size = batch;
+            let memory = planned_memory(&one, &recipe)?.total();
+            let loader = backends::of_loader(machine, &recipe.augmentation, batch);
+            Ok(memory.saturating_add(loader))
+        },
+    )?;
     settings.batch_size = Some(BatchSize::Pictures(fitted.batch_size));
     // Which took a pass over the data.
     (settings.mean, settings.std) = (one.mean, one.std);

@@ -306,6 +306,9 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
             half = other;
         }
         if !seen.is_empty() {
+            while let Some(warning) = backend.warning() {
+                progress.println(&format!("warning: {warning}"));
+            }
             let step_images = plan.batch_size as u64 * plan.accum;
             let taken = began.elapsed().as_secs_f64();
             let each = taken / seen.len() as f64;
