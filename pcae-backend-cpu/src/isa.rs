@@ -50,6 +50,16 @@ impl Isa {
             .unwrap_or(Self(Kind::Portable(Portable)))
     }
 
+    /// [`Isa::available`], and AVX-512 as on a processor without AVX512-BF16.
+    #[cfg(test)]
+    pub(crate) fn variants() -> impl Iterator<Item = Self> {
+        let more = [
+            #[cfg(target_arch = "x86_64")]
+            Avx512::without_bf16().map(|isa| Self(Kind::Avx512(isa))),
+        ];
+        Self::available().chain(more.into_iter().flatten())
+    }
+
     #[cfg(target_arch = "x86_64")]
     pub(crate) const fn is_avx512(self) -> bool {
         matches!(self.0, Kind::Avx512(_))

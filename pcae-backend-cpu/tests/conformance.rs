@@ -75,7 +75,9 @@ fn a_unit_of_another_instruction_set_is_refused() {
             let result = cpu.linear(dims, &mut out, &x, &params, layer, Epilogue::Bias);
             if Bf16Unit::available(isa).any(|other| other == unit) {
                 result.unwrap();
-                assert!(out.iter().all(|x| *x == 0.5), "{isa} {unit}");
+                let mut values = [0.0; 960];
+                cpu.read(&mut values, &out).unwrap();
+                assert!(values.iter().all(|x| *x == 0.5), "{isa} {unit}");
             } else {
                 assert_eq!(result, Err(Error::Unit { unit, isa }));
                 let frozen = cpu.frozen_params(&layout, &values);
@@ -145,6 +147,107 @@ fn frozen_parameters_give_the_same_bits_forward_and_nothing_else() {
             let mut other = Cpu::with(other, 1).unwrap();
             let result = other.linear(dims, &mut out, &x, &all[1], layer, Epilogue::Bias);
             assert!(matches!(result, Err(Error::Frozen { op: "linear" })));
+        }
+    }
+}
+
+#[test]
+fn what_is_stored_in_bf16_gives_the_bits_of_rounding_as_it_is_read() {
+    use pcae_kernel::backend::{AttentionDims, Backend, Epilogue, LinearDims, TrainBackend};
+    use pcae_kernel::config::VitConfig;
+    use pcae_kernel::layout::Layout;
+
+    const ROWS: usize = 2 * 19;
+    let vit = VitConfig::preset("vit-micro").unwrap();
+    let (d, hidden) = (vit.embed_dim, vit.mlp_hidden());
+    let layout = Layout::encoder(&vit);
+    let mut values = vec![0.0; layout.len()];
+    pcae_kernel::init::init(&layout, 7, &mut values).unwrap();
+    let block = layout.encoder.blocks.block(0);
+    let linear = |in_features, out_features| LinearDims {
+        rows: ROWS,
+        in_features,
+        out_features,
+    };
+    let attention = AttentionDims {
+        batch: 2,
+        tokens: ROWS / 2,
+        num_heads: vit.num_heads,
+        head_dim: d / vit.num_heads,
+    };
+    for isa in Isa::available() {
+        for unit in Bf16Unit::available(isa) {
+            let mut cpu = Cpu::with(isa, 1).unwrap().precision(Precision::Bf16(unit));
+            let params = cpu.params(&layout, &values).unwrap();
+            let mut buf = |len: usize| {
+                let mut buf = cpu.buf(len).unwrap();
+                let values: Vec<f32> = (0..len).map(|i| (i as f32).sin()).collect();
+                cpu.write(&mut buf, &values).unwrap();
+                buf
+            };
+            let (x, mut wide, mut narrow) = (buf(ROWS * d), buf(ROWS * hidden), buf(ROWS * hidden));
+            let (mut attended, mut y) = (
+                [buf(ROWS * d), buf(ROWS * d)],
+                [buf(ROWS * d), buf(ROWS * d)],
+            );
+            let read = |cpu: &mut Cpu, buf: &pcae_backend_cpu::Buf| {
+                let mut values = vec![0.0; ROWS * d];
+                cpu.read(&mut values, buf).unwrap();
+                values
+            };
+
+            // Queries, keys and values in f32, and in bf16.
+            let dims = linear(d, 3 * d);
+            for (out, epilogue) in [
+                (&mut wide, Epilogue::Bias),
+                (&mut narrow, Epilogue::BiasQkv),
+            ] {
+                cpu.linear(dims, out, &x, &params, block.qkv, epilogue)
+                    .unwrap();
+            }
+            assert_ne!(
+                read(&mut cpu, &wide),
+                read(&mut cpu, &narrow),
+                "{isa} {unit}"
+            );
+            for (out, qkv) in attended.iter_mut().zip([&wide, &narrow]) {
+                cpu.attention(attention, out, qkv).unwrap();
+            }
+            let [a, b] = &attended;
+            assert_eq!(read(&mut cpu, a), read(&mut cpu, b), "{isa} {unit}");
+
+            // A hidden layer in bf16, and what it holds in f32.
+            let dims = linear(d, hidden);
+            cpu.linear(
+                dims,
+                &mut narrow,
+                &attended[0],
+                &params,
+                block.fc1,
+                Epilogue::BiasGelu,
+            )
+            .unwrap();
+            let mut held = vec![0.0; ROWS * hidden];
+            cpu.read(&mut held, &narrow).unwrap();
+            assert!(
+                held.iter().all(|x| x.to_bits() & 0xffff == 0),
+                "{isa} {unit}"
+            );
+            cpu.write(&mut wide, &held).unwrap();
+            for (out, hidden_layer) in y.iter_mut().zip([&wide, &narrow]) {
+                let (dims, residual) = (linear(hidden, d), Epilogue::BiasResidual);
+                cpu.linear(dims, out, hidden_layer, &params, block.fc2, residual)
+                    .unwrap();
+            }
+            let [a, b] = &y;
+            assert_eq!(read(&mut cpu, a), read(&mut cpu, b), "{isa} {unit}");
+
+            // Nobody else takes it.
+            let [out, _] = &mut y;
+            let rows = pcae_kernel::backend::RowDims { rows: ROWS, dim: d };
+            let refused = cpu.layer_norm(rows, out, &narrow, &params, block.norm1);
+            let op = "layer_norm";
+            assert_eq!(refused, Err(Error::Narrow { op, what: "x" }));
         }
     }
 }

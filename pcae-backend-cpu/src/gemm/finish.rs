@@ -1,6 +1,7 @@
 //! What is done to the sums of a tile before they are stored.
 
 use crate::cpu::LINE;
+use crate::element::{Bf16, Element};
 use crate::isa::Kernel;
 use crate::math::{gelu, gelu_grad};
 use crate::memory;
@@ -10,13 +11,20 @@ use crate::threads::Shared;
 /// Where the sums of a product go, `y = sum + bias` element by element.
 pub(crate) struct Finish<'a> {
     /// `[m, n]`.
-    out: Shared<'a>,
+    out: Out<'a>,
     n: usize,
     /// `[n]`, or empty for zeros.
     bias: &'a [f32],
     mode: Mode<'a>,
     /// Whether results are written past the caches, which would not hold them until they are read.
     pub(super) streamed: bool,
+}
+
+/// Where results go, in the format that is written there: what is added to is f32.
+#[derive(Clone, Copy)]
+enum Out<'a> {
+    F32(Shared<'a>),
+    Bf16(Shared<'a, Bf16>),
 }
 
 /// What becomes of `y`. All matrices are `[m, n]`.
@@ -46,16 +54,32 @@ pub(crate) enum Mode<'a> {
     },
 }
 
-/// Results of as many level-2 caches are streamed. Smaller ones are better read back from the level-3 cache, whose share of
+/// Results larger than so many level-2 caches are streamed. Smaller ones are better read back from the level-3 cache, whose share of
 /// one core nobody tells.
-const STREAMED: usize = 4;
+const STREAMED: usize = 3;
+
+fn is_streamed<T>(out: &[T]) -> bool {
+    size_of_val(out) > STREAMED * memory::level2_cache()
+}
 
 impl<'a> Finish<'a> {
     /// `out: [m, n]`.
     pub(crate) fn new(out: &'a mut [f32], n: usize, bias: &'a [f32], mode: Mode<'a>) -> Self {
-        let streamed = size_of_val(out) > STREAMED * memory::level2_cache();
+        let streamed = is_streamed(out);
         Self {
-            out: Shared::new(out),
+            out: Out::F32(Shared::new(out)),
+            n,
+            bias,
+            mode,
+            streamed,
+        }
+    }
+
+    /// `out: [m, n]`, rounded to bf16 as it is stored.
+    pub(crate) fn in_bf16(out: &'a mut [Bf16], n: usize, bias: &'a [f32], mode: Mode<'a>) -> Self {
+        let streamed = is_streamed(out);
+        Self {
+            out: Out::Bf16(Shared::new(out)),
             n,
             bias,
             mode,
@@ -70,9 +94,13 @@ impl<'a> Finish<'a> {
             Mode::Residual { residual, .. } => residual.len(),
             Mode::GeluGrad { pre_gelu } => pre_gelu.len(),
         };
+        let out_len = match self.out {
+            Out::F32(out) => out.len(),
+            Out::Bf16(out) => out.len(),
+        };
         assert!(
             self.n == n
-                && self.out.len().min(len) >= m * n
+                && out_len.min(len) >= m * n
                 && (self.bias.is_empty() || self.bias.len() >= n),
             "what a product writes to is as long as it says"
         );
@@ -94,22 +122,31 @@ impl Kernel for FetchTile<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let f = self.finish;
-        let written = |x: *const f32| (!f.streamed).then_some(x);
-        let out = f.out.as_ptr();
-        let wanted = match &f.mode {
-            Mode::Add => [Some(out), None],
-            Mode::Store | Mode::Gelu => [written(out), None],
-            Mode::GeluSaving { pre_gelu } => [written(out), written(pre_gelu.as_ptr())],
-            Mode::Residual { residual: x, .. } | Mode::GeluGrad { pre_gelu: x } => {
-                [written(out), Some(x.as_ptr())]
+        if !f.streamed || matches!(f.mode, Mode::Add) {
+            match f.out {
+                Out::F32(out) => self.fetch(s, out.as_ptr()),
+                Out::Bf16(out) => self.fetch(s, out.as_ptr()),
             }
-        };
-        for wanted in wanted.into_iter().flatten() {
-            for row in self.row..self.row + self.rows {
-                let at = row * f.n + self.col;
-                for line in (at..at + self.width).step_by(LINE) {
-                    s.prefetch(wanted.wrapping_add(line));
-                }
+        }
+        match &f.mode {
+            Mode::Store | Mode::Add | Mode::Gelu => {}
+            Mode::GeluSaving { .. } if f.streamed => {}
+            Mode::GeluSaving { pre_gelu } => self.fetch(s, pre_gelu.as_ptr()),
+            Mode::Residual { residual: x, .. } | Mode::GeluGrad { pre_gelu: x } => {
+                self.fetch(s, x.as_ptr());
+            }
+        }
+    }
+}
+
+impl FetchTile<'_, '_> {
+    /// The tile's lines of a matrix.
+    #[inline(always)]
+    fn fetch<S: Simd, T>(&self, s: S, matrix: *const T) {
+        for row in self.row..self.row + self.rows {
+            let at = row * self.finish.n + self.col;
+            for line in (at..at + self.width).step_by(LINE * size_of::<f32>() / size_of::<T>()) {
+                s.prefetch(matrix.wrapping_add(line).cast());
             }
         }
     }
@@ -132,6 +169,16 @@ impl Kernel for FinishTile<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        match self.finish.out {
+            Out::F32(out) => self.store(s, out),
+            Out::Bf16(out) => self.store(s, out),
+        }
+    }
+}
+
+impl FinishTile<'_, '_> {
+    #[inline(always)]
+    fn store<S: Simd, T: Element>(self, s: S, out: Shared<'_, T>) {
         let Self {
             finish: f,
             row,
@@ -150,44 +197,67 @@ impl Kernel for FinishTile<'_, '_> {
                 *bias = s.load(columns);
             }
         }
-        let put = |to: &mut [f32], v| match f.streamed {
-            true => s.stream(to, v),
-            false => s.store(to, v),
-        };
         for (row, sums) in (row..row + rows).zip(sums.chunks_exact(step)) {
             let at = row * f.n + col;
             // SAFETY: this row of this tile; tiles do not overlap, and `Finish::check` has seen the length.
-            let out = unsafe { f.out.part(at, width) }.chunks_mut(S::LANES);
-            let vectors = sums.chunks_exact(S::LANES).zip(bias);
-            let each = out.zip(vectors.map(|(sum, bias)| s.add(s.load(sum), bias)));
+            let out = unsafe { out.part(at, width) }.chunks_mut(S::LANES);
+            // Loops and not closures, which would lose the instruction set where they are not inlined; and `bias` borrowed, of
+            // which an iterator of its own would be a copy for each row.
+            let vectors = sums.chunks_exact(S::LANES).zip(&bias);
+            let each = out.zip(vectors);
             match &f.mode {
-                Mode::Store => each.for_each(|(out, y)| put(out, y)),
-                Mode::Add => each.for_each(|(out, y)| s.store(out, s.add(s.load(out), y))),
-                Mode::Gelu => each.for_each(|(out, y)| put(out, gelu(s, y))),
+                Mode::Store => {
+                    for (out, (sum, bias)) in each {
+                        put(s, f.streamed, out, s.add(s.load(sum), *bias));
+                    }
+                }
+                Mode::Add => {
+                    for (out, (sum, bias)) in each {
+                        let y = s.add(s.load(sum), *bias);
+                        T::store(s, out, s.add(T::load(s, out), y));
+                    }
+                }
+                Mode::Gelu => {
+                    for (out, (sum, bias)) in each {
+                        put(s, f.streamed, out, gelu(s, s.add(s.load(sum), *bias)));
+                    }
+                }
                 Mode::GeluSaving { pre_gelu } => {
                     // SAFETY: as for `out`.
                     let pre_gelu = unsafe { pre_gelu.part(at, width) };
                     let pre_gelu = pre_gelu.chunks_mut(S::LANES);
-                    each.zip(pre_gelu).for_each(|((out, y), pre_gelu)| {
-                        put(pre_gelu, y);
-                        put(out, gelu(s, y));
-                    });
+                    for ((out, (sum, bias)), pre_gelu) in each.zip(pre_gelu) {
+                        let y = s.add(s.load(sum), *bias);
+                        put(s, f.streamed, pre_gelu, y);
+                        put(s, f.streamed, out, gelu(s, y));
+                    }
                 }
                 Mode::Residual { residual, scale } => {
                     let residual = residual[at..][..width].chunks(S::LANES);
                     let scale = s.splat(scale.map_or(1.0, |(scale, per)| scale[row / per]));
-                    each.zip(residual).for_each(|((out, y), residual)| {
-                        put(out, s.mul_add(scale, y, s.load(residual)));
-                    });
+                    for ((out, (sum, bias)), residual) in each.zip(residual) {
+                        let y = s.add(s.load(sum), *bias);
+                        put(s, f.streamed, out, s.mul_add(scale, y, s.load(residual)));
+                    }
                 }
                 Mode::GeluGrad { pre_gelu } => {
                     let pre_gelu = pre_gelu[at..][..width].chunks(S::LANES);
-                    each.zip(pre_gelu).for_each(|((out, y), pre_gelu)| {
-                        put(out, s.mul(y, gelu_grad(s, s.load(pre_gelu))));
-                    });
+                    for ((out, (sum, bias)), pre_gelu) in each.zip(pre_gelu) {
+                        let y = s.add(s.load(sum), *bias);
+                        put(s, f.streamed, out, s.mul(y, gelu_grad(s, s.load(pre_gelu))));
+                    }
                 }
             }
         }
+    }
+}
+
+/// Stores a vector, past the caches if so asked.
+#[inline(always)]
+fn put<S: Simd, T: Element>(s: S, streamed: bool, to: &mut [T], v: S::V) {
+    match streamed {
+        true => T::stream(s, to, v),
+        false => T::store(s, to, v),
     }
 }
 
@@ -200,5 +270,52 @@ impl Kernel for Flush {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         s.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Dims, Left, Precision, Right, gemm, narrowed};
+    use super::*;
+    use crate::buf::View;
+    use crate::cpu::Scratch;
+    use crate::isa::Isa;
+    use crate::threads::Threads;
+
+    #[test]
+    fn results_in_bf16_are_those_in_f32_rounded() {
+        let value = |i: usize| (i as u64 * 2_654_435_761 % 1009) as f32 / 504.5 - 1.0;
+        let x: Vec<f32> = (0..2000).map(value).collect();
+        // Rows of whole cache lines, and tiles with tails.
+        for (isa, (m, n)) in Isa::variants().flat_map(|isa| [(isa, (21, 75)), (isa, (9, 64))]) {
+            let inner = 20;
+            let modes = || {
+                [
+                    Mode::Store,
+                    Mode::Gelu,
+                    Mode::Residual {
+                        residual: &x,
+                        scale: None,
+                    },
+                    Mode::GeluGrad { pre_gelu: &x },
+                ]
+            };
+            let run = |finish: &Finish<'_>| {
+                let scratch = &mut Scratch::default();
+                let (left, right) = (Left::Rows(View::F32(&x)), Right::Rows(&x));
+                let dims = Dims { m, n, inner };
+                let (precision, threads) = (Precision::F32, Threads::one());
+                gemm(isa, precision, &threads, scratch, dims, left, right, finish).unwrap();
+            };
+            for (which, (wide, narrow)) in modes().into_iter().zip(modes()).enumerate() {
+                let mut want = vec![f32::NAN; m * n];
+                run(&Finish::new(&mut want, n, &x, wide));
+                let mut got = vec![Bf16(7); m * n];
+                let mut finish = Finish::in_bf16(&mut got, n, &x, narrow);
+                finish.streamed = which % 2 == 0;
+                run(&finish);
+                assert_eq!(got, narrowed(&want), "{isa} {which} {n}");
+            }
+        }
     }
 }

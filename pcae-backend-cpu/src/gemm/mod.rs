@@ -25,14 +25,16 @@ mod x86;
 
 use core::ops::Range;
 
+use crate::buf::View;
 use crate::cpu::{LINE, Scratch};
+use crate::element::Element;
 use crate::error::Error;
 use crate::isa::Isa;
 use crate::threads::{Pieces, Shared, Threads};
 
 pub use bf16::Bf16Unit;
 #[cfg(test)]
-pub(crate) use bf16::rounded;
+pub(crate) use bf16::{narrowed, rounded};
 pub(crate) use finish::{Finish, Mode};
 pub(crate) use pack::{pack_weight, pack_weight_bf16, packed_len_bf16};
 pub(crate) use small::{Ready, SmallProduct};
@@ -41,14 +43,14 @@ use bf16::{PackRight, TilePairs, Turned, Unit};
 use finish::{FetchTile, FinishTile, Flush};
 use pack::{PackColumns, PackLeft, PackRows};
 use plan::{Cuts, Plan, Room, part};
-use tile::{Fetch, FetchLines, Shape, Tile};
+use tile::{Fetch, FetchLines, Shape, Strips, Tile};
 
 /// The number format of a product's operands; sums are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// f32.
     F32,
-    /// bf16, rounded as they are packed.
+    /// bf16, rounded as they are packed where they are f32.
     Bf16(Bf16Unit),
 }
 
@@ -73,11 +75,20 @@ pub(crate) struct Dims {
 
 /// The operand on the left, `[m, inner]`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Left<'a> {
+pub(crate) enum Left<D> {
     /// As it is.
-    Rows(&'a [f32]),
+    Rows(D),
     /// Transposed: `[inner, m]`.
-    Columns(&'a [f32]),
+    Columns(D),
+}
+
+impl<D> Left<D> {
+    fn map<T>(self, of: impl FnOnce(D) -> T) -> Left<T> {
+        match self {
+            Self::Rows(data) => Left::Rows(of(data)),
+            Self::Columns(data) => Left::Columns(of(data)),
+        }
+    }
 }
 
 /// The operand on the right, `[inner, n]`.
@@ -95,7 +106,7 @@ pub(crate) enum Right<'a> {
 
 /// Rows of the left operand that are packed at a time: runs of some cache lines where it comes transposed.
 const PACKED_ROWS: usize = 64;
-const PACKED_OTHERWISE: &str = "an operand is packed for the precision it is used with";
+const PACKED_OTHERWISE: &str = "an operand is of the precision it is used with";
 /// Elements of scratch that [`gemm`] takes.
 pub(crate) fn scratch_len(isa: Isa, precision: Precision, threads: usize, dims: Dims) -> usize {
     if dims.m == 0 || dims.n == 0 {
@@ -113,14 +124,14 @@ pub(crate) fn scratch_len(isa: Isa, precision: Precision, threads: usize, dims: 
 /// precision is that of another instruction set.
 ///
 /// # Panics
-/// If an operand is shorter than `dims` say, or packed for another precision.
+/// If an operand is shorter than `dims` say, packed for another precision, or bf16 in a product of f32.
 pub(crate) fn gemm(
     isa: Isa,
     precision: Precision,
     threads: &Threads,
     scratch: &mut Scratch,
     dims: Dims,
-    left: Left<'_>,
+    left: Left<View<'_>>,
     right: Right<'_>,
     finish: &Finish<'_>,
 ) -> Result<(), Error> {
@@ -142,7 +153,7 @@ struct Product<'a> {
     precision: Precision,
     shape: Shape,
     dims: Dims,
-    left: Left<'a>,
+    left: Left<View<'a>>,
     right: Right<'a>,
     finish: &'a Finish<'a>,
 }
@@ -225,31 +236,56 @@ impl Product<'_> {
                 .next_multiple_of(self.shape.least_rows);
             // SAFETY: tiles do not overlap, and each belongs to one piece.
             let to = unsafe { place.part(start * words, (end - start) * words) };
-            match self.precision {
-                Precision::F32 => self.isa.run(PackLeft {
+            let data = match left {
+                Left::Rows(data) | Left::Columns(data) => data,
+            };
+            match (self.precision, data) {
+                (Precision::F32, View::F32(data)) => self.isa.run(PackLeft {
                     to,
-                    left,
+                    left: left.map(|_| data),
                     m,
                     first,
                     strips,
                     tiles,
                     inner,
                 }),
-                Precision::Bf16(unit) => self.isa.run(bf16::PackLeft {
-                    to,
-                    words,
-                    squares: unit.wants_squares(),
-                    left,
-                    stride: match left {
-                        Left::Rows(_) => inner,
-                        Left::Columns(_) => m,
-                    },
-                    first,
-                    strips,
-                    tiles,
-                    inner,
-                }),
+                (Precision::Bf16(unit), View::F32(data)) => {
+                    let left = left.map(|_| data);
+                    self.pack_pairs(unit, to, left, first, strips, tiles);
+                }
+                (Precision::Bf16(unit), View::Bf16(data)) => {
+                    let left = left.map(|_| data);
+                    self.pack_pairs(unit, to, left, first, strips, tiles);
+                }
+                (Precision::F32, View::Bf16(_)) => panic!("{PACKED_OTHERWISE}"),
             }
+        });
+    }
+
+    /// Tiles of the left operand, in pairs.
+    fn pack_pairs<T: Element>(
+        &self,
+        unit: Bf16Unit,
+        to: &mut [f32],
+        left: Left<&[T]>,
+        first: usize,
+        strips: Strips,
+        tiles: Range<usize>,
+    ) {
+        let Dims { m, inner, .. } = self.dims;
+        self.isa.run(bf16::PackLeft {
+            to,
+            words: self.shape.words,
+            squares: unit.wants_squares(),
+            left,
+            stride: match left {
+                Left::Rows(_) => inner,
+                Left::Columns(_) => m,
+            },
+            first,
+            strips,
+            tiles,
+            inner,
         });
     }
 
@@ -588,7 +624,7 @@ mod tests {
         threads: &Threads,
         cuts: &Cuts,
         dims: Dims,
-        left: Left<'_>,
+        left: Left<View<'_>>,
         right: Right<'_>,
         finish: &Finish<'_>,
     ) {
@@ -642,7 +678,10 @@ mod tests {
             .iter()
             .flat_map(|pool| [(pool, Cuts::of_this_machine(Precision::F32)), (pool, SMALL)])
         {
-            for left in [Left::Rows(&left), Left::Columns(&left_t)] {
+            for left in [
+                Left::Rows(View::F32(&left)),
+                Left::Columns(View::F32(&left_t)),
+            ] {
                 for right in [
                     Right::Rows(&right),
                     Right::Columns(&right_t),
@@ -682,6 +721,14 @@ mod tests {
         let (left_t, right_t) = (transposed(&left, m, inner), transposed(&right, inner, n));
         let mut packed = vec![f32::NAN; packed_len_bf16(isa, unit, n, inner)];
         pack_weight_bf16(isa, unit, &mut packed, &right_t, n, inner);
+        let (narrow, narrow_t) = (narrowed(&left), narrowed(&left_t));
+        // Rounded as it is packed, and before.
+        let lefts = [
+            Left::Rows(View::F32(&left)),
+            Left::Columns(View::F32(&left_t)),
+            Left::Rows(View::Bf16(&narrow)),
+            Left::Columns(View::Bf16(&narrow_t)),
+        ];
         let round = |x: &[f32]| x.iter().map(|&x| bf16::rounded(x)).collect::<Vec<_>>();
         let product = exact(dims, &round(&left), &round(&right));
         let mut first: Option<Vec<f32>> = None;
@@ -691,7 +738,7 @@ mod tests {
                 (pool, SMALL),
             ]
         }) {
-            for left in [Left::Rows(&left), Left::Columns(&left_t)] {
+            for left in lefts {
                 for right in [
                     Right::Rows(&right),
                     Right::Columns(&right_t),
@@ -852,7 +899,7 @@ mod tests {
                 let mut out = vec![f32::NAN; m * n];
                 let mut finish = Finish::new(&mut out, n, &bias, mode);
                 finish.streamed = streamed;
-                let (left, right) = (Left::Rows(&left), Right::Rows(&right));
+                let (left, right) = (Left::Rows(View::F32(&left)), Right::Rows(&right));
                 gemm(
                     isa,
                     Precision::F32,

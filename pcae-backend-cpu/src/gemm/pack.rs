@@ -149,7 +149,7 @@ impl Kernel for PackColumns<'_> {
 pub(super) struct PackLeft<'a> {
     /// The place of these tiles.
     pub(super) to: &'a mut [f32],
-    pub(super) left: Left<'a>,
+    pub(super) left: Left<&'a [f32]>,
     /// Rows of the whole operand.
     pub(super) m: usize,
     /// Row of the operand that is row 0 of `strips`.
