@@ -7,6 +7,8 @@ use pcae_kernel::error::{Error as KernelError, expect_len};
 use crate::cpu::{LINE, zeroed};
 use crate::element::Bf16;
 use crate::error::Error;
+use crate::gemm::{Out, Precision};
+use crate::simd::Simd;
 
 /// Elements of a gradient, a moment, parameters, scores: a slice that begins on a cache line, so that no vector of a row whose
 /// length is a multiple of a line's straddles two, and whole lines can be written past the caches.
@@ -66,10 +68,27 @@ pub(crate) enum View<'a> {
 }
 
 impl View<'_> {
+    /// A vector of the elements `at..at + len`; zeros in the rest.
+    #[inline(always)]
+    pub(crate) fn load<S: Simd>(&self, s: S, at: usize, len: usize) -> S::V {
+        match self {
+            Self::F32(x) => s.load(&x[at..][..len]),
+            Self::Bf16(x) => s.load_bf16(&x[at..][..len]),
+        }
+    }
+
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::F32(x) => x.len(),
             Self::Bf16(x) => x.len(),
+        }
+    }
+
+    /// The elements from `at` on.
+    pub(crate) fn from(&self, at: usize) -> Self {
+        match self {
+            Self::F32(x) => Self::F32(&x[at..]),
+            Self::Bf16(x) => Self::Bf16(&x[at..]),
         }
     }
 }
@@ -147,6 +166,14 @@ impl Buf {
     pub(crate) fn overwrite_narrow(&mut self, len: usize) -> &mut [Bf16] {
         self.narrow = self.narrow.max(len);
         &mut self.halves_mut()[..len]
+    }
+
+    /// The first `len` elements, to be overwritten as products of `precision` take them. There must be as many.
+    pub(crate) fn overwrite_as(&mut self, precision: Precision, len: usize) -> Out<'_> {
+        match precision {
+            Precision::F32 => self.overwrite(len).into(),
+            Precision::Bf16(_) => self.overwrite_narrow(len).into(),
+        }
     }
 
     /// The first `len` elements in f32, to be added to. There must be as many.

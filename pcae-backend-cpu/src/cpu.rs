@@ -517,38 +517,40 @@ impl Cpu {
         qkv: &Buf,
     ) -> Result<(), Error> {
         let qkv = qkv.view(op, "qkv", dims.qkv_len())?;
-        out.check(op, "out", dims.out_len())?;
+        let len = dims.out_len();
+        out.check(op, "out", len)?;
         let lse = match lse {
             Some(lse) => Some(front_mut(op, "lse", lse, dims.lse_len())?),
             None => None,
         };
-        if dims.out_len() == 0 {
+        if len == 0 {
             return Ok(());
         }
         precision.check(self.isa)?;
-        match qkv {
-            View::F32(qkv) => self.attend(precision, dims, out, lse, qkv),
-            View::Bf16(qkv) => self.attend(precision, dims, out, lse, qkv),
+        match (qkv, precision) {
+            (View::F32(qkv), _) => self.attend(precision, dims, out.overwrite(len), lse, qkv),
+            // Saved for a backward, in f32.
+            (View::Bf16(qkv), Precision::F32) => {
+                self.attend(precision, dims, out.overwrite(len), lse, qkv)
+            }
+            // The layers around it are of one precision: what comes in bf16 leaves in bf16.
+            (View::Bf16(qkv), Precision::Bf16(_)) => {
+                self.attend(precision, dims, out.overwrite_narrow(len), lse, qkv)
+            }
         }
     }
 
-    /// `out` is as `precision` says: it goes into a product.
-    fn attend<T: Element>(
+    fn attend<T: Element, O: Element>(
         &mut self,
         precision: Precision,
         dims: AttentionDims,
-        out: &mut Buf,
+        out: &mut [O],
         lse: Option<&mut [f32]>,
         qkv: &[T],
     ) -> Result<(), Error> {
         let attention = Attention::new(self.isa, &self.threads, precision, dims, qkv);
         let scratch = self.scratch.floats(attention.forward_scratch())?;
-        match precision {
-            Precision::F32 => attention.forward(out.overwrite(dims.out_len()), lse, scratch),
-            Precision::Bf16(_) => {
-                attention.forward(out.overwrite_narrow(dims.out_len()), lse, scratch);
-            }
-        }
+        attention.forward(out, lse, scratch);
         Ok(())
     }
 }
@@ -725,20 +727,13 @@ impl Backend for Cpu {
         out.check(OP, "out", len)?;
         let (x, weight, bias) = linear_inputs(OP, dims, x, self.isa, params, layer)?;
         params.precision.check(self.isa)?;
-        let narrow = params.precision != Precision::F32;
-        let finish = match epilogue {
-            Epilogue::BiasQkv if narrow => {
-                Finish::in_bf16(out.overwrite_narrow(len), n, bias, Mode::Store)
-            }
-            Epilogue::BiasGelu if narrow => {
-                Finish::in_bf16(out.overwrite_narrow(len), n, bias, Mode::Gelu)
-            }
-            Epilogue::Bias | Epilogue::BiasQkv => {
-                Finish::new(out.overwrite(len), n, bias, Mode::Store)
-            }
-            Epilogue::BiasGelu => Finish::new(out.overwrite(len), n, bias, Mode::Gelu),
-            Epilogue::BiasResidual => Finish::new(out.add_to(len), n, bias, Mode::Add),
+        let (out, mode) = match epilogue {
+            Epilogue::Bias => (out.overwrite(len).into(), Mode::Store),
+            Epilogue::BiasQkv => (out.overwrite_as(params.precision, len), Mode::Store),
+            Epilogue::BiasGelu => (out.overwrite_as(params.precision, len), Mode::Gelu),
+            Epilogue::BiasResidual => (out.add_to(len).into(), Mode::Add),
         };
+        let finish = Finish::to(out, n, bias, mode);
         self.product(params.precision, forward_dims(dims), x, weight, &finish)
     }
 

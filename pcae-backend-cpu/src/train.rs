@@ -13,10 +13,11 @@ use crate::cpu::{
     Cpu, Params, check_numbers, check_prefix, check_span, checked_ids, copy_patches, forward_dims,
     front, front_mut, linear_inputs, operand, patch_tokens,
 };
+use crate::element::Element;
 use crate::error::Error;
-use crate::gemm::{Dims, Finish, Left, Mode, Precision, Right};
+use crate::gemm::{Dims, Finish, Left, Mode, Out, Precision, Right};
 use crate::rows::{self, AdamWConstants};
-use crate::threads::{Pieces, Shared};
+use crate::threads::Pieces;
 
 /// Elements of a piece of a flat vector.
 pub(crate) const PIECE: usize = 4096;
@@ -83,8 +84,9 @@ impl TrainBackend for Cpu {
         out.check(OP, "out", len)?;
         pre_gelu.check(OP, "pre_gelu", len)?;
         let (x, weight, bias) = linear_inputs(OP, dims, x, self.isa, params, layer)?;
-        let (out, pre_gelu) = (out.overwrite(len), Shared::new(pre_gelu.overwrite(len)));
-        let finish = Finish::new(out, dims.out_features, bias, Mode::GeluSaving { pre_gelu });
+        params.precision.check(self.isa)?;
+        let [out, pre_gelu] = [out, pre_gelu].map(|to| to.overwrite_as(params.precision, len));
+        let finish = Finish::to(out, dims.out_features, bias, Mode::GeluSaving { pre_gelu });
         self.product(params.precision, forward_dims(dims), x, weight, &finish)
     }
 
@@ -156,19 +158,24 @@ impl TrainBackend for Cpu {
         let d_y = operand(OP, "d_y", d_y, dims.out_len(), params.precision)?;
         let weight = params.part(OP, "weight", layer.weight, dims.weight_len())?;
         let pre_gelu = match pre_gelu {
-            Some(pre_gelu) => Some(pre_gelu.floats(OP, "pre_gelu", dims.in_len())?),
+            Some(pre_gelu) => Some(pre_gelu.view(OP, "pre_gelu", dims.in_len())?),
             None => None,
         };
-        let mode = match pre_gelu {
-            Some(pre_gelu) => Mode::GeluGrad { pre_gelu },
-            None => Mode::Store,
+        params.precision.check(self.isa)?;
+        let (d_x, mode) = match pre_gelu {
+            // Of a layer's output, which its backward reads and nothing else.
+            Some(pre_gelu) => {
+                let d_x = d_x.overwrite_as(params.precision, dims.in_len());
+                (d_x, Mode::GeluGrad { pre_gelu })
+            }
+            None => (d_x.overwrite(dims.in_len()).into(), Mode::Store),
         };
         let product = Dims {
             m: dims.rows,
             n: dims.in_features,
             inner: dims.out_features,
         };
-        let finish = Finish::new(d_x.overwrite(dims.in_len()), dims.in_features, &[], mode);
+        let finish = Finish::to(d_x, dims.in_features, &[], mode);
         self.product(
             params.precision,
             product,
@@ -190,8 +197,8 @@ impl TrainBackend for Cpu {
         let (total, width) = (grads.len(), dims.out_features);
         let weight = check_span(OP, "weight", total, layer.weight, dims.weight_len())?;
         let bias = check_span(OP, "bias", total, layer.bias, width)?;
-        let d_y = d_y.floats(OP, "d_y", dims.out_len())?;
-        let x = x.floats(OP, "x", dims.in_len())?;
+        let d_y = operand(OP, "d_y", d_y, dims.out_len(), self.precision)?;
+        let x = operand(OP, "x", x, dims.in_len(), self.precision)?;
         // The rows are the inner dimension: cut so that a panel of it stays in cache. The cuts depend on nothing else.
         let (from, to) = (dims.in_features, dims.out_features);
         for first in (0..dims.rows).step_by(INNER) {
@@ -201,17 +208,20 @@ impl TrainBackend for Cpu {
                 n: from,
                 inner,
             };
-            let (d_y, x) = (&d_y[first * to..], &x[first * from..]);
+            let x = match x {
+                View::F32(x) => Right::Rows(&x[first * from..]),
+                View::Bf16(x) => Right::NarrowRows(&x[first * from..]),
+            };
             let finish = Finish::new(&mut grads[weight.clone()], from, &[], Mode::Add);
             self.product(
                 self.precision,
                 product,
-                Left::Columns(View::F32(d_y)),
-                Right::Rows(x),
+                Left::Columns(d_y.from(first * to)),
+                x,
                 &finish,
             )?;
         }
-        if d_y.is_empty() {
+        if d_y.len() == 0 {
             return Ok(());
         }
         let d_bias = Pieces::new(&mut grads[bias], COLUMNS);
@@ -219,8 +229,13 @@ impl TrainBackend for Cpu {
             width.div_ceil(COLUMNS),
             COLUMNS * dims.rows,
             d_bias,
-            |i, d_bias| {
-                rows::sum_rows(self.isa, d_bias, &d_y[i * COLUMNS..], dims.rows, width);
+            |i, d_bias| match d_y {
+                View::F32(d_y) => {
+                    rows::sum_rows(self.isa, d_bias, &d_y[i * COLUMNS..], dims.rows, width);
+                }
+                View::Bf16(d_y) => {
+                    rows::sum_rows(self.isa, d_bias, &d_y[i * COLUMNS..], dims.rows, width);
+                }
             },
         );
         Ok(())
@@ -325,16 +340,18 @@ impl TrainBackend for Cpu {
         const OP: &str = "attention_backward";
         d_qkv.check(OP, "d_qkv", dims.qkv_len())?;
         let d_out = d_out.floats(OP, "d_out", dims.out_len())?;
-        let qkv = qkv.floats(OP, "qkv", dims.qkv_len())?;
+        let qkv = qkv.view(OP, "qkv", dims.qkv_len())?;
         let out = out.floats(OP, "out", dims.out_len())?;
         let lse = front(OP, "lse", lse, dims.lse_len())?;
         if out.is_empty() {
             return Ok(());
         }
-        let attention = Attention::new(self.isa, &self.threads, Precision::F32, dims, qkv);
-        let scratch = self.scratch.floats(attention.backward_scratch())?;
-        attention.backward(d_qkv.overwrite(dims.qkv_len()), d_out, out, lse, scratch);
-        Ok(())
+        // It goes into the products of the layer before.
+        let d_qkv = d_qkv.overwrite_as(self.precision, dims.qkv_len());
+        match qkv {
+            View::F32(qkv) => self.attend_backward(dims, d_qkv, d_out, qkv, out, lse),
+            View::Bf16(qkv) => self.attend_backward(dims, d_qkv, d_out, qkv, out, lse),
+        }
     }
 
     fn embed_tokens_backward(
@@ -822,6 +839,25 @@ impl TrainBackend for Cpu {
 }
 
 impl Cpu {
+    /// In f32, from and to either format.
+    fn attend_backward<T: Element>(
+        &mut self,
+        dims: AttentionDims,
+        d_qkv: Out<'_>,
+        d_out: &[f32],
+        qkv: &[T],
+        out: &[f32],
+        lse: &[f32],
+    ) -> Result<(), Error> {
+        let attention = Attention::new(self.isa, &self.threads, Precision::F32, dims, qkv);
+        let scratch = self.scratch.floats(attention.backward_scratch())?;
+        match d_qkv {
+            Out::F32(d_qkv) => attention.backward(d_qkv, d_out, out, lse, scratch),
+            Out::Bf16(d_qkv) => attention.backward(d_qkv, d_out, out, lse, scratch),
+        }
+        Ok(())
+    }
+
     fn zero_all(&self, x: &mut [f32]) {
         let pieces = x.len().div_ceil(PIECE);
         self.threads

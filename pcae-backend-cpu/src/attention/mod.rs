@@ -347,9 +347,9 @@ impl<'a, T: Element> Attention<'a, T> {
     }
 
     /// Gradient with respect to `qkv`.
-    pub(crate) fn backward(
+    pub(crate) fn backward<O: Element>(
         &self,
-        d_qkv: &mut [f32],
+        d_qkv: Shared<'_, O>,
         d_out: &[f32],
         out: &[f32],
         lse: &[f32],
@@ -359,7 +359,6 @@ impl<'a, T: Element> Attention<'a, T> {
             tokens, head_dim, ..
         } = self.dims;
         let (dim, block, isa) = (self.dims.dim(), self.block(), self.isa);
-        let d_qkv = Shared::new(d_qkv);
         self.for_each_head(scratch, self.backward_len(), |head, scratch| {
             let mut scratch = Scratch(scratch);
             let keys_t = scratch.take(head_dim * self.tokens);
@@ -549,7 +548,7 @@ mod tests {
             &mut vec![f32::NAN; attention.forward_scratch()],
         );
         let mut scratch = vec![f32::NAN; attention.backward_scratch()];
-        attention.backward(&mut d_qkv, d_out, &out, &lse, &mut scratch);
+        attention.backward(Shared::new(&mut d_qkv), d_out, &out, &lse, &mut scratch);
         let mut again = vec![f32::NAN; dims.out_len()];
         attention.forward(
             &mut again,

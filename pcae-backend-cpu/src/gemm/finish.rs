@@ -1,5 +1,6 @@
 //! What is done to the sums of a tile before they are stored.
 
+use crate::buf::View;
 use crate::cpu::LINE;
 use crate::element::{Bf16, Element};
 use crate::isa::Kernel;
@@ -22,9 +23,45 @@ pub(crate) struct Finish<'a> {
 
 /// Where results go, in the format that is written there: what is added to is f32.
 #[derive(Clone, Copy)]
-enum Out<'a> {
+pub(crate) enum Out<'a> {
     F32(Shared<'a>),
     Bf16(Shared<'a, Bf16>),
+}
+
+impl<'a> From<&'a mut [f32]> for Out<'a> {
+    fn from(out: &'a mut [f32]) -> Self {
+        Self::F32(Shared::new(out))
+    }
+}
+
+impl<'a> From<&'a mut [Bf16]> for Out<'a> {
+    fn from(out: &'a mut [Bf16]) -> Self {
+        Self::Bf16(Shared::new(out))
+    }
+}
+
+impl Out<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(out) => out.len(),
+            Self::Bf16(out) => out.len(),
+        }
+    }
+
+    /// Stores a vector at `at..at + len`.
+    ///
+    /// # Safety
+    /// Nobody else uses these elements.
+    #[inline(always)]
+    unsafe fn put<S: Simd>(self, s: S, streamed: bool, at: usize, len: usize, v: S::V) {
+        // SAFETY: by contract.
+        unsafe {
+            match self {
+                Self::F32(out) => put(s, streamed, out.part(at, len), v),
+                Self::Bf16(out) => put(s, streamed, out.part(at, len), v),
+            }
+        }
+    }
 }
 
 /// What becomes of `y`. All matrices are `[m, n]`.
@@ -38,7 +75,7 @@ pub(crate) enum Mode<'a> {
     /// `pre_gelu = y`, `out = gelu(y)`
     GeluSaving {
         /// Written.
-        pre_gelu: Shared<'a>,
+        pre_gelu: Out<'a>,
     },
     /// `out = residual + scale[row / rows_per_scale] * y`, the scale 1 where there is none.
     Residual {
@@ -50,7 +87,7 @@ pub(crate) enum Mode<'a> {
     /// `out = y * gelu'(pre_gelu)`
     GeluGrad {
         /// What went into the GELU.
-        pre_gelu: &'a [f32],
+        pre_gelu: View<'a>,
     },
 }
 
@@ -58,32 +95,24 @@ pub(crate) enum Mode<'a> {
 /// one core nobody tells.
 const STREAMED: usize = 3;
 
-fn is_streamed<T>(out: &[T]) -> bool {
-    size_of_val(out) > STREAMED * memory::level2_cache()
-}
-
 impl<'a> Finish<'a> {
     /// `out: [m, n]`.
     pub(crate) fn new(out: &'a mut [f32], n: usize, bias: &'a [f32], mode: Mode<'a>) -> Self {
-        let streamed = is_streamed(out);
-        Self {
-            out: Out::F32(Shared::new(out)),
-            n,
-            bias,
-            mode,
-            streamed,
-        }
+        Self::to(out.into(), n, bias, mode)
     }
 
-    /// `out: [m, n]`, rounded to bf16 as it is stored.
-    pub(crate) fn in_bf16(out: &'a mut [Bf16], n: usize, bias: &'a [f32], mode: Mode<'a>) -> Self {
-        let streamed = is_streamed(out);
+    /// `out: [m, n]`, in its format.
+    pub(crate) fn to(out: Out<'a>, n: usize, bias: &'a [f32], mode: Mode<'a>) -> Self {
+        let bytes = match out {
+            Out::F32(out) => out.len() * size_of::<f32>(),
+            Out::Bf16(out) => out.len() * size_of::<Bf16>(),
+        };
         Self {
-            out: Out::Bf16(Shared::new(out)),
+            out,
             n,
             bias,
             mode,
-            streamed,
+            streamed: bytes > STREAMED * memory::level2_cache(),
         }
     }
 
@@ -94,13 +123,9 @@ impl<'a> Finish<'a> {
             Mode::Residual { residual, .. } => residual.len(),
             Mode::GeluGrad { pre_gelu } => pre_gelu.len(),
         };
-        let out_len = match self.out {
-            Out::F32(out) => out.len(),
-            Out::Bf16(out) => out.len(),
-        };
         assert!(
             self.n == n
-                && out_len.min(len) >= m * n
+                && self.out.len().min(len) >= m * n
                 && (self.bias.is_empty() || self.bias.len() >= n),
             "what a product writes to is as long as it says"
         );
@@ -123,23 +148,30 @@ impl Kernel for FetchTile<'_, '_> {
     fn run<S: Simd>(self, s: S) {
         let f = self.finish;
         if !f.streamed || matches!(f.mode, Mode::Add) {
-            match f.out {
-                Out::F32(out) => self.fetch(s, out.as_ptr()),
-                Out::Bf16(out) => self.fetch(s, out.as_ptr()),
-            }
+            self.fetch_out(s, f.out);
         }
         match &f.mode {
             Mode::Store | Mode::Add | Mode::Gelu => {}
             Mode::GeluSaving { .. } if f.streamed => {}
-            Mode::GeluSaving { pre_gelu } => self.fetch(s, pre_gelu.as_ptr()),
-            Mode::Residual { residual: x, .. } | Mode::GeluGrad { pre_gelu: x } => {
-                self.fetch(s, x.as_ptr());
-            }
+            Mode::GeluSaving { pre_gelu } => self.fetch_out(s, *pre_gelu),
+            Mode::Residual { residual: x, .. } => self.fetch(s, x.as_ptr()),
+            Mode::GeluGrad { pre_gelu } => match pre_gelu {
+                View::F32(x) => self.fetch(s, x.as_ptr()),
+                View::Bf16(x) => self.fetch(s, x.as_ptr()),
+            },
         }
     }
 }
 
 impl FetchTile<'_, '_> {
+    #[inline(always)]
+    fn fetch_out<S: Simd>(&self, s: S, out: Out<'_>) {
+        match out {
+            Out::F32(out) => self.fetch(s, out.as_ptr()),
+            Out::Bf16(out) => self.fetch(s, out.as_ptr()),
+        }
+    }
+
     /// The tile's lines of a matrix.
     #[inline(always)]
     fn fetch<S: Simd, T>(&self, s: S, matrix: *const T) {
@@ -223,12 +255,10 @@ impl FinishTile<'_, '_> {
                     }
                 }
                 Mode::GeluSaving { pre_gelu } => {
-                    // SAFETY: as for `out`.
-                    let pre_gelu = unsafe { pre_gelu.part(at, width) };
-                    let pre_gelu = pre_gelu.chunks_mut(S::LANES);
-                    for ((out, (sum, bias)), pre_gelu) in each.zip(pre_gelu) {
+                    for (i, (out, (sum, bias))) in each.enumerate() {
                         let y = s.add(s.load(sum), *bias);
-                        put(s, f.streamed, pre_gelu, y);
+                        // SAFETY: as for `out`.
+                        unsafe { pre_gelu.put(s, f.streamed, at + i * S::LANES, out.len(), y) };
                         put(s, f.streamed, out, gelu(s, y));
                     }
                 }
@@ -241,10 +271,10 @@ impl FinishTile<'_, '_> {
                     }
                 }
                 Mode::GeluGrad { pre_gelu } => {
-                    let pre_gelu = pre_gelu[at..][..width].chunks(S::LANES);
-                    for ((out, (sum, bias)), pre_gelu) in each.zip(pre_gelu) {
+                    for (i, (out, (sum, bias))) in each.enumerate() {
                         let y = s.add(s.load(sum), *bias);
-                        put(s, f.streamed, out, s.mul(y, gelu_grad(s, s.load(pre_gelu))));
+                        let x = pre_gelu.load(s, at + i * S::LANES, out.len());
+                        put(s, f.streamed, out, s.mul(y, gelu_grad(s, x)));
                     }
                 }
             }
@@ -297,7 +327,9 @@ mod tests {
                         residual: &x,
                         scale: None,
                     },
-                    Mode::GeluGrad { pre_gelu: &x },
+                    Mode::GeluGrad {
+                        pre_gelu: View::F32(&x),
+                    },
                 ]
             };
             let run = |finish: &Finish<'_>| {
@@ -311,7 +343,7 @@ mod tests {
                 let mut want = vec![f32::NAN; m * n];
                 run(&Finish::new(&mut want, n, &x, wide));
                 let mut got = vec![Bf16(7); m * n];
-                let mut finish = Finish::in_bf16(&mut got, n, &x, narrow);
+                let mut finish = Finish::to(got.as_mut_slice().into(), n, &x, narrow);
                 finish.streamed = which % 2 == 0;
                 run(&finish);
                 assert_eq!(got, narrowed(&want), "{isa} {which} {n}");

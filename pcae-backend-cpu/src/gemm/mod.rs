@@ -27,7 +27,7 @@ use core::ops::Range;
 
 use crate::buf::View;
 use crate::cpu::{LINE, Scratch};
-use crate::element::Element;
+use crate::element::{Bf16, Element};
 use crate::error::Error;
 use crate::isa::Isa;
 use crate::threads::{Pieces, Shared, Threads};
@@ -35,7 +35,7 @@ use crate::threads::{Pieces, Shared, Threads};
 pub use bf16::Bf16Unit;
 #[cfg(test)]
 pub(crate) use bf16::{narrowed, rounded};
-pub(crate) use finish::{Finish, Mode};
+pub(crate) use finish::{Finish, Mode, Out};
 pub(crate) use pack::{pack_weight, pack_weight_bf16, packed_len_bf16};
 pub(crate) use small::{Ready, SmallProduct};
 
@@ -43,7 +43,7 @@ use bf16::{PackRight, TilePairs, Turned, Unit};
 use finish::{FetchTile, FinishTile, Flush};
 use pack::{PackColumns, PackLeft, PackRows};
 use plan::{Cuts, Plan, Room, part};
-use tile::{Fetch, FetchLines, Shape, Strips, Tile};
+use tile::{Fetch, FetchLines, Shape, Strips, Tile, lines_of};
 
 /// The number format of a product's operands; sums are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +96,8 @@ impl<D> Left<D> {
 pub(crate) enum Right<'a> {
     /// As it is.
     Rows(&'a [f32]),
+    /// As it is, in bf16.
+    NarrowRows(&'a [Bf16]),
     /// Transposed: `[n, inner]`, as a weight is.
     Columns(&'a [f32]),
     /// In panels: the work of [`pack_weight`].
@@ -165,6 +167,7 @@ impl Product<'_> {
         let (Left::Rows(l) | Left::Columns(l)) = self.left;
         let (len, right_len) = match self.right {
             Right::Rows(r) | Right::Columns(r) | Right::Panels(r) => (r.len(), inner * n),
+            Right::NarrowRows(r) => (r.len(), inner * n),
             Right::Pairs(r) => (r.len(), n.div_ceil(shape.width) * shape.panel()),
         };
         assert!(
@@ -415,10 +418,18 @@ impl Product<'_> {
             Precision::Bf16(_) => 2,
         };
         let rows = (words.start * per_word).min(inner)..(words.end * per_word).min(inner);
+        if columns.is_empty() || rows.is_empty() {
+            return (Fetch::NONE, 0);
+        }
         let (data, start, len, count, stride) = match self.right {
             Right::Rows(data) => {
                 let start = rows.start * n + columns.start;
                 (data, start, columns.len(), rows.len(), n)
+            }
+            Right::NarrowRows(data) => {
+                let data = &data[rows.start * n + columns.start..];
+                let lines = rows.len() * lines_of::<Bf16>(columns.len());
+                return (Fetch::new(data, columns.len(), n), lines);
             }
             Right::Columns(data) => {
                 let start = columns.start * inner + rows.start;
@@ -429,9 +440,6 @@ impl Product<'_> {
                 (data, start, words.len() * width, 1, 0)
             }
         };
-        if columns.is_empty() || rows.is_empty() {
-            return (Fetch::NONE, 0);
-        }
         (
             Fetch::new(&data[start.min(data.len())..], len, stride),
             count * len.div_ceil(LINE),
@@ -471,7 +479,7 @@ impl Product<'_> {
                             inner: words.len(),
                         });
                     }
-                    Right::Pairs(_) => panic!("{PACKED_OTHERWISE}"),
+                    Right::NarrowRows(_) | Right::Pairs(_) => panic!("{PACKED_OTHERWISE}"),
                 };
                 isa.run(PackRows {
                     to,
@@ -484,9 +492,21 @@ impl Product<'_> {
             }
             Precision::Bf16(_) => {
                 let start = (2 * words.start).min(inner);
+                let (words, inner_left) = (words.len(), (inner - start).min(2 * words.len()));
                 let (data, stride) = match self.right {
                     Right::Rows(data) => {
                         (Turned::Rows(&data[(start * n + col).min(data.len())..]), n)
+                    }
+                    Right::NarrowRows(data) => {
+                        return isa.run(PackRight {
+                            to,
+                            step,
+                            words,
+                            data: Turned::Rows(&data[(start * n + col).min(data.len())..]),
+                            stride: n,
+                            width,
+                            inner: inner_left,
+                        });
                     }
                     Right::Columns(data) => {
                         let start = (col * inner + start).min(data.len());
@@ -499,11 +519,11 @@ impl Product<'_> {
                 isa.run(PackRight {
                     to,
                     step,
-                    words: words.len(),
+                    words,
                     data,
                     stride,
                     width,
-                    inner: (inner - start).min(2 * words.len()),
+                    inner: inner_left,
                 });
             }
         }
@@ -722,6 +742,7 @@ mod tests {
         let mut packed = vec![f32::NAN; packed_len_bf16(isa, unit, n, inner)];
         pack_weight_bf16(isa, unit, &mut packed, &right_t, n, inner);
         let (narrow, narrow_t) = (narrowed(&left), narrowed(&left_t));
+        let narrow_right = narrowed(&right);
         // Rounded as it is packed, and before.
         let lefts = [
             Left::Rows(View::F32(&left)),
@@ -741,6 +762,7 @@ mod tests {
             for left in lefts {
                 for right in [
                     Right::Rows(&right),
+                    Right::NarrowRows(&narrow_right),
                     Right::Columns(&right_t),
                     Right::Pairs(&packed),
                 ] {
@@ -886,14 +908,16 @@ mod tests {
                 Mode::Store,
                 Mode::Gelu,
                 Mode::GeluSaving {
-                    pre_gelu: Shared::new(&mut pre),
+                    pre_gelu: pre.as_mut_slice().into(),
                 },
                 Mode::Residual {
                     residual: &other,
                     scale: None,
                 },
                 scaled,
-                Mode::GeluGrad { pre_gelu: &other },
+                Mode::GeluGrad {
+                    pre_gelu: View::F32(&other),
+                },
             ];
             for (which, mode) in modes.into_iter().enumerate() {
                 let mut out = vec![f32::NAN; m * n];
