@@ -81,7 +81,7 @@ fn products(criterion: &mut Criterion) {
             let pre_gelu = filled(cpu, widest);
             let mut grads = cpu.vector(bench.layout.len()).unwrap();
             for (name, layer, in_features, out_features, epilogue) in [
-                ("qkv", block.qkv, d, 3 * d, Epilogue::Bias),
+                ("qkv", block.qkv, d, 3 * d, Epilogue::BiasQkv),
                 ("proj", block.proj, d, d, Epilogue::BiasResidual),
                 ("fc1", block.fc1, d, hidden, Epilogue::BiasGelu),
                 ("fc2", block.fc2, hidden, d, Epilogue::BiasResidual),

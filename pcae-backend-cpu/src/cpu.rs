@@ -10,7 +10,8 @@ use pcae_kernel::error::{Error as KernelError, expect_len, product};
 use pcae_kernel::layout::{Kind, Layout};
 
 use crate::attention::Attention;
-use crate::buf::{Buf, line_start};
+use crate::buf::{Buf, Floats, View, line_start};
+use crate::element::Element;
 use crate::error::Error;
 use crate::gemm::{
     Dims, Finish, Left, Mode, Precision, Right, gemm, pack_weight, pack_weight_bf16,
@@ -22,7 +23,7 @@ use crate::pixels;
 use crate::rows;
 use crate::threads::{Pieces, Threads};
 
-/// The CPU backend: f32, or bf16 operands for products ([`Cpu::precision`]); vector instructions chosen at run time, an own pool of threads.
+/// The CPU backend: f32, or bf16 for products and what they alone read ([`Cpu::precision`]); vector instructions chosen at run time, an own pool of threads.
 ///
 /// Results depend on the instruction set, not on the number of threads. Working memory grows to what the largest
 /// operation needs and is kept, so that nothing allocates after the first step.
@@ -49,7 +50,7 @@ pub(crate) struct Scratch {
 /// All parameters of a model.
 #[derive(Debug)]
 pub struct Params {
-    values: Buf,
+    values: Floats,
     /// Of the operands of linear layers.
     pub(crate) precision: Precision,
     /// Weights of linear layers as one instruction set wants them, if they are.
@@ -60,7 +61,7 @@ pub struct Params {
 #[derive(Debug)]
 struct Frozen {
     isa: Isa,
-    pairs: Buf,
+    pairs: Floats,
     /// By their first parameter.
     places: Vec<Packed>,
 }
@@ -108,8 +109,8 @@ impl Cpu {
     }
 
     /// The same backend with linear layers of parameters that it makes from now on, their gradients, and attention without
-    /// a backward in `precision`: operands are rounded to it as they are packed, sums, activations and everything else stay
-    /// f32. A new backend has [`Precision::F32`].
+    /// a backward in `precision`: operands are rounded to it, what goes into products alone as it is stored, else as it is
+    /// packed. Sums and everything else stay f32. A new backend has [`Precision::F32`].
     pub fn precision(mut self, precision: Precision) -> Self {
         (self.precision, self.teacher_precision) = (precision, precision);
         self
@@ -221,7 +222,7 @@ pub(crate) fn check_span(
 impl Params {
     /// `values` as they are.
     pub(crate) fn new(values: &[f32], precision: Precision) -> Result<Self, Error> {
-        let mut all = Buf::zeros(values.len())?;
+        let mut all = Floats::zeros(values.len())?;
         all.copy_from_slice(values);
         Ok(Self {
             values: all,
@@ -242,7 +243,7 @@ impl Params {
         self.precision.check(isa)?;
         let mut frozen = Frozen {
             isa,
-            pairs: Buf::default(),
+            pairs: Floats::default(),
             places: Vec::new(),
         };
         let len = |precision, n, inner| match precision {
@@ -269,7 +270,7 @@ impl Params {
                 }
             }
             Precision::Bf16(unit) => {
-                frozen.pairs = Buf::zeros(total)?;
+                frozen.pairs = Floats::zeros(total)?;
                 let mut rest = &mut *frozen.pairs;
                 for (span, n, inner) in weights {
                     let (to, after) = rest.split_at_mut(len(self.precision, n, inner));
@@ -379,19 +380,20 @@ pub(crate) fn copy_patches(
     op: &'static str,
     threads: &Threads,
     dims: PatchDims,
-    out: &mut [f32],
-    images: &[f32],
+    out: &mut Buf,
+    images: &Buf,
     ids: Option<&[u32]>,
     place: impl Fn(usize, usize, &[f32], &mut [f32]) + Sync,
 ) -> Result<(), Error> {
     dims.check(op, ids.is_some())?;
-    let out = front_mut(op, "out", out, dims.patches_len())?;
-    let images = front(op, "images", images, dims.images_len())?;
+    out.check(op, "out", dims.patches_len())?;
+    let images = images.floats(op, "images", dims.images_len())?;
     let count = product(&[dims.batch, dims.taken]);
     let ids = match ids {
         Some(ids) => Some(checked_ids(op, "ids", ids, count, dims.num_patches())?),
         None => None,
     };
+    let out = out.overwrite(dims.patches_len());
     if out.is_empty() {
         return Ok(());
     }
@@ -414,15 +416,29 @@ pub(crate) fn copy_patches(
 pub(crate) fn linear_inputs<'a>(
     op: &'static str,
     dims: LinearDims,
-    x: &'a [f32],
+    x: &'a Buf,
     isa: Isa,
     params: &'a Params,
     layer: Linear,
-) -> Result<(Left<'a>, Right<'a>, &'a [f32]), Error> {
-    let x = front(op, "x", x, dims.in_len())?;
+) -> Result<(Left<View<'a>>, Right<'a>, &'a [f32]), Error> {
+    let x = operand(op, "x", x, dims.in_len(), params.precision)?;
     let weight = params.weight(op, isa, layer.weight, dims)?;
     let bias = params.part(op, "bias", layer.bias, dims.out_features)?;
     Ok((Left::Rows(x), weight, bias))
+}
+
+/// The first `len` elements of `x`, as products of `precision` take them.
+pub(crate) fn operand<'a>(
+    op: &'static str,
+    what: &'static str,
+    x: &'a Buf,
+    len: usize,
+    precision: Precision,
+) -> Result<View<'a>, Error> {
+    match precision {
+        Precision::F32 => x.floats(op, what, len).map(View::F32),
+        Precision::Bf16(_) => x.view(op, what, len),
+    }
 }
 
 /// Of the product `x @ weight^T`.
@@ -439,7 +455,7 @@ impl Cpu {
         &mut self,
         precision: Precision,
         dims: Dims,
-        left: Left<'_>,
+        left: Left<View<'_>>,
         right: Right<'_>,
         finish: &Finish<'_>,
     ) -> Result<(), Error> {
@@ -457,20 +473,21 @@ impl Cpu {
         &self,
         op: &'static str,
         dims: RowDims,
-        out: &mut [f32],
+        out: &mut Buf,
         stats: Option<&mut [f32]>,
-        x: &[f32],
+        x: &Buf,
         params: &Params,
         norm: Norm,
     ) -> Result<(), Error> {
-        let out = front_mut(op, "out", out, dims.len())?;
-        let x = front(op, "x", x, dims.len())?;
+        out.check(op, "out", dims.len())?;
+        let x = x.floats(op, "x", dims.len())?;
         let weight = params.part(op, "weight", norm.weight, dims.dim)?;
         let bias = params.part(op, "bias", norm.bias, dims.dim)?;
         let stats = match stats {
             Some(stats) => Some(front_mut(op, "stats", stats, product(&[dims.rows, 2]))?),
             None => None,
         };
+        let out = out.overwrite(dims.len());
         if dims.is_empty() {
             return Ok(());
         }
@@ -495,20 +512,42 @@ impl Cpu {
         op: &'static str,
         precision: Precision,
         dims: AttentionDims,
-        out: &mut [f32],
+        out: &mut Buf,
         lse: Option<&mut [f32]>,
-        qkv: &[f32],
+        qkv: &Buf,
     ) -> Result<(), Error> {
-        let qkv = front(op, "qkv", qkv, dims.qkv_len())?;
-        let out = front_mut(op, "out", out, dims.out_len())?;
+        let qkv = qkv.view(op, "qkv", dims.qkv_len())?;
+        let len = dims.out_len();
+        out.check(op, "out", len)?;
         let lse = match lse {
             Some(lse) => Some(front_mut(op, "lse", lse, dims.lse_len())?),
             None => None,
         };
-        if out.is_empty() {
+        if len == 0 {
             return Ok(());
         }
         precision.check(self.isa)?;
+        match (qkv, precision) {
+            (View::F32(qkv), _) => self.attend(precision, dims, out.overwrite(len), lse, qkv),
+            // Saved for a backward, in f32.
+            (View::Bf16(qkv), Precision::F32) => {
+                self.attend(precision, dims, out.overwrite(len), lse, qkv)
+            }
+            // The layers around it are of one precision: what comes in bf16 leaves in bf16.
+            (View::Bf16(qkv), Precision::Bf16(_)) => {
+                self.attend(precision, dims, out.overwrite_narrow(len), lse, qkv)
+            }
+        }
+    }
+
+    fn attend<T: Element, O: Element>(
+        &mut self,
+        precision: Precision,
+        dims: AttentionDims,
+        out: &mut [O],
+        lse: Option<&mut [f32]>,
+        qkv: &[T],
+    ) -> Result<(), Error> {
         let attention = Attention::new(self.isa, &self.threads, precision, dims, qkv);
         let scratch = self.scratch.floats(attention.forward_scratch())?;
         attention.forward(out, lse, scratch);
@@ -520,7 +559,7 @@ impl Backend for Cpu {
     type Error = Error;
     type Buf = Buf;
     type Ids = Vec<u32>;
-    type Scores = Buf;
+    type Scores = Floats;
     type Params = Params;
 
     fn buf(&mut self, len: usize) -> Result<Buf, Error> {
@@ -531,12 +570,13 @@ impl Backend for Cpu {
         zeroed(len)
     }
 
-    fn scores(&mut self, len: usize) -> Result<Buf, Error> {
-        Buf::zeros(len)
+    fn scores(&mut self, len: usize) -> Result<Floats, Error> {
+        Floats::zeros(len)
     }
 
     fn write(&mut self, to: &mut Buf, from: &[f32]) -> Result<(), Error> {
-        front_mut("write", "to", to, from.len())?.copy_from_slice(from);
+        to.check("write", "to", from.len())?;
+        to.overwrite(from.len()).copy_from_slice(from);
         Ok(())
     }
 
@@ -547,8 +587,9 @@ impl Backend for Cpu {
         from: Pixels<'_>,
     ) -> Result<(), Error> {
         const OP: &str = "write_pixels";
-        let to = front_mut(OP, "to", to, dims.len())?;
+        to.check(OP, "to", dims.len())?;
         from.check(OP, dims)?;
+        let to = to.overwrite(dims.len());
         if to.is_empty() {
             return Ok(());
         }
@@ -572,7 +613,8 @@ impl Backend for Cpu {
     }
 
     fn read(&mut self, to: &mut [f32], from: &Buf) -> Result<(), Error> {
-        to.copy_from_slice(front("read", "from", from, to.len())?);
+        from.check("read", "from", to.len())?;
+        from.read(to);
         Ok(())
     }
 
@@ -586,12 +628,14 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn write_scores(&mut self, to: &mut Buf, from: &[f32]) -> Result<(), Error> {
-        self.write(to, from)
+    fn write_scores(&mut self, to: &mut Floats, from: &[f32]) -> Result<(), Error> {
+        front_mut("write_scores", "to", to, from.len())?.copy_from_slice(from);
+        Ok(())
     }
 
-    fn read_scores(&mut self, to: &mut [f32], from: &Buf) -> Result<(), Error> {
-        self.read(to, from)
+    fn read_scores(&mut self, to: &mut [f32], from: &Floats) -> Result<(), Error> {
+        to.copy_from_slice(front("read_scores", "from", from, to.len())?);
+        Ok(())
     }
 
     fn gather_patches(
@@ -627,8 +671,8 @@ impl Backend for Cpu {
     ) -> Result<(), Error> {
         const OP: &str = "embed_tokens";
         check_prefix(OP, dims, embed)?;
-        let out = front_mut(OP, "out", out, dims.len())?;
-        let x = front(OP, "x", x, TokenDims { prefix: 0, ..dims }.len())?;
+        out.check(OP, "out", dims.len())?;
+        let x = x.floats(OP, "x", TokenDims { prefix: 0, ..dims }.len())?;
         let (table, positions) = params.positions(OP, embed.pos_embed, dims.dim)?;
         let cls_token = match embed.cls_token {
             Some(span) => {
@@ -647,6 +691,7 @@ impl Backend for Cpu {
                 None
             }
         };
+        let out = out.overwrite(dims.len());
         if out.is_empty() {
             return Ok(());
         }
@@ -678,14 +723,17 @@ impl Backend for Cpu {
         epilogue: Epilogue,
     ) -> Result<(), Error> {
         const OP: &str = "linear";
-        let out = front_mut(OP, "out", out, dims.out_len())?;
+        let (n, len) = (dims.out_features, dims.out_len());
+        out.check(OP, "out", len)?;
         let (x, weight, bias) = linear_inputs(OP, dims, x, self.isa, params, layer)?;
-        let mode = match epilogue {
-            Epilogue::Bias => Mode::Store,
-            Epilogue::BiasGelu => Mode::Gelu,
-            Epilogue::BiasResidual => Mode::Add,
+        params.precision.check(self.isa)?;
+        let (out, mode) = match epilogue {
+            Epilogue::Bias => (out.overwrite(len).into(), Mode::Store),
+            Epilogue::BiasQkv => (out.overwrite_as(params.precision, len), Mode::Store),
+            Epilogue::BiasGelu => (out.overwrite_as(params.precision, len), Mode::Gelu),
+            Epilogue::BiasResidual => (out.add_to(len).into(), Mode::Add),
         };
-        let finish = Finish::new(out, dims.out_features, bias, mode);
+        let finish = Finish::to(out, n, bias, mode);
         self.product(params.precision, forward_dims(dims), x, weight, &finish)
     }
 
@@ -706,11 +754,16 @@ impl Backend for Cpu {
         self.attention_forward("attention", precision, dims, out, None, qkv)
     }
 
-    fn mean_similarity(&mut self, dims: TokenDims, scores: &mut Buf, x: &Buf) -> Result<(), Error> {
+    fn mean_similarity(
+        &mut self,
+        dims: TokenDims,
+        scores: &mut Floats,
+        x: &Buf,
+    ) -> Result<(), Error> {
         const OP: &str = "mean_similarity";
         let (d, tokens) = (dims.dim, dims.tokens);
         let scores = front_mut(OP, "scores", scores, product(&[dims.batch, tokens]))?;
-        let x = front(OP, "x", x, dims.len())?;
+        let x = x.floats(OP, "x", dims.len())?;
         if scores.is_empty() || d == 0 {
             scores.fill(0.0);
             return Ok(());
@@ -735,7 +788,7 @@ impl Backend for Cpu {
         tokens: usize,
         keep: usize,
         picked: &mut Vec<u32>,
-        scores: &Buf,
+        scores: &Floats,
     ) -> Result<(), Error> {
         const OP: &str = "select";
         if keep > tokens {
@@ -778,10 +831,12 @@ impl Backend for Cpu {
         picked: &Vec<u32>,
     ) -> Result<(), Error> {
         const OP: &str = "gather_tokens";
-        let out = front_mut(OP, "out", out, dims.with_tokens(keep).len())?;
-        let x = front(OP, "x", x, dims.len())?;
+        let out_len = dims.with_tokens(keep).len();
+        out.check(OP, "out", out_len)?;
+        let x = x.floats(OP, "x", dims.len())?;
         let count = product(&[dims.batch, keep]);
         let picked = checked_ids(OP, "picked", picked, count, dims.tokens)?;
+        let out = out.overwrite(out_len);
         if out.is_empty() {
             return Ok(());
         }
@@ -835,8 +890,10 @@ impl Backend for Cpu {
                 found: 0,
             }));
         }
-        let out = front_mut(OP, "out", out, product(&[dims.batch, d]))?;
-        let x = front(OP, "x", x, dims.len())?;
+        let out_len = product(&[dims.batch, d]);
+        out.check(OP, "out", out_len)?;
+        let x = x.floats(OP, "x", dims.len())?;
+        let out = out.overwrite(out_len);
         if out.is_empty() {
             return Ok(());
         }

@@ -19,6 +19,13 @@ pub enum Error {
         /// Which operation.
         op: &'static str,
     },
+    /// An operation that reads f32 was given what another has stored in bf16, for products and attention alone to read.
+    Narrow {
+        /// Which operation.
+        op: &'static str,
+        /// Which argument.
+        what: &'static str,
+    },
     /// Parameters in a bf16 that this backend's instruction set has no unit for.
     Unit {
         /// The unit that was asked for.
@@ -59,6 +66,10 @@ impl fmt::Display for Error {
             Self::Frozen { op } => write!(
                 f,
                 "{op}: expected parameters from `params`, or frozen ones for a forward of the same layers with the instruction set that froze them; found frozen ones"
+            ),
+            Self::Narrow { op, what } => write!(
+                f,
+                "{op}: expected `{what}` in f32, found bf16 of `BiasQkv`, `BiasGelu` or attention, which linear layers and attention of the same precision read; read it to the host and write it"
             ),
             Self::Unit { unit, isa } => write!(
                 f,

@@ -50,6 +50,16 @@ impl Isa {
             .unwrap_or(Self(Kind::Portable(Portable)))
     }
 
+    /// [`Isa::available`], and AVX-512 as on a processor without AVX512-BF16.
+    #[cfg(test)]
+    pub(crate) fn variants() -> impl Iterator<Item = Self> {
+        let more = [
+            #[cfg(target_arch = "x86_64")]
+            Avx512::without_bf16().map(|isa| Self(Kind::Avx512(isa))),
+        ];
+        Self::available().chain(more.into_iter().flatten())
+    }
+
     #[cfg(target_arch = "x86_64")]
     pub(crate) const fn is_avx512(self) -> bool {
         matches!(self.0, Kind::Avx512(_))
@@ -150,19 +160,19 @@ pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> core::arch::x86_64::CpuidResult 
     unsafe { core::arch::x86_64::__cpuid_count(leaf, subleaf) }
 }
 
-/// Defines a function `name(isa, arguments…)` whose body is compiled for every instruction set.
+/// Defines a function `name(isa, arguments…)` whose body is compiled for every instruction set, `T` an element.
 macro_rules! kernel {
     ($(
         $(#[$meta:meta])*
-        fn $name:ident<$life:lifetime, $S:ident>($simd:ident; $($arg:ident: $ty:ty),* $(,)?) -> $ret:ty $body:block
+        fn $name:ident<$life:lifetime, $S:ident $(, $T:ident)?>($simd:ident; $($arg:ident: $ty:ty),* $(,)?) -> $ret:ty $body:block
     )*) => {$(
         $(#[$meta])*
         #[inline]
-        pub(crate) fn $name<$life>(isa: $crate::isa::Isa, $($arg: $ty),*) -> $ret {
-            struct Run<$life> {
+        pub(crate) fn $name<$life $(, $T: $crate::element::Element)?>(isa: $crate::isa::Isa, $($arg: $ty),*) -> $ret {
+            struct Run<$life $(, $T)?> {
                 $($arg: $ty,)*
             }
-            impl<$life> $crate::isa::Kernel for Run<$life> {
+            impl<$life $(, $T: $crate::element::Element)?> $crate::isa::Kernel for Run<$life $(, $T)?> {
                 type Output = $ret;
 
                 #[inline(always)]

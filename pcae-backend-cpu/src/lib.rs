@@ -1,5 +1,5 @@
-//! PCAE on the CPU: [`Cpu`], a [`TrainBackend`](pcae_kernel::backend::TrainBackend) in f32, or with bf16 operands in linear
-//! layers.
+//! PCAE on the CPU: [`Cpu`], a [`TrainBackend`](pcae_kernel::backend::TrainBackend) in f32, or in bf16 what goes
+//! into products.
 //!
 //! - Vector instructions are chosen when the backend is built: AVX-512, AVX2 with FMA, NEON, or plain Rust ([`Isa`]).
 //! - Matrix products of linear layers keep their sums in registers and read packed operands; bias, GELU and residual are
@@ -39,6 +39,7 @@
 mod attention;
 mod buf;
 mod cpu;
+mod element;
 mod error;
 mod gemm;
 mod isa;
@@ -52,7 +53,7 @@ mod simd;
 mod threads;
 mod train;
 
-pub use buf::Buf;
+pub use buf::{Buf, Floats};
 pub use cpu::{Cpu, Params};
 pub use error::Error;
 pub use gemm::{Bf16Unit, Precision};

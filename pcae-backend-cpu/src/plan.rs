@@ -65,7 +65,7 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
                         rows,
                         out_features,
                         in_features,
-                        Left::Rows(&[]),
+                        Left::Rows(()),
                     ));
                 }
             }
@@ -79,7 +79,7 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
                     rows,
                     in_features,
                     out_features,
-                    Left::Rows(&[]),
+                    Left::Rows(()),
                 ))
             }
             Op::LinearParams(LinearDims {
@@ -94,7 +94,7 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
                         out_features,
                         in_features,
                         inner,
-                        Left::Columns(&[]),
+                        Left::Columns(()),
                     ));
                 }
             }

@@ -9,11 +9,22 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use crate::element::Bf16;
+
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
+
+/// `N` elements: those of `x`, then zeros.
+#[inline(always)]
+fn filled<const N: usize>(x: &[Bf16]) -> [Bf16; N] {
+    let mut all = [Bf16(0); N];
+    let len = x.len().min(N);
+    all[..len].copy_from_slice(&x[..len]);
+    all
+}
 
 /// Vector operations of one instruction set.
 pub(crate) trait Simd: Copy + Send + Sync {
@@ -131,10 +142,31 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// Each word's lower half, a bf16, as f32.
     fn lower(self, words: Self::V) -> Self::V;
 
-    /// Words of two bf16 each: `lower` and `upper` rounded, to nearest and ties to even; NaN stays NaN.
+    /// Words of two bf16 each: `lower` and `upper` rounded, to nearest and ties to even. NaN stays NaN, and subnormal numbers
+    /// become zeros of their sign, which is what the units that multiply bf16 take them for.
     fn pair_bf16(self, lower: Self::V, upper: Self::V) -> Self::V;
     /// The elements of `a` and then `b`: those of even index, and those of odd index.
     fn unzip(self, a: Self::V, b: Self::V) -> (Self::V, Self::V);
+
+    /// Words of neighbours, of the elements of `a` and then `b`, rounded as by [`Simd::pair_bf16`].
+    #[inline(always)]
+    fn neighbours_bf16(self, a: Self::V, b: Self::V) -> Self::V {
+        let (even, odd) = self.unzip(a, b);
+        self.pair_bf16(even, odd)
+    }
+
+    /// The first lanes from `x`, up to its length; zeros in the rest.
+    fn load_bf16(self, x: &[Bf16]) -> Self::V;
+    /// The first lanes to `to`, up to its length, rounded as by [`Simd::pair_bf16`].
+    fn store_bf16(self, to: &mut [Bf16], v: Self::V);
+    /// Words of two neighbours each from `x`, the first in the lower half; zeros beyond its end.
+    fn load_words(self, x: &[Bf16]) -> Self::V;
+
+    /// [`Simd::store_bf16`] past the caches, as [`Simd::stream`].
+    #[inline(always)]
+    fn stream_bf16(self, to: &mut [Bf16], v: Self::V) {
+        self.store_bf16(to, v);
+    }
 
     /// [`Simd::load_or`] with zeros.
     #[inline(always)]
@@ -156,6 +188,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::isa::{Isa, kernel};
 
     kernel! {
@@ -175,61 +208,124 @@ mod tests {
     }
 
     kernel! {
-        /// Words of pairs of `x` and `y`, and the elements of both of even and odd index.
+        /// Words of pairs of `x` and `y`, the elements of both of even and odd index, and words of neighbours of both.
         fn rearrange<'a, S>(s; out: &'a mut [Vec<f32>], x: &'a [f32], y: &'a [f32]) -> usize {
             let (a, b) = (s.load(x), s.load(y));
             let (even, odd) = s.unzip(a, b);
-            for (row, v) in out.iter_mut().zip([s.pair_bf16(a, b), even, odd]) {
+            for (row, v) in out.iter_mut().zip([s.pair_bf16(a, b), even, odd, s.neighbours_bf16(a, b)]) {
                 s.store(row, v);
             }
             S::LANES
         }
+
+        /// `x` to `to` as bf16, past the caches or not, and `to` as vectors and words of it.
+        fn narrow<'a, S>(s; to: &'a mut [Bf16], out: &'a mut [Vec<f32>; 2], x: &'a [f32], streamed: bool) -> () {
+            match streamed {
+                true => s.stream_bf16(to, s.load(x)),
+                false => s.store_bf16(to, s.load(x)),
+            }
+            s.flush();
+            let [vector, words] = out;
+            s.store(vector, s.load_bf16(to));
+            s.store(words, s.load_words(to));
+        }
+    }
+
+    /// Ties, a carry into the exponent, the largest, infinity, NaN whose upper half looks infinite, zero, subnormal numbers
+    /// and the largest of them, a tie beside the least that is none; and what bf16 makes of them.
+    const ROUNDED: [(u32, u16); 16] = [
+        (0x3f80_8000, 0x3f80),
+        (0x3f81_8000, 0x3f82),
+        (0x3f80_8001, 0x3f81),
+        (0x3fff_8000, 0x4000),
+        (0x7f7f_ffff, 0x7f80),
+        (0x7f80_0000, 0x7f80),
+        (0x7f80_0001, 0x7fc0),
+        (0xbf80_8000, 0xbf80),
+        (0x8000_0000, 0x8000),
+        (0x0000_8000, 0x0000),
+        (0x8001_8000, 0x8000),
+        (0x807f_ffff, 0x8000),
+        (0x0080_8000, 0x0080),
+        (0xffc0_1234, 0xffc0),
+        (0xff80_0000, 0xff80),
+        (0x4049_0fdb, 0x4049),
+    ];
+
+    fn bits(x: &[f32]) -> Vec<u32> {
+        x.iter().map(|x| x.to_bits()).collect()
     }
 
     #[test]
     fn pairs_are_rounded_to_nearest_even_and_neighbours_part() {
-        // Ties, a carry into the exponent, the largest, infinity, subnormal numbers, and NaN whose upper half looks infinite.
-        let bits: [u32; 16] = [
-            0x3f80_0000,
-            0x3f80_8000,
-            0x3f81_8000,
-            0x3f80_8001,
-            0x3fff_8000,
-            0x7f7f_ffff,
-            0x7f80_0000,
-            0x7f80_0001,
-            0xbf80_8000,
-            0xbf81_8000,
-            0x8000_0000,
-            0x0000_8000,
-            0x0001_8000,
-            0xffc0_1234,
-            0xff80_0000,
-            0x4049_0fdb,
-        ];
-        let want: [u32; 16] = [
-            0x3f80, 0x3f80, 0x3f82, 0x3f81, 0x4000, 0x7f80, 0x7f80, 0x7fc0, 0xbf80, 0xbf82, 0x8000,
-            0x0000, 0x0002, 0xffc0, 0xff80, 0x4049,
-        ];
-        for isa in Isa::available() {
+        for isa in Isa::variants() {
             let lanes = rearrange(isa, &mut [], &[], &[]);
             for start in (0..16).step_by(lanes) {
-                let x: Vec<f32> = bits[start..][..lanes]
-                    .iter()
-                    .map(|x| f32::from_bits(*x))
-                    .collect();
+                let from = &ROUNDED[start..][..lanes];
+                let x: Vec<f32> = from.iter().map(|(x, _)| f32::from_bits(*x)).collect();
                 let y: Vec<f32> = x.iter().rev().copied().collect();
-                let mut out = vec![vec![0.0; lanes]; 3];
+                let want: Vec<u32> = from.iter().map(|(_, x)| u32::from(*x)).collect();
+                let turned: Vec<u32> = want.iter().rev().copied().collect();
+                let mut out = vec![vec![0.0; lanes]; 4];
                 rearrange(isa, &mut out, &x, &y);
-                for (i, word) in out[0].iter().enumerate() {
-                    let (lower, upper) = (want[start + i], want[start + lanes - 1 - i]);
-                    assert_eq!(word.to_bits(), lower | upper << 16, "{isa} {start} {i}");
-                }
+                let pairs: Vec<u32> = want
+                    .iter()
+                    .zip(&turned)
+                    .map(|(lower, upper)| lower | upper << 16)
+                    .collect();
+                assert_eq!(bits(&out[0]), pairs, "{isa} {start}");
                 let both: Vec<u32> = x.iter().chain(&y).map(|x| x.to_bits()).collect();
-                for (odd, row) in out[1..].iter().enumerate() {
-                    let got: Vec<u32> = row.iter().map(|x| x.to_bits()).collect();
+                for (odd, row) in out[1..3].iter().enumerate() {
                     let want: Vec<u32> = both.iter().skip(odd).step_by(2).copied().collect();
-                    assert_eq!(got, want, "{isa}");
+                    assert_eq!(bits(row), want, "{isa}");
+                }
+                let neighbours: Vec<u32> = [want, turned]
+                    .concat()
+                    .chunks(2)
+                    .map(|pair| pair[0] | pair[1] << 16)
+                    .collect();
+                assert_eq!(bits(&out[3]), neighbours, "{isa} {start}");
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_is_stored_and_loaded_at_every_length() {
+        let x = ROUNDED.map(|(x, _)| f32::from_bits(x));
+        for isa in Isa::variants() {
+            let lanes = rearrange(isa, &mut [], &[], &[]);
+            for (start, streamed) in (0..16)
+                .step_by(lanes)
+                .flat_map(|start| [(start, false), (start, true)])
+            {
+                for len in 0..=2 * lanes {
+                    // Aligned to a vector, so that it can be streamed, and not.
+                    #[repr(align(64))]
+                    struct Line([Bf16; 64]);
+                    for at in [0, 1] {
+                        let mut line = Line([Bf16(7); 64]);
+                        let to = &mut line.0[at..][..len];
+                        let mut out = [vec![0.0; lanes], vec![0.0; lanes]];
+                        narrow(isa, to, &mut out, &x[start..][..lanes], streamed);
+                        // What lies behind a vector is left.
+                        let want = |i: usize| match i {
+                            _ if i >= len => 0,
+                            _ if i >= lanes => 7,
+                            _ => ROUNDED[start + i].1,
+                        };
+                        let stored: Vec<u16> = to.iter().map(|x| x.0).collect();
+                        assert_eq!(
+                            stored,
+                            (0..len).map(want).collect::<Vec<_>>(),
+                            "{isa} {len}"
+                        );
+                        assert_eq!(line.0[at + len], Bf16(7), "{isa} {len}");
+                        let widened = (0..lanes).map(|i| u32::from(want(i)) << 16);
+                        assert_eq!(bits(&out[0]), widened.collect::<Vec<_>>(), "{isa} {len}");
+                        let words = (0..lanes)
+                            .map(|i| u32::from(want(2 * i)) | u32::from(want(2 * i + 1)) << 16);
+                        assert_eq!(bits(&out[1]), words.collect::<Vec<_>>(), "{isa} {len}");
+                    }
                 }
             }
         }
@@ -292,7 +388,6 @@ mod tests {
             let x = [-0.0, 0.0, -f32::NAN, f32::NEG_INFINITY];
             let mut out = vec![vec![0.0; 4]; 13];
             all(isa, &mut out, &x, &[1.0, -1.0, 0.0, f32::INFINITY]);
-            let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&out[11]), bits(&x.map(f32::abs)), "{isa}");
             let want = [-1.0, -1.0, -0.0, f32::NEG_INFINITY];
             assert_eq!(bits(&out[12]), bits(&want), "{isa}");

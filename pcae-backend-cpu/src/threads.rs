@@ -98,19 +98,19 @@ impl<A: Parts, B: Parts> Parts for (A, B) {
 
 /// A slice of which several threads write different parts.
 #[derive(Clone, Copy)]
-pub(crate) struct Shared<'a> {
-    start: *mut f32,
+pub(crate) struct Shared<'a, T = f32> {
+    start: *mut T,
     len: usize,
-    life: PhantomData<&'a mut [f32]>,
+    life: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it is a `&mut [f32]` whose parts are borrowed by `Shared::part`, whose caller keeps them apart.
-unsafe impl Send for Shared<'_> {}
+// SAFETY: it is a `&mut [T]` whose parts are borrowed by `Shared::part`, whose caller keeps them apart.
+unsafe impl<T: Send> Send for Shared<'_, T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared<'_> {}
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
-impl<'a> Shared<'a> {
-    pub(crate) fn new(data: &'a mut [f32]) -> Self {
+impl<'a, T> Shared<'a, T> {
+    pub(crate) fn new(data: &'a mut [T]) -> Self {
         Self {
             start: data.as_mut_ptr(),
             len: data.len(),
@@ -118,12 +118,12 @@ impl<'a> Shared<'a> {
         }
     }
 
-    pub(crate) fn len(self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
     /// The first element, not to be read.
-    pub(crate) fn as_ptr(self) -> *const f32 {
+    pub(crate) fn as_ptr(&self) -> *const T {
         self.start
     }
 
@@ -131,7 +131,7 @@ impl<'a> Shared<'a> {
     ///
     /// # Safety
     /// No other part that is in use overlaps it.
-    pub(crate) unsafe fn part(self, at: usize, len: usize) -> &'a mut [f32] {
+    pub(crate) unsafe fn part(&self, at: usize, len: usize) -> &'a mut [T] {
         assert!(
             at <= self.len && len <= self.len - at,
             "a part lies within its slice"

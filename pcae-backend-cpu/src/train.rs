@@ -8,15 +8,16 @@ use pcae_kernel::error::{Error as KernelError, expect_len, product};
 use pcae_kernel::layout::Layout;
 
 use crate::attention::Attention;
-use crate::buf::Buf;
+use crate::buf::{Buf, Floats, View};
 use crate::cpu::{
     Cpu, Params, check_numbers, check_prefix, check_span, checked_ids, copy_patches, forward_dims,
-    front, front_mut, linear_inputs, patch_tokens,
+    front, front_mut, linear_inputs, operand, patch_tokens,
 };
+use crate::element::Element;
 use crate::error::Error;
-use crate::gemm::{Dims, Finish, Left, Mode, Precision, Right};
+use crate::gemm::{Dims, Finish, Left, Mode, Out, Precision, Right};
 use crate::rows::{self, AdamWConstants};
-use crate::threads::{Pieces, Shared};
+use crate::threads::Pieces;
 
 /// Elements of a piece of a flat vector.
 pub(crate) const PIECE: usize = 4096;
@@ -27,19 +28,19 @@ pub(crate) const COLUMNS: usize = 64;
 pub(crate) const INNER: usize = 1024;
 
 impl TrainBackend for Cpu {
-    type Vector = Buf;
+    type Vector = Floats;
 
-    fn vector(&mut self, len: usize) -> Result<Buf, Error> {
-        Buf::zeros(len)
+    fn vector(&mut self, len: usize) -> Result<Floats, Error> {
+        Floats::zeros(len)
     }
 
-    fn write_vector(&mut self, to: &mut Buf, at: usize, from: &[f32]) -> Result<(), Error> {
+    fn write_vector(&mut self, to: &mut Floats, at: usize, from: &[f32]) -> Result<(), Error> {
         let end = at.saturating_add(from.len());
         front_mut("write_vector", "to", to, end)?[at..].copy_from_slice(from);
         Ok(())
     }
 
-    fn read_vector(&mut self, to: &mut [f32], from: &Buf, at: usize) -> Result<(), Error> {
+    fn read_vector(&mut self, to: &mut [f32], from: &Floats, at: usize) -> Result<(), Error> {
         let end = at.saturating_add(to.len());
         to.copy_from_slice(&front("read_vector", "from", from, end)?[at..]);
         Ok(())
@@ -79,11 +80,13 @@ impl TrainBackend for Cpu {
         layer: Linear,
     ) -> Result<(), Error> {
         const OP: &str = "linear_gelu_saving";
-        let out = front_mut(OP, "out", out, dims.out_len())?;
-        let pre_gelu = front_mut(OP, "pre_gelu", pre_gelu, dims.out_len())?;
+        let len = dims.out_len();
+        out.check(OP, "out", len)?;
+        pre_gelu.check(OP, "pre_gelu", len)?;
         let (x, weight, bias) = linear_inputs(OP, dims, x, self.isa, params, layer)?;
-        let pre_gelu = Shared::new(pre_gelu);
-        let finish = Finish::new(out, dims.out_features, bias, Mode::GeluSaving { pre_gelu });
+        params.precision.check(self.isa)?;
+        let [out, pre_gelu] = [out, pre_gelu].map(|to| to.overwrite_as(params.precision, len));
+        let finish = Finish::to(out, dims.out_features, bias, Mode::GeluSaving { pre_gelu });
         self.product(params.precision, forward_dims(dims), x, weight, &finish)
     }
 
@@ -98,15 +101,16 @@ impl TrainBackend for Cpu {
         scale: Option<(&Buf, usize)>,
     ) -> Result<(), Error> {
         const OP: &str = "linear_residual";
-        let out = front_mut(OP, "out", out, dims.out_len())?;
-        let residual = front(OP, "residual", residual, dims.out_len())?;
+        let len = dims.out_len();
+        out.check(OP, "out", len)?;
+        let residual = residual.floats(OP, "residual", len)?;
         let (x, weight, bias) = linear_inputs(OP, dims, x, self.isa, params, layer)?;
-        if let Some((scale, per)) = scale {
-            check_scale(OP, dims.rows, scale, per)?;
-        }
-        let scale = scale.map(|(scale, per)| (&**scale, per));
+        let scale = match scale {
+            Some((scale, per)) => Some((check_scale(OP, dims.rows, scale, per)?, per)),
+            None => None,
+        };
         let finish = Finish::new(
-            out,
+            out.overwrite(len),
             dims.out_features,
             bias,
             Mode::Residual { residual, scale },
@@ -123,9 +127,10 @@ impl TrainBackend for Cpu {
         rows_per_scale: usize,
     ) -> Result<(), Error> {
         const OP: &str = "scale_rows";
-        let out = front_mut(OP, "out", out, dims.len())?;
-        let x = front(OP, "x", x, dims.len())?;
-        check_scale(OP, dims.rows, scale, rows_per_scale)?;
+        out.check(OP, "out", dims.len())?;
+        let x = x.floats(OP, "x", dims.len())?;
+        let scale = check_scale(OP, dims.rows, scale, rows_per_scale)?;
+        let out = out.overwrite(dims.len());
         if dims.is_empty() {
             return Ok(());
         }
@@ -149,23 +154,28 @@ impl TrainBackend for Cpu {
     ) -> Result<(), Error> {
         const OP: &str = "linear_backward_input";
         params.check_trainable(OP)?;
-        let d_x = front_mut(OP, "d_x", d_x, dims.in_len())?;
-        let d_y = front(OP, "d_y", d_y, dims.out_len())?;
+        d_x.check(OP, "d_x", dims.in_len())?;
+        let d_y = operand(OP, "d_y", d_y, dims.out_len(), params.precision)?;
         let weight = params.part(OP, "weight", layer.weight, dims.weight_len())?;
         let pre_gelu = match pre_gelu {
-            Some(pre_gelu) => Some(front(OP, "pre_gelu", pre_gelu, dims.in_len())?),
+            Some(pre_gelu) => Some(pre_gelu.view(OP, "pre_gelu", dims.in_len())?),
             None => None,
         };
-        let mode = match pre_gelu {
-            Some(pre_gelu) => Mode::GeluGrad { pre_gelu },
-            None => Mode::Store,
+        params.precision.check(self.isa)?;
+        let (d_x, mode) = match pre_gelu {
+            // Of a layer's output, which its backward reads and nothing else.
+            Some(pre_gelu) => {
+                let d_x = d_x.overwrite_as(params.precision, dims.in_len());
+                (d_x, Mode::GeluGrad { pre_gelu })
+            }
+            None => (d_x.overwrite(dims.in_len()).into(), Mode::Store),
         };
         let product = Dims {
             m: dims.rows,
             n: dims.in_features,
             inner: dims.out_features,
         };
-        let finish = Finish::new(d_x, dims.in_features, &[], mode);
+        let finish = Finish::to(d_x, dims.in_features, &[], mode);
         self.product(
             params.precision,
             product,
@@ -178,7 +188,7 @@ impl TrainBackend for Cpu {
     fn linear_backward_params(
         &mut self,
         dims: LinearDims,
-        grads: &mut Buf,
+        grads: &mut Floats,
         layer: Linear,
         d_y: &Buf,
         x: &Buf,
@@ -194,8 +204,8 @@ impl TrainBackend for Cpu {
                 found: layer.bias.start,
             }));
         };
-        let d_y = front(OP, "d_y", d_y, dims.out_len())?;
-        let x = front(OP, "x", x, dims.in_len())?;
+        let d_y = operand(OP, "d_y", d_y, dims.out_len(), self.precision)?;
+        let x = operand(OP, "x", x, dims.in_len(), self.precision)?;
         // The rows are the inner dimension: cut so that a panel of it stays in cache. The cuts depend on nothing else.
         let (from, to) = (dims.in_features, dims.out_features);
         for first in (0..dims.rows).step_by(INNER) {
@@ -205,13 +215,16 @@ impl TrainBackend for Cpu {
                 n: from,
                 inner,
             };
-            let (d_y, x) = (&d_y[first * to..], &x[first * from..]);
+            let x = match x {
+                View::F32(x) => Right::Rows(&x[first * from..]),
+                View::Bf16(x) => Right::NarrowRows(&x[first * from..]),
+            };
             let finish = Finish::new(d_weight, from, &[], Mode::Add).with_row_sums(d_bias);
             self.product(
                 self.precision,
                 product,
-                Left::Columns(d_y),
-                Right::Rows(x),
+                Left::Columns(d_y.from(first * to)),
+                x,
                 &finish,
             )?;
         }
@@ -222,7 +235,7 @@ impl TrainBackend for Cpu {
         &mut self,
         dims: RowDims,
         out: &mut Buf,
-        stats: &mut Buf,
+        stats: &mut Floats,
         x: &Buf,
         params: &Params,
         norm: Norm,
@@ -235,18 +248,18 @@ impl TrainBackend for Cpu {
         dims: RowDims,
         d_x: &mut Buf,
         accum: Accum,
-        grads: &mut Buf,
+        grads: &mut Floats,
         d_y: &Buf,
         x: &Buf,
-        stats: &Buf,
+        stats: &Floats,
         params: &Params,
         norm: Norm,
     ) -> Result<(), Error> {
         const OP: &str = "layer_norm_backward";
         let d = dims.dim;
-        let d_x = front_mut(OP, "d_x", d_x, dims.len())?;
-        let d_y = front(OP, "d_y", d_y, dims.len())?;
-        let x = front(OP, "x", x, dims.len())?;
+        d_x.check(OP, "d_x", dims.len())?;
+        let d_y = d_y.floats(OP, "d_y", dims.len())?;
+        let x = x.floats(OP, "x", dims.len())?;
         let stats = front(OP, "stats", stats, product(&[dims.rows, 2]))?;
         let weight = params.part(OP, "weight", norm.weight, d)?;
         let d_weight = check_span(OP, "grads of weight", grads.len(), norm.weight, d)?;
@@ -258,6 +271,10 @@ impl TrainBackend for Cpu {
         // on the number of rows alone: at most 64, so that their sums stay small beside the rows.
         let per_group = dims.rows.div_ceil(64).max(32);
         let groups = dims.rows.div_ceil(per_group);
+        let d_x = match accum {
+            Accum::Replace => d_x.overwrite(dims.len()),
+            Accum::Add => d_x.add_to(dims.len()),
+        };
         let sums = self.scratch.floats(product(&[groups, 2, d]))?;
         let parts = (
             Pieces::new(d_x, per_group * d),
@@ -293,7 +310,7 @@ impl TrainBackend for Cpu {
         &mut self,
         dims: AttentionDims,
         out: &mut Buf,
-        lse: &mut Buf,
+        lse: &mut Floats,
         qkv: &Buf,
     ) -> Result<(), Error> {
         // The backward computes the probabilities anew, in f32.
@@ -308,40 +325,42 @@ impl TrainBackend for Cpu {
         d_out: &Buf,
         qkv: &Buf,
         out: &Buf,
-        lse: &Buf,
+        lse: &Floats,
     ) -> Result<(), Error> {
         const OP: &str = "attention_backward";
-        let d_qkv = front_mut(OP, "d_qkv", d_qkv, dims.qkv_len())?;
-        let d_out = front(OP, "d_out", d_out, dims.out_len())?;
-        let qkv = front(OP, "qkv", qkv, dims.qkv_len())?;
-        let out = front(OP, "out", out, dims.out_len())?;
+        d_qkv.check(OP, "d_qkv", dims.qkv_len())?;
+        let d_out = d_out.floats(OP, "d_out", dims.out_len())?;
+        let qkv = qkv.view(OP, "qkv", dims.qkv_len())?;
+        let out = out.floats(OP, "out", dims.out_len())?;
         let lse = front(OP, "lse", lse, dims.lse_len())?;
         if out.is_empty() {
             return Ok(());
         }
-        let attention = Attention::new(self.isa, &self.threads, Precision::F32, dims, qkv);
-        let scratch = self.scratch.floats(attention.backward_scratch())?;
-        attention.backward(d_qkv, d_out, out, lse, scratch);
-        Ok(())
+        // It goes into the products of the layer before.
+        let d_qkv = d_qkv.overwrite_as(self.precision, dims.qkv_len());
+        match qkv {
+            View::F32(qkv) => self.attend_backward(dims, d_qkv, d_out, qkv, out, lse),
+            View::Bf16(qkv) => self.attend_backward(dims, d_qkv, d_out, qkv, out, lse),
+        }
     }
 
     fn embed_tokens_backward(
         &mut self,
         dims: TokenDims,
         d_x: &mut Buf,
-        grads: &mut Buf,
+        grads: &mut Floats,
         d_out: &Buf,
         embed: EmbedParams,
     ) -> Result<(), Error> {
         const OP: &str = "embed_tokens_backward";
         check_prefix(OP, dims, embed)?;
-        expect_len(OP, "d_x", d_x.len(), TokenDims { prefix: 0, ..dims }.len())?;
-        expect_len(OP, "d_out", d_out.len(), dims.len())?;
+        d_x.check(OP, "d_x", TokenDims { prefix: 0, ..dims }.len())?;
+        let gradient = d_out.floats(OP, "d_out", dims.len())?;
         if let Some(span) = embed.cls_token {
             let d_cls = check_span(OP, "cls_token", grads.len(), span, dims.dim)?;
             if !dims.is_empty() {
                 let stride = (1 + dims.tokens) * dims.dim;
-                rows::sum_rows(self.isa, &mut grads[d_cls], d_out, dims.batch, stride);
+                rows::sum_rows(self.isa, &mut grads[d_cls], gradient, dims.batch, stride);
             }
         }
         self.strip_prefix(dims, d_x, d_out)
@@ -365,8 +384,8 @@ impl TrainBackend for Cpu {
             targets,
             dim: d,
         } = dims;
-        let out = front_mut(OP, "out", out, dims.len())?;
-        let x = front(OP, "x", x, dims.latent_len())?;
+        out.check(OP, "out", dims.len())?;
+        let x = x.floats(OP, "x", dims.latent_len())?;
         let mask_token = params.part(OP, "mask_token", mask_token, d)?;
         let (table, positions) = params.positions(OP, pos_embed, d)?;
         expect_len(OP, "pos_embed", table.len(), d)?;
@@ -374,6 +393,7 @@ impl TrainBackend for Cpu {
         let ids_visible = checked_ids(OP, "ids_visible", ids_visible, count, positions)?;
         let count = product(&[batch, targets]);
         let ids_target = checked_ids(OP, "ids_target", ids_target, count, positions)?;
+        let out = out.overwrite(dims.len());
         if out.is_empty() {
             return Ok(());
         }
@@ -402,15 +422,16 @@ impl TrainBackend for Cpu {
         &mut self,
         dims: DecoderDims,
         d_x: &mut Buf,
-        grads: &mut Buf,
+        grads: &mut Floats,
         d_out: &Buf,
         mask_token: Span,
     ) -> Result<(), Error> {
         const OP: &str = "decoder_tokens_backward";
         let d = dims.dim;
-        let d_x = front_mut(OP, "d_x", d_x, dims.latent_len())?;
-        let d_out = front(OP, "d_out", d_out, dims.len())?;
+        d_x.check(OP, "d_x", dims.latent_len())?;
+        let d_out = d_out.floats(OP, "d_out", dims.len())?;
         let d_mask = check_span(OP, "mask_token", grads.len(), mask_token, d)?;
+        let d_x = d_x.overwrite(dims.latent_len());
         if d_x.is_empty() {
             return Ok(());
         }
@@ -436,8 +457,10 @@ impl TrainBackend for Cpu {
 
     fn strip_prefix(&mut self, dims: TokenDims, out: &mut Buf, x: &Buf) -> Result<(), Error> {
         const OP: &str = "strip_prefix";
-        let out = front_mut(OP, "out", out, TokenDims { prefix: 0, ..dims }.len())?;
-        let x = front(OP, "x", x, dims.len())?;
+        let out_len = TokenDims { prefix: 0, ..dims }.len();
+        out.check(OP, "out", out_len)?;
+        let x = x.floats(OP, "x", dims.len())?;
+        let out = out.overwrite(out_len);
         if out.is_empty() {
             return Ok(());
         }
@@ -457,7 +480,7 @@ impl TrainBackend for Cpu {
     ) -> Result<(), Error> {
         const OP: &str = "strip_prefix_backward";
         let patches_len = TokenDims { prefix: 0, ..dims }.len();
-        let d_out = front(OP, "d_out", d_out, patches_len)?;
+        let d_out = d_out.floats(OP, "d_out", patches_len)?;
         let len = dims.tokens * dims.dim;
         self.each_sequence(OP, dims, d_x, |b, prefix, patches| {
             prefix.fill(0.0);
@@ -475,7 +498,7 @@ impl TrainBackend for Cpu {
     ) -> Result<(), Error> {
         const OP: &str = "gather_tokens_backward";
         let d = dims.dim;
-        let d_out = front(OP, "d_out", d_out, dims.with_tokens(keep).len())?;
+        let d_out = d_out.floats(OP, "d_out", dims.with_tokens(keep).len())?;
         let count = product(&[dims.batch, keep]);
         let picked = checked_ids(OP, "picked", picked, count, dims.tokens)?;
         self.each_sequence(OP, dims, d_x, |b, prefix, patches| {
@@ -498,7 +521,7 @@ impl TrainBackend for Cpu {
     ) -> Result<(), Error> {
         const OP: &str = "mean_pool_backward";
         let d = dims.dim;
-        let d_out = front(OP, "d_out", d_out, product(&[dims.batch, d]))?;
+        let d_out = d_out.floats(OP, "d_out", product(&[dims.batch, d]))?;
         let share = 1.0 / dims.tokens as f32;
         self.each_sequence(OP, dims, d_x, |b, prefix, patches| {
             prefix.fill(0.0);
@@ -511,13 +534,13 @@ impl TrainBackend for Cpu {
     fn pivoted_qr_scores(
         &mut self,
         dims: TokenDims,
-        scores: &mut Buf,
+        scores: &mut Floats,
         x: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "pivoted_qr_scores";
         let (d, tokens) = (dims.dim, dims.tokens);
         let scores = front_mut(OP, "scores", scores, product(&[dims.batch, tokens]))?;
-        let x = front(OP, "x", x, dims.len())?;
+        let x = x.floats(OP, "x", dims.len())?;
         check_numbers(OP, "x", x)?;
         if scores.is_empty() {
             return Ok(());
@@ -546,8 +569,9 @@ impl TrainBackend for Cpu {
                 found: d,
             }));
         }
-        let out = front_mut(OP, "out", out, dims.len())?;
-        let x = front(OP, "x", x, dims.len())?;
+        out.check(OP, "out", dims.len())?;
+        let x = x.floats(OP, "x", dims.len())?;
+        let out = out.overwrite(dims.len());
         self.threads
             .for_each(dims.rows, 2 * d, Pieces::new(out, d), |row, out| {
                 rows::standardise(self.isa, out, &x[row * d..][..d], NORM_EPS);
@@ -558,13 +582,13 @@ impl TrainBackend for Cpu {
     fn feature_spread(
         &mut self,
         dims: RowDims,
-        out: &mut Buf,
+        out: &mut Floats,
         at: usize,
         x: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "feature_spread";
         check_loss(OP, dims, out, at)?;
-        let x = front(OP, "x", x, dims.len())?;
+        let x = x.floats(OP, "x", dims.len())?;
         let blocks = dims.dim.div_ceil(COLUMNS);
         let sums = self.scratch.doubles(blocks)?;
         self.threads.for_each(
@@ -585,7 +609,7 @@ impl TrainBackend for Cpu {
         &mut self,
         dims: RowDims,
         d_pred: &mut Buf,
-        losses: &mut Buf,
+        losses: &mut Floats,
         at: usize,
         pred: &Buf,
         target: &Buf,
@@ -609,7 +633,7 @@ impl TrainBackend for Cpu {
         &mut self,
         dims: RowDims,
         d_pred: &mut Buf,
-        losses: &mut Buf,
+        losses: &mut Floats,
         at: usize,
         pred: &Buf,
         target: &Buf,
@@ -634,7 +658,7 @@ impl TrainBackend for Cpu {
         &mut self,
         dims: RowDims,
         d_logits: &mut Buf,
-        losses: &mut Buf,
+        losses: &mut Floats,
         at: usize,
         logits: &Buf,
         target: &Buf,
@@ -680,7 +704,7 @@ impl TrainBackend for Cpu {
         )
     }
 
-    fn zero(&mut self, x: &mut Buf, span: Span) -> Result<(), Error> {
+    fn zero(&mut self, x: &mut Floats, span: Span) -> Result<(), Error> {
         expect_len("zero", "x", x.len(), span.end())?;
         self.zero_all(&mut x[span.start..span.end()]);
         Ok(())
@@ -688,9 +712,9 @@ impl TrainBackend for Cpu {
 
     fn copy_vector(
         &mut self,
-        to: &mut Buf,
+        to: &mut Floats,
         at: usize,
-        from: &Buf,
+        from: &Floats,
         span: Span,
     ) -> Result<(), Error> {
         expect_len("copy_vector", "from", from.len(), span.end())?;
@@ -699,7 +723,7 @@ impl TrainBackend for Cpu {
         Ok(())
     }
 
-    fn norm(&mut self, out: &mut Buf, at: usize, x: &Buf) -> Result<(), Error> {
+    fn norm(&mut self, out: &mut Floats, at: usize, x: &Floats) -> Result<(), Error> {
         expect_len("norm", "out", out.len(), at.saturating_add(1))?;
         let sums = self.scratch.doubles(x.len().div_ceil(PIECE))?;
         self.threads
@@ -715,12 +739,12 @@ impl TrainBackend for Cpu {
         &mut self,
         student: &mut Params,
         teacher: Option<&mut Params>,
-        grads: &mut Buf,
-        exp_avg: &mut Buf,
-        exp_avg_sq: &mut Buf,
+        grads: &mut Floats,
+        exp_avg: &mut Floats,
+        exp_avg_sq: &mut Floats,
         segments: &[Segment],
         step: &AdamW,
-        clip: Option<Clip<'_, Buf>>,
+        clip: Option<Clip<'_, Floats>>,
     ) -> Result<(), Error> {
         const OP: &str = "adamw_ema";
         let student = student.trainable(OP)?;
@@ -805,6 +829,25 @@ impl TrainBackend for Cpu {
 }
 
 impl Cpu {
+    /// In f32, from and to either format.
+    fn attend_backward<T: Element>(
+        &mut self,
+        dims: AttentionDims,
+        d_qkv: Out<'_>,
+        d_out: &[f32],
+        qkv: &[T],
+        out: &[f32],
+        lse: &[f32],
+    ) -> Result<(), Error> {
+        let attention = Attention::new(self.isa, &self.threads, Precision::F32, dims, qkv);
+        let scratch = self.scratch.floats(attention.backward_scratch())?;
+        match d_qkv {
+            Out::F32(d_qkv) => attention.backward(d_qkv, d_out, out, lse, scratch),
+            Out::Bf16(d_qkv) => attention.backward(d_qkv, d_out, out, lse, scratch),
+        }
+        Ok(())
+    }
+
     fn zero_all(&self, x: &mut [f32]) {
         let pieces = x.len().div_ceil(PIECE);
         self.threads
@@ -816,10 +859,11 @@ impl Cpu {
         &self,
         op: &'static str,
         dims: TokenDims,
-        d_x: &mut [f32],
+        d_x: &mut Buf,
         work: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
     ) -> Result<(), Error> {
-        let d_x = front_mut(op, "d_x", d_x, dims.len())?;
+        d_x.check(op, "d_x", dims.len())?;
+        let d_x = d_x.overwrite(dims.len());
         if d_x.is_empty() {
             return Ok(());
         }
@@ -837,15 +881,16 @@ impl Cpu {
         &mut self,
         op: &'static str,
         dims: RowDims,
-        d_pred: &mut [f32],
+        d_pred: &mut Buf,
         (losses, at): (&[f32], usize),
-        [pred, target]: [&[f32]; 2],
+        [pred, target]: [&Buf; 2],
         row_loss: impl Fn(&mut [f32], &[f32], &[f32]) -> f64 + Sync,
     ) -> Result<f64, Error> {
         check_loss(op, dims, losses, at)?;
-        let d_pred = front_mut(op, "gradient", d_pred, dims.len())?;
-        let pred = front(op, "prediction", pred, dims.len())?;
-        let target = front(op, "target", target, dims.len())?;
+        d_pred.check(op, "gradient", dims.len())?;
+        let pred = pred.floats(op, "prediction", dims.len())?;
+        let target = target.floats(op, "target", dims.len())?;
+        let d_pred = d_pred.overwrite(dims.len());
         let d = dims.dim;
         let sums = self.scratch.doubles(dims.rows)?;
         let parts = (Pieces::new(d_pred, d), Pieces::new(&mut *sums, 1));
@@ -858,21 +903,22 @@ impl Cpu {
     }
 }
 
-/// `rows_per_scale` divides `rows`, and there is a scale for each group.
-fn check_scale(
+/// The scales of groups of `rows_per_scale` rows, which divides `rows`.
+fn check_scale<'a>(
     op: &'static str,
     rows: usize,
-    scale: &[f32],
+    scale: &'a Buf,
     rows_per_scale: usize,
-) -> Result<(), KernelError> {
+) -> Result<&'a [f32], Error> {
     if rows_per_scale == 0 || !rows.is_multiple_of(rows_per_scale) {
         return Err(KernelError::Dimensions {
             op,
             expected: "rows that `rows_per_scale` divides",
             found: rows_per_scale,
-        });
+        }
+        .into());
     }
-    expect_len(op, "scale", scale.len(), rows / rows_per_scale)
+    scale.floats(op, "scale", rows / rows_per_scale)
 }
 
 /// There is something to take the mean of, and room for the result.

@@ -16,7 +16,7 @@ pub(super) struct Products {
 impl Products {
     /// Scratch of one thread: packed keys and values, and of a block packed queries, scores, packed numerators, result,
     /// sums, and the sums of a tile.
-    pub(super) fn scratch_len(&self, attention: &Attention<'_>) -> usize {
+    pub(super) fn scratch_len<T>(&self, attention: &Attention<'_, T>) -> usize {
         let AttentionDims {
             tokens, head_dim, ..
         } = attention.dims;
@@ -30,7 +30,7 @@ impl Products {
     }
 }
 
-impl Attention<'_> {
+impl<T: Element> Attention<'_, T> {
     pub(super) fn products(&self, unit: Bf16Unit) -> Products {
         let AttentionDims {
             tokens, head_dim, ..
@@ -44,10 +44,10 @@ impl Attention<'_> {
         }
     }
 
-    pub(super) fn forward_bf16(
+    pub(super) fn forward_bf16<O: Element>(
         &self,
         unit: Bf16Unit,
-        out: &mut [f32],
+        out: &mut [O],
         lse: Option<&mut [f32]>,
         scratch: &mut [f32],
     ) {

@@ -1,6 +1,7 @@
 //! What attention does with the rows of one head: copies, transposition, small products, softmax.
 
 use crate::cpu::LINE;
+use crate::element::Element;
 use crate::isa::Kernel;
 use crate::rows;
 use crate::simd::Simd;
@@ -23,49 +24,49 @@ impl Kernel for Lanes {
 
 /// `rows` rows of `len` elements, `stride` apart.
 #[derive(Clone, Copy)]
-pub(super) struct Columns<'a> {
-    pub(super) data: &'a [f32],
+pub(super) struct Columns<'a, T> {
+    pub(super) data: &'a [T],
     pub(super) stride: usize,
     pub(super) rows: usize,
     pub(super) len: usize,
 }
 
-impl Columns<'_> {
+impl<T> Columns<'_, T> {
     #[inline(always)]
-    fn row(&self, row: usize) -> &[f32] {
+    fn row(&self, row: usize) -> &[T] {
         &self.data[row * self.stride..][..self.len]
     }
 }
 
 /// Asks for the cache lines of `rows` rows of `len` elements, `stride` apart.
-pub(super) struct FetchRows {
-    pub(super) start: *const f32,
+pub(super) struct FetchRows<T> {
+    pub(super) start: *const T,
     pub(super) stride: usize,
     pub(super) rows: usize,
     pub(super) len: usize,
 }
 
-impl Kernel for FetchRows {
+impl<T> Kernel for FetchRows<T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for row in 0..self.rows {
-            for line in (0..self.len).step_by(LINE) {
-                s.prefetch(self.start.wrapping_add(row * self.stride + line));
+            for line in (0..self.len).step_by(LINE * size_of::<f32>() / size_of::<T>()) {
+                s.prefetch(self.start.wrapping_add(row * self.stride + line).cast());
             }
         }
     }
 }
 
 /// `to: [rows, width]`, zeros beyond the elements of a row.
-pub(super) struct Copy<'a> {
+pub(super) struct Copy<'a, T> {
     pub(super) to: &'a mut [f32],
     pub(super) width: usize,
-    pub(super) from: Columns<'a>,
+    pub(super) from: Columns<'a, T>,
 }
 
-impl Kernel for Copy<'_> {
+impl<T: Element> Kernel for Copy<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -73,7 +74,7 @@ impl Kernel for Copy<'_> {
         for (row, to) in self.to.chunks_exact_mut(self.width).enumerate() {
             let from = self.from.row(row).chunks(S::LANES);
             for (to, from) in to.chunks_exact_mut(S::LANES).zip(from) {
-                s.store(to, s.load(from));
+                s.store(to, T::load(s, from));
             }
         }
     }
@@ -81,8 +82,8 @@ impl Kernel for Copy<'_> {
 
 /// Copies the first `len` elements of each row of `from`, `[rows, width]`, to `to`, the rows `stride` apart there, each
 /// divided by its divisor. Who makes one promises that nobody else uses these elements.
-pub(super) struct Put<'a> {
-    pub(super) to: Shared<'a>,
+pub(super) struct Put<'a, T> {
+    pub(super) to: Shared<'a, T>,
     pub(super) start: usize,
     pub(super) stride: usize,
     pub(super) len: usize,
@@ -91,7 +92,7 @@ pub(super) struct Put<'a> {
     pub(super) divisors: Option<&'a [f32]>,
 }
 
-impl Kernel for Put<'_> {
+impl<T: Element> Kernel for Put<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -101,20 +102,20 @@ impl Kernel for Put<'_> {
             let to = unsafe { self.to.part(self.start + row * self.stride, self.len) };
             let factor = s.splat(self.divisors.map_or(1.0, |divisors| 1.0 / divisors[row]));
             for (to, from) in to.chunks_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
-                s.store(to, s.mul(factor, s.load(from)));
+                T::store(s, to, s.mul(factor, s.load(from)));
             }
         }
     }
 }
 
 /// `to: [len, width]`, zeros beyond the rows.
-pub(super) struct Transpose<'a> {
+pub(super) struct Transpose<'a, T> {
     pub(super) to: &'a mut [f32],
     pub(super) width: usize,
-    pub(super) from: Columns<'a>,
+    pub(super) from: Columns<'a, T>,
 }
 
-impl Kernel for Transpose<'_> {
+impl<T: Element> Kernel for Transpose<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -124,12 +125,15 @@ impl Kernel for Transpose<'_> {
         let (mut square, mut turned) = ([0.0; 16 * 16], [0.0; 16 * 16]);
         for row in (0..width).step_by(S::LANES) {
             for col in (0..len).step_by(S::LANES) {
-                if row + S::LANES <= rows && col + S::LANES <= len {
+                if row + S::LANES <= rows
+                    && col + S::LANES <= len
+                    && let Some(data) = T::as_f32(from.data)
+                {
                     let _ = from.row(row + S::LANES - 1);
                     assert!(to.len() >= (col + S::LANES - 1) * width + row + S::LANES);
                     // SAFETY: a square within the rows, the last of which is there, and within `to`.
                     unsafe {
-                        let from_at = from.data.as_ptr().add(row * from.stride + col);
+                        let from_at = data.as_ptr().add(row * from.stride + col);
                         s.transpose(
                             to.as_mut_ptr().add(col * width + row),
                             width,
@@ -139,11 +143,11 @@ impl Kernel for Transpose<'_> {
                     }
                     continue;
                 }
-                // Zeros in rows and columns that are not there.
+                // Widened, or with zeros in rows and columns that are not there.
                 for (i, line) in square.chunks_exact_mut(S::LANES).take(S::LANES).enumerate() {
                     let lanes = if row + i < rows {
                         let from = &from.row(row + i)[col..];
-                        s.load(&from[..from.len().min(S::LANES)])
+                        T::load(s, from)
                     } else {
                         s.splat(0.0)
                     };

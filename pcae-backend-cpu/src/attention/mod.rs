@@ -11,6 +11,7 @@ mod kernels;
 
 use pcae_kernel::backend::AttentionDims;
 
+use crate::element::Element;
 use crate::gemm::{Bf16Unit, Precision, Ready, SmallProduct};
 use crate::isa::Isa;
 use crate::threads::{Pieces, Shared, Threads};
@@ -24,12 +25,12 @@ const SCORES: usize = 6144;
 
 /// One backward or forward: what all its heads share.
 #[derive(Clone, Copy)]
-pub(crate) struct Attention<'a> {
+pub(crate) struct Attention<'a, T = f32> {
     isa: Isa,
     threads: &'a Threads,
     precision: Precision,
     dims: AttentionDims,
-    qkv: &'a [f32],
+    qkv: &'a [T],
     /// Tokens and width of a head, filled up to whole vectors.
     tokens: usize,
     width: usize,
@@ -43,14 +44,14 @@ enum Part {
     Value,
 }
 
-impl<'a> Attention<'a> {
+impl<'a, T: Element> Attention<'a, T> {
     /// `precision` is that of the forward's products. `qkv` must be as long as `dims` say, and no dimension may be 0.
     pub(crate) fn new(
         isa: Isa,
         threads: &'a Threads,
         precision: Precision,
         dims: AttentionDims,
-        qkv: &'a [f32],
+        qkv: &'a [T],
     ) -> Self {
         let lanes = isa.run(Lanes);
         Self {
@@ -152,7 +153,7 @@ impl<'a> Attention<'a> {
     }
 
     /// Copies `rows` rows of a head, `stride` apart, next to each other: `to: [rows, width]`, zeros beyond the head.
-    fn copy(&self, to: &mut [f32], from: &[f32], stride: usize, rows: usize) {
+    fn copy<F: Element>(&self, to: &mut [f32], from: &[F], stride: usize, rows: usize) {
         let (from, width, len) = (
             Columns {
                 data: from,
@@ -170,18 +171,21 @@ impl<'a> Attention<'a> {
         });
     }
 
-    /// `rows` rows of a head, `stride` apart in `from`, and how far apart they are: where they lie if whole vectors can be
-    /// read there and they are few, else copied to `to`.
-    fn rows<'s>(
+    /// `rows` rows of a head, `stride` apart in `from`, and how far apart they are: where they lie if whole vectors of f32 can
+    /// be read there and they are few, else copied to `to`.
+    fn rows<'s, F: Element>(
         &self,
         to: &'s mut [f32],
-        from: &'s [f32],
+        from: &'s [F],
         stride: usize,
         rows: usize,
     ) -> (&'s [f32], usize) {
         // Rows of a wide model fall on few sets of a level-1 cache: more than so many would evict each other.
         const FEW: usize = 64;
-        if self.width == self.dims.head_dim && self.dims.tokens <= FEW {
+        if self.width == self.dims.head_dim
+            && self.dims.tokens <= FEW
+            && let Some(from) = F::as_f32(from)
+        {
             return (from, stride);
         }
         self.copy(to, from, stride, rows);
@@ -211,7 +215,7 @@ impl<'a> Attention<'a> {
     }
 
     /// Asks for rows `first..first + rows` of a head's output, or of what is laid out like it.
-    fn fetch_out(&self, head: usize, of: *const f32, first: usize, rows: usize) {
+    fn fetch_out<O>(&self, head: usize, of: *const O, first: usize, rows: usize) {
         let stride = self.dims.dim();
         self.isa.run(FetchRows {
             start: of.wrapping_add(self.out_start(head) + first * stride),
@@ -240,9 +244,9 @@ impl<'a> Attention<'a> {
     ///
     /// # Safety
     /// Nobody else uses these rows of this head in `to`.
-    unsafe fn put(
+    unsafe fn put<O: Element>(
         &self,
-        to: Shared<'_>,
+        to: Shared<'_, O>,
         start: usize,
         stride: usize,
         from: &[f32],
@@ -262,14 +266,19 @@ impl<'a> Attention<'a> {
     }
 
     /// `out = softmax(q @ k^T / sqrt(head_dim)) @ v`, and the log-sum-exp of each row of scores where asked for.
-    pub(crate) fn forward(&self, out: &mut [f32], lse: Option<&mut [f32]>, scratch: &mut [f32]) {
+    pub(crate) fn forward<O: Element>(
+        &self,
+        out: &mut [O],
+        lse: Option<&mut [f32]>,
+        scratch: &mut [f32],
+    ) {
         match self.precision {
             Precision::F32 => self.forward_f32(out, lse, scratch),
             Precision::Bf16(unit) => self.forward_bf16(unit, out, lse, scratch),
         }
     }
 
-    fn forward_f32(&self, out: &mut [f32], lse: Option<&mut [f32]>, scratch: &mut [f32]) {
+    fn forward_f32<O: Element>(&self, out: &mut [O], lse: Option<&mut [f32]>, scratch: &mut [f32]) {
         let AttentionDims {
             tokens, head_dim, ..
         } = self.dims;
@@ -338,9 +347,9 @@ impl<'a> Attention<'a> {
     }
 
     /// Gradient with respect to `qkv`.
-    pub(crate) fn backward(
+    pub(crate) fn backward<O: Element>(
         &self,
-        d_qkv: &mut [f32],
+        d_qkv: Shared<'_, O>,
         d_out: &[f32],
         out: &[f32],
         lse: &[f32],
@@ -350,7 +359,6 @@ impl<'a> Attention<'a> {
             tokens, head_dim, ..
         } = self.dims;
         let (dim, block, isa) = (self.dims.dim(), self.block(), self.isa);
-        let d_qkv = Shared::new(d_qkv);
         self.for_each_head(scratch, self.backward_len(), |head, scratch| {
             let mut scratch = Scratch(scratch);
             let keys_t = scratch.take(head_dim * self.tokens);
@@ -459,7 +467,8 @@ impl<'a> Scratch<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gemm::rounded;
+    use crate::element::Bf16;
+    use crate::gemm::{narrowed, rounded};
     use proptest::prelude::*;
 
     fn values(len: usize, seed: u64) -> Vec<f32> {
@@ -539,7 +548,7 @@ mod tests {
             &mut vec![f32::NAN; attention.forward_scratch()],
         );
         let mut scratch = vec![f32::NAN; attention.backward_scratch()];
-        attention.backward(&mut d_qkv, d_out, &out, &lse, &mut scratch);
+        attention.backward(Shared::new(&mut d_qkv), d_out, &out, &lse, &mut scratch);
         let mut again = vec![f32::NAN; dims.out_len()];
         attention.forward(
             &mut again,
@@ -624,6 +633,17 @@ mod tests {
                 "{isa} {unit} {dims:?}"
             );
             assert!(close(&lse, &want_lse, 3e-6), "{isa} {unit} {dims:?}");
+            // From and to bf16 in memory, the same.
+            let narrow = narrowed(&qkv);
+            let attention = Attention::new(isa, &pools[0], Precision::Bf16(unit), dims, &narrow);
+            let (mut narrow_out, mut narrow_lse) = (vec![Bf16(7); out.len()], lse.clone());
+            attention.forward(
+                &mut narrow_out,
+                Some(&mut narrow_lse),
+                &mut vec![f32::NAN; attention.forward_scratch()],
+            );
+            assert_eq!(narrow_out, narrowed(&out), "{isa} {unit} {dims:?}");
+            assert_eq!(narrow_lse, lse, "{isa} {unit} {dims:?}");
             for pool in &pools[1..] {
                 assert_eq!(
                     (&out, &lse),

@@ -1,11 +1,12 @@
 //! Products of bf16: how operands are packed, and the units that multiply them.
 //!
-//! Operands are rounded to bf16 as they are packed, two neighbours of the inner dimension to one 32-bit word, the first
+//! Operands are rounded to bf16 as they are packed, where they do not hold it already: two neighbours of the inner dimension to one 32-bit word, the first
 //! in the lower half. The product of two bf16 is exact in f32; sums are f32.
 
 use core::fmt;
 use core::ops::Range;
 
+use crate::element::Element;
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
@@ -105,16 +106,23 @@ pub(crate) fn rounded(x: f32) -> f32 {
     Portable.lower(Portable.pair_bf16([x; 8], [0.0; 8]))[0]
 }
 
+/// `x` as bf16 in memory.
+#[cfg(test)]
+pub(crate) fn narrowed(x: &[f32]) -> Vec<crate::element::Bf16> {
+    let half = |x| (rounded(x).to_bits() >> 16) as u16;
+    x.iter().map(|&x| crate::element::Bf16(half(x))).collect()
+}
+
 /// Side of the squares that are transposed, in words: at least that of any instruction set's.
 const SQUARE: usize = 16;
 
 /// `to[j] = words of row j` for the square whose first word is `word`, of `rows` rows of `inner` elements, `stride`
 /// apart; zeros beyond the last row and element.
 #[inline(always)]
-fn gather<S: Simd>(
+fn gather<S: Simd, T: Element>(
     s: S,
     square: &mut [f32],
-    data: &[f32],
+    data: &[T],
     stride: usize,
     inner: usize,
     rows: usize,
@@ -128,9 +136,7 @@ fn gather<S: Simd>(
         let row = &data[j * stride..][..inner];
         for (i, to) in to.chunks_exact_mut(S::LANES).enumerate() {
             let from = 2 * (word + i * S::LANES);
-            let load = |at: usize| s.load(&row[at.min(inner)..]);
-            let (even, odd) = s.unzip(load(from), load(from + S::LANES));
-            s.store(to, s.pair_bf16(even, odd));
+            s.store(to, T::words(s, &row[from.min(inner)..]));
         }
     }
 }
@@ -156,26 +162,26 @@ fn transpose<S: Simd>(s: S, to: &mut [f32], step: usize, col: usize, square: &[f
 
 /// How the right operand of [`PackRight`] lies.
 #[derive(Clone, Copy)]
-pub(super) enum Turned<'a> {
+pub(super) enum Turned<'a, T = f32> {
     /// `[inner, stride]`
-    Rows(&'a [f32]),
+    Rows(&'a [T]),
     /// `[width, stride]`
-    Columns(&'a [f32]),
+    Columns(&'a [T]),
 }
 
 /// A panel of pairs, `[words, step]`, of the columns `..width` of the right operand: zeros beyond its last row and
 /// column.
-pub(super) struct PackRight<'a> {
+pub(super) struct PackRight<'a, T = f32> {
     pub(super) to: &'a mut [f32],
     pub(super) step: usize,
     pub(super) words: usize,
-    pub(super) data: Turned<'a>,
+    pub(super) data: Turned<'a, T>,
     pub(super) stride: usize,
     pub(super) width: usize,
     pub(super) inner: usize,
 }
 
-impl Kernel for PackRight<'_> {
+impl<T: Element> Kernel for PackRight<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -187,9 +193,9 @@ impl Kernel for PackRight<'_> {
     }
 }
 
-impl PackRight<'_> {
+impl<T: Element> PackRight<'_, T> {
     #[inline(always)]
-    fn columns<S: Simd>(self, s: S, data: &[f32]) {
+    fn columns<S: Simd>(self, s: S, data: &[T]) {
         let Self {
             to,
             step,
@@ -225,7 +231,7 @@ impl PackRight<'_> {
     }
 
     #[inline(always)]
-    fn rows<S: Simd>(self, s: S, data: &[f32]) {
+    fn rows<S: Simd>(self, s: S, data: &[T]) {
         let Self {
             to,
             step,
@@ -247,23 +253,23 @@ impl PackRight<'_> {
 
 /// `to = words of each element of lower and upper`, zeros beyond the end of either.
 #[inline(always)]
-fn pair_lines<S: Simd>(s: S, to: &mut [f32], lower: &[f32], upper: &[f32]) {
+fn pair_lines<S: Simd, T: Element>(s: S, to: &mut [f32], lower: &[T], upper: &[T]) {
     for (i, to) in to.chunks_mut(S::LANES).enumerate() {
-        let load = |line: &[f32]| s.load(&line[(i * S::LANES).min(line.len())..]);
+        let load = |line: &[T]| T::load(s, &line[(i * S::LANES).min(line.len())..]);
         s.store(to, s.pair_bf16(load(lower), load(upper)));
     }
 }
 
 /// Tiles of the left operand in pairs, one after the other: each `[words, height]`, or rows of squares of 16 rows by 16
 /// words, filled up with zeros.
-pub(super) struct PackLeft<'a> {
+pub(super) struct PackLeft<'a, T = f32> {
     /// The place of these tiles.
     pub(super) to: &'a mut [f32],
     /// As in [`super::pack::PackLeft`].
     pub(super) sums: Option<&'a mut [f32]>,
     pub(super) words: usize,
     pub(super) squares: bool,
-    pub(super) left: Left<'a>,
+    pub(super) left: Left<&'a [T]>,
     /// Between the rows of the operand, or its columns where it comes transposed.
     pub(super) stride: usize,
     /// Row of the operand that is row 0 of `strips`.
@@ -273,7 +279,7 @@ pub(super) struct PackLeft<'a> {
     pub(super) inner: usize,
 }
 
-impl Kernel for PackLeft<'_> {
+impl<T: Element> Kernel for PackLeft<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -354,7 +360,7 @@ impl Kernel for PackLeft<'_> {
 
 /// Adds the sums of the first columns of `data`, `[inner, stride]`, to `sums`.
 #[inline(always)]
-fn sum_columns<S: Simd>(s: S, to: &mut [f32], data: &[f32], stride: usize, inner: usize) {
+fn sum_columns<S: Simd, T: Element>(s: S, to: &mut [f32], data: &[T], stride: usize, inner: usize) {
     let mut sums = RowSums::default();
     for i in 0..inner {
         sums.add(s, i, &data[i * stride..][..to.len()]);
@@ -364,10 +370,10 @@ fn sum_columns<S: Simd>(s: S, to: &mut [f32], data: &[f32], stride: usize, inner
 
 /// `out[i] = word + i of each of height columns` of `data`, `[inner, stride]`; zeros beyond the last column and row.
 #[inline(always)]
-fn turn<S: Simd>(
+fn turn<S: Simd, T: Element>(
     s: S,
     out: &mut [f32],
-    data: &[f32],
+    data: &[T],
     stride: usize,
     inner: usize,
     height: usize,

@@ -1,6 +1,8 @@
 //! What is done to the sums of a tile before they are stored.
 
+use crate::buf::View;
 use crate::cpu::LINE;
+use crate::element::{Bf16, Element};
 use crate::isa::Kernel;
 use crate::math::{gelu, gelu_grad};
 use crate::memory;
@@ -10,7 +12,7 @@ use crate::threads::Shared;
 /// Where the sums of a product go, `y = sum + bias` element by element.
 pub(crate) struct Finish<'a> {
     /// `[m, n]`.
-    out: Shared<'a>,
+    out: Out<'a>,
     n: usize,
     /// `[n]`, or empty for zeros.
     bias: &'a [f32],
@@ -19,6 +21,49 @@ pub(crate) struct Finish<'a> {
     pub(super) row_sums: Option<Shared<'a>>,
     /// Whether results are written past the caches, which would not hold them until they are read.
     pub(super) streamed: bool,
+}
+
+/// Where results go, in the format that is written there: what is added to is f32.
+#[derive(Clone, Copy)]
+pub(crate) enum Out<'a> {
+    F32(Shared<'a>),
+    Bf16(Shared<'a, Bf16>),
+}
+
+impl<'a> From<&'a mut [f32]> for Out<'a> {
+    fn from(out: &'a mut [f32]) -> Self {
+        Self::F32(Shared::new(out))
+    }
+}
+
+impl<'a> From<&'a mut [Bf16]> for Out<'a> {
+    fn from(out: &'a mut [Bf16]) -> Self {
+        Self::Bf16(Shared::new(out))
+    }
+}
+
+impl Out<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(out) => out.len(),
+            Self::Bf16(out) => out.len(),
+        }
+    }
+
+    /// Stores a vector at `at..at + len`.
+    ///
+    /// # Safety
+    /// Nobody else uses these elements.
+    #[inline(always)]
+    unsafe fn put<S: Simd>(self, s: S, streamed: bool, at: usize, len: usize, v: S::V) {
+        // SAFETY: by contract.
+        unsafe {
+            match self {
+                Self::F32(out) => put(s, streamed, out.part(at, len), v),
+                Self::Bf16(out) => put(s, streamed, out.part(at, len), v),
+            }
+        }
+    }
 }
 
 /// What becomes of `y`. All matrices are `[m, n]`.
@@ -32,7 +77,7 @@ pub(crate) enum Mode<'a> {
     /// `pre_gelu = y`, `out = gelu(y)`
     GeluSaving {
         /// Written.
-        pre_gelu: Shared<'a>,
+        pre_gelu: Out<'a>,
     },
     /// `out = residual + scale[row / rows_per_scale] * y`, the scale 1 where there is none.
     Residual {
@@ -44,25 +89,33 @@ pub(crate) enum Mode<'a> {
     /// `out = y * gelu'(pre_gelu)`
     GeluGrad {
         /// What went into the GELU.
-        pre_gelu: &'a [f32],
+        pre_gelu: View<'a>,
     },
 }
 
-/// Results of as many level-2 caches are streamed. Smaller ones are better read back from the level-3 cache, whose share of
+/// Results larger than so many level-2 caches are streamed. Smaller ones are better read back from the level-3 cache, whose share of
 /// one core nobody tells.
-const STREAMED: usize = 4;
+const STREAMED: usize = 3;
 
 impl<'a> Finish<'a> {
     /// `out: [m, n]`.
     pub(crate) fn new(out: &'a mut [f32], n: usize, bias: &'a [f32], mode: Mode<'a>) -> Self {
-        let streamed = size_of_val(out) > STREAMED * memory::level2_cache();
+        Self::to(out.into(), n, bias, mode)
+    }
+
+    /// `out: [m, n]`, in its format.
+    pub(crate) fn to(out: Out<'a>, n: usize, bias: &'a [f32], mode: Mode<'a>) -> Self {
+        let bytes = match out {
+            Out::F32(out) => out.len() * size_of::<f32>(),
+            Out::Bf16(out) => out.len() * size_of::<Bf16>(),
+        };
         Self {
-            out: Shared::new(out),
+            out,
             n,
             bias,
             mode,
             row_sums: None,
-            streamed,
+            streamed: bytes > STREAMED * memory::level2_cache(),
         }
     }
 
@@ -106,22 +159,38 @@ impl Kernel for FetchTile<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let f = self.finish;
-        let written = |x: *const f32| (!f.streamed).then_some(x);
-        let out = f.out.as_ptr();
-        let wanted = match &f.mode {
-            Mode::Add => [Some(out), None],
-            Mode::Store | Mode::Gelu => [written(out), None],
-            Mode::GeluSaving { pre_gelu } => [written(out), written(pre_gelu.as_ptr())],
-            Mode::Residual { residual: x, .. } | Mode::GeluGrad { pre_gelu: x } => {
-                [written(out), Some(x.as_ptr())]
-            }
-        };
-        for wanted in wanted.into_iter().flatten() {
-            for row in self.row..self.row + self.rows {
-                let at = row * f.n + self.col;
-                for line in (at..at + self.width).step_by(LINE) {
-                    s.prefetch(wanted.wrapping_add(line));
-                }
+        if !f.streamed || matches!(f.mode, Mode::Add) {
+            self.fetch_out(s, f.out);
+        }
+        match &f.mode {
+            Mode::Store | Mode::Add | Mode::Gelu => {}
+            Mode::GeluSaving { .. } if f.streamed => {}
+            Mode::GeluSaving { pre_gelu } => self.fetch_out(s, *pre_gelu),
+            Mode::Residual { residual: x, .. } => self.fetch(s, x.as_ptr()),
+            Mode::GeluGrad { pre_gelu } => match pre_gelu {
+                View::F32(x) => self.fetch(s, x.as_ptr()),
+                View::Bf16(x) => self.fetch(s, x.as_ptr()),
+            },
+        }
+    }
+}
+
+impl FetchTile<'_, '_> {
+    #[inline(always)]
+    fn fetch_out<S: Simd>(&self, s: S, out: Out<'_>) {
+        match out {
+            Out::F32(out) => self.fetch(s, out.as_ptr()),
+            Out::Bf16(out) => self.fetch(s, out.as_ptr()),
+        }
+    }
+
+    /// The tile's lines of a matrix.
+    #[inline(always)]
+    fn fetch<S: Simd, T>(&self, s: S, matrix: *const T) {
+        for row in self.row..self.row + self.rows {
+            let at = row * self.finish.n + self.col;
+            for line in (at..at + self.width).step_by(LINE * size_of::<f32>() / size_of::<T>()) {
+                s.prefetch(matrix.wrapping_add(line).cast());
             }
         }
     }
@@ -144,6 +213,16 @@ impl Kernel for FinishTile<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        match self.finish.out {
+            Out::F32(out) => self.store(s, out),
+            Out::Bf16(out) => self.store(s, out),
+        }
+    }
+}
+
+impl FinishTile<'_, '_> {
+    #[inline(always)]
+    fn store<S: Simd, T: Element>(self, s: S, out: Shared<'_, T>) {
         let Self {
             finish: f,
             row,
@@ -162,44 +241,65 @@ impl Kernel for FinishTile<'_, '_> {
                 *bias = s.load(columns);
             }
         }
-        let put = |to: &mut [f32], v| match f.streamed {
-            true => s.stream(to, v),
-            false => s.store(to, v),
-        };
         for (row, sums) in (row..row + rows).zip(sums.chunks_exact(step)) {
             let at = row * f.n + col;
             // SAFETY: this row of this tile; tiles do not overlap, and `Finish::check` has seen the length.
-            let out = unsafe { f.out.part(at, width) }.chunks_mut(S::LANES);
-            let vectors = sums.chunks_exact(S::LANES).zip(bias);
-            let each = out.zip(vectors.map(|(sum, bias)| s.add(s.load(sum), bias)));
+            let out = unsafe { out.part(at, width) }.chunks_mut(S::LANES);
+            // Loops and not closures, which would lose the instruction set where they are not inlined; and `bias` borrowed, of
+            // which an iterator of its own would be a copy for each row.
+            let vectors = sums.chunks_exact(S::LANES).zip(&bias);
+            let each = out.zip(vectors);
             match &f.mode {
-                Mode::Store => each.for_each(|(out, y)| put(out, y)),
-                Mode::Add => each.for_each(|(out, y)| s.store(out, s.add(s.load(out), y))),
-                Mode::Gelu => each.for_each(|(out, y)| put(out, gelu(s, y))),
+                Mode::Store => {
+                    for (out, (sum, bias)) in each {
+                        put(s, f.streamed, out, s.add(s.load(sum), *bias));
+                    }
+                }
+                Mode::Add => {
+                    for (out, (sum, bias)) in each {
+                        let y = s.add(s.load(sum), *bias);
+                        T::store(s, out, s.add(T::load(s, out), y));
+                    }
+                }
+                Mode::Gelu => {
+                    for (out, (sum, bias)) in each {
+                        put(s, f.streamed, out, gelu(s, s.add(s.load(sum), *bias)));
+                    }
+                }
                 Mode::GeluSaving { pre_gelu } => {
-                    // SAFETY: as for `out`.
-                    let pre_gelu = unsafe { pre_gelu.part(at, width) };
-                    let pre_gelu = pre_gelu.chunks_mut(S::LANES);
-                    each.zip(pre_gelu).for_each(|((out, y), pre_gelu)| {
-                        put(pre_gelu, y);
-                        put(out, gelu(s, y));
-                    });
+                    for (i, (out, (sum, bias))) in each.enumerate() {
+                        let y = s.add(s.load(sum), *bias);
+                        // SAFETY: as for `out`.
+                        unsafe { pre_gelu.put(s, f.streamed, at + i * S::LANES, out.len(), y) };
+                        put(s, f.streamed, out, gelu(s, y));
+                    }
                 }
                 Mode::Residual { residual, scale } => {
                     let residual = residual[at..][..width].chunks(S::LANES);
                     let scale = s.splat(scale.map_or(1.0, |(scale, per)| scale[row / per]));
-                    each.zip(residual).for_each(|((out, y), residual)| {
-                        put(out, s.mul_add(scale, y, s.load(residual)));
-                    });
+                    for ((out, (sum, bias)), residual) in each.zip(residual) {
+                        let y = s.add(s.load(sum), *bias);
+                        put(s, f.streamed, out, s.mul_add(scale, y, s.load(residual)));
+                    }
                 }
                 Mode::GeluGrad { pre_gelu } => {
-                    let pre_gelu = pre_gelu[at..][..width].chunks(S::LANES);
-                    each.zip(pre_gelu).for_each(|((out, y), pre_gelu)| {
-                        put(out, s.mul(y, gelu_grad(s, s.load(pre_gelu))));
-                    });
+                    for (i, (out, (sum, bias))) in each.enumerate() {
+                        let y = s.add(s.load(sum), *bias);
+                        let x = pre_gelu.load(s, at + i * S::LANES, out.len());
+                        put(s, f.streamed, out, s.mul(y, gelu_grad(s, x)));
+                    }
                 }
             }
         }
+    }
+}
+
+/// Stores a vector, past the caches if so asked.
+#[inline(always)]
+fn put<S: Simd, T: Element>(s: S, streamed: bool, to: &mut [T], v: S::V) {
+    match streamed {
+        true => T::stream(s, to, v),
+        false => T::store(s, to, v),
     }
 }
 
@@ -212,5 +312,54 @@ impl Kernel for Flush {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         s.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Dims, Left, Precision, Right, gemm, narrowed};
+    use super::*;
+    use crate::buf::View;
+    use crate::cpu::Scratch;
+    use crate::isa::Isa;
+    use crate::threads::Threads;
+
+    #[test]
+    fn results_in_bf16_are_those_in_f32_rounded() {
+        let value = |i: usize| (i as u64 * 2_654_435_761 % 1009) as f32 / 504.5 - 1.0;
+        let x: Vec<f32> = (0..2000).map(value).collect();
+        // Rows of whole cache lines, and tiles with tails.
+        for (isa, (m, n)) in Isa::variants().flat_map(|isa| [(isa, (21, 75)), (isa, (9, 64))]) {
+            let inner = 20;
+            let modes = || {
+                [
+                    Mode::Store,
+                    Mode::Gelu,
+                    Mode::Residual {
+                        residual: &x,
+                        scale: None,
+                    },
+                    Mode::GeluGrad {
+                        pre_gelu: View::F32(&x),
+                    },
+                ]
+            };
+            let run = |finish: &Finish<'_>| {
+                let scratch = &mut Scratch::default();
+                let (left, right) = (Left::Rows(View::F32(&x)), Right::Rows(&x));
+                let dims = Dims { m, n, inner };
+                let (precision, threads) = (Precision::F32, Threads::one());
+                gemm(isa, precision, &threads, scratch, dims, left, right, finish).unwrap();
+            };
+            for (which, (wide, narrow)) in modes().into_iter().zip(modes()).enumerate() {
+                let mut want = vec![f32::NAN; m * n];
+                run(&Finish::new(&mut want, n, &x, wide));
+                let mut got = vec![Bf16(7); m * n];
+                let mut finish = Finish::to(got.as_mut_slice().into(), n, &x, narrow);
+                finish.streamed = which % 2 == 0;
+                run(&finish);
+                assert_eq!(got, narrowed(&want), "{isa} {which} {n}");
+            }
+        }
     }
 }

@@ -25,15 +25,17 @@ mod x86;
 
 use core::ops::Range;
 
+use crate::buf::View;
 use crate::cpu::{LINE, Scratch};
+use crate::element::{Bf16, Element};
 use crate::error::Error;
 use crate::isa::Isa;
 use crate::threads::{Pieces, Shared, Threads};
 
 pub use bf16::Bf16Unit;
 #[cfg(test)]
-pub(crate) use bf16::rounded;
-pub(crate) use finish::{Finish, Mode};
+pub(crate) use bf16::{narrowed, rounded};
+pub(crate) use finish::{Finish, Mode, Out};
 pub(crate) use pack::{pack_weight, pack_weight_bf16, packed_len_bf16};
 pub(crate) use small::{Ready, SmallProduct};
 
@@ -41,14 +43,14 @@ use bf16::{PackRight, TilePairs, Turned, Unit};
 use finish::{FetchTile, FinishTile, Flush};
 use pack::{PackColumns, PackLeft, PackRows};
 use plan::{Cuts, Plan, Room, part};
-use tile::{Fetch, FetchLines, Shape, Strip, Tile};
+use tile::{Fetch, FetchLines, Shape, Strip, Strips, Tile, lines_of};
 
 /// The number format of a product's operands; sums are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// f32.
     F32,
-    /// bf16, rounded as they are packed.
+    /// bf16, rounded as they are packed where they are f32.
     Bf16(Bf16Unit),
 }
 
@@ -73,11 +75,20 @@ pub(crate) struct Dims {
 
 /// The operand on the left, `[m, inner]`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Left<'a> {
+pub(crate) enum Left<D> {
     /// As it is.
-    Rows(&'a [f32]),
+    Rows(D),
     /// Transposed: `[inner, m]`.
-    Columns(&'a [f32]),
+    Columns(D),
+}
+
+impl<D> Left<D> {
+    fn map<T>(self, of: impl FnOnce(D) -> T) -> Left<T> {
+        match self {
+            Self::Rows(data) => Left::Rows(of(data)),
+            Self::Columns(data) => Left::Columns(of(data)),
+        }
+    }
 }
 
 /// The operand on the right, `[inner, n]`.
@@ -85,6 +96,8 @@ pub(crate) enum Left<'a> {
 pub(crate) enum Right<'a> {
     /// As it is.
     Rows(&'a [f32]),
+    /// As it is, in bf16.
+    NarrowRows(&'a [Bf16]),
     /// Transposed: `[n, inner]`, as a weight is.
     Columns(&'a [f32]),
     /// In panels: the work of [`pack_weight`].
@@ -95,14 +108,14 @@ pub(crate) enum Right<'a> {
 
 /// Rows of the left operand that are packed at a time: runs of some cache lines where it comes transposed.
 const PACKED_ROWS: usize = 64;
-const PACKED_OTHERWISE: &str = "an operand is packed for the precision it is used with";
+const PACKED_OTHERWISE: &str = "an operand is of the precision it is used with";
 
 /// Elements of a row of the left operand that is read where it lies: rows of a tile then stay in the level-1 cache while they are
 /// multiplied with all panels, and packing them would only be a trip through the cache more.
 const IN_PLACE: usize = 512;
 
 /// Whether the left operand is packed.
-fn packs(precision: Precision, dims: Dims, left: Left<'_>) -> bool {
+fn packs<D>(precision: Precision, dims: Dims, left: &Left<D>) -> bool {
     precision != Precision::F32 || matches!(left, Left::Columns(_)) || dims.inner > IN_PLACE
 }
 
@@ -112,13 +125,13 @@ pub(crate) fn scratch_len(
     precision: Precision,
     threads: usize,
     dims: Dims,
-    left: Left<'_>,
+    left: Left<()>,
 ) -> usize {
     if dims.m == 0 || dims.n == 0 {
         return 0;
     }
     let shape = Shape::of(isa, precision, dims.inner);
-    let packed = packs(precision, dims, left);
+    let packed = packs(precision, dims, &left);
     let cuts = Cuts::of_this_machine(precision);
     let room = Room::new(&cuts, dims, &shape, threads, packed);
     room.left + threads * room.per_thread
@@ -131,14 +144,14 @@ pub(crate) fn scratch_len(
 /// precision is that of another instruction set.
 ///
 /// # Panics
-/// If an operand is shorter than `dims` say, or packed for another precision.
+/// If an operand is shorter than `dims` say, packed for another precision, or bf16 in a product of f32.
 pub(crate) fn gemm(
     isa: Isa,
     precision: Precision,
     threads: &Threads,
     scratch: &mut Scratch,
     dims: Dims,
-    left: Left<'_>,
+    left: Left<View<'_>>,
     right: Right<'_>,
     finish: &Finish<'_>,
 ) -> Result<(), Error> {
@@ -155,12 +168,21 @@ pub(crate) fn gemm(
     product.run(&Cuts::of_this_machine(precision), threads, scratch)
 }
 
+/// A block of rows of the left operand.
+#[derive(Clone, Copy)]
+enum Rows<'a> {
+    /// Row of tiles by row of tiles, as they are packed.
+    Packed(&'a [f32]),
+    /// `[rows, inner]`
+    InPlace(&'a [f32]),
+}
+
 struct Product<'a> {
     isa: Isa,
     precision: Precision,
     shape: Shape,
     dims: Dims,
-    left: Left<'a>,
+    left: Left<View<'a>>,
     right: Right<'a>,
     finish: &'a Finish<'a>,
 }
@@ -172,6 +194,7 @@ impl Product<'_> {
         let (Left::Rows(l) | Left::Columns(l)) = self.left;
         let (len, right_len) = match self.right {
             Right::Rows(r) | Right::Columns(r) | Right::Panels(r) => (r.len(), inner * n),
+            Right::NarrowRows(r) => (r.len(), inner * n),
             Right::Pairs(r) => (r.len(), n.div_ceil(shape.width) * shape.panel()),
         };
         assert!(
@@ -193,7 +216,7 @@ impl Product<'_> {
                 threads.count(),
             )
         };
-        let packed = packs(self.precision, self.dims, self.left);
+        let packed = packs(self.precision, self.dims, &self.left);
         let Room {
             block,
             left: left_len,
@@ -204,10 +227,13 @@ impl Product<'_> {
         let (packed_left, scratch) = scratch.split_at_mut(left_len);
         for first in (0..m).step_by(block) {
             let plan = plan(block.min(m - first));
-            if packed {
-                self.pack_left(threads, &plan, first, packed_left);
-            }
-            let packed_left = packed.then_some(&*packed_left);
+            let rows = match self.left {
+                Left::Rows(View::F32(data)) if !packed => Rows::InPlace(&data[first * inner..]),
+                _ => {
+                    self.pack_left(threads, &plan, first, packed_left);
+                    Rows::Packed(packed_left)
+                }
+            };
             let per_thread = Pieces::new(&mut *scratch, per_thread);
             threads.for_each_with(
                 plan.groups * plan.row_chunks,
@@ -216,7 +242,7 @@ impl Product<'_> {
                 per_thread,
                 |unit, (), scratch| {
                     let (panels, sums) = scratch.split_at_mut(panels_len);
-                    self.unit(&plan, unit, first, packed_left, panels, sums);
+                    self.unit(&plan, unit, first, rows, panels, sums);
                 },
             );
         }
@@ -244,33 +270,59 @@ impl Product<'_> {
                 let end = strips.start(tiles.end);
                 sums.part(first + start, end - start)
             });
-            match self.precision {
-                Precision::F32 => self.isa.run(PackLeft {
+            let data = match left {
+                Left::Rows(data) | Left::Columns(data) => data,
+            };
+            match (self.precision, data) {
+                (Precision::F32, View::F32(data)) => self.isa.run(PackLeft {
                     to,
                     sums,
-                    left,
+                    left: left.map(|_| data),
                     m,
                     first,
                     strips,
                     tiles,
                     inner,
                 }),
-                Precision::Bf16(unit) => self.isa.run(bf16::PackLeft {
-                    to,
-                    sums,
-                    words,
-                    squares: unit.wants_squares(),
-                    left,
-                    stride: match left {
-                        Left::Rows(_) => inner,
-                        Left::Columns(_) => m,
-                    },
-                    first,
-                    strips,
-                    tiles,
-                    inner,
-                }),
+                (Precision::Bf16(unit), View::F32(data)) => {
+                    let left = left.map(|_| data);
+                    self.pack_pairs(unit, to, sums, left, first, strips, tiles);
+                }
+                (Precision::Bf16(unit), View::Bf16(data)) => {
+                    let left = left.map(|_| data);
+                    self.pack_pairs(unit, to, sums, left, first, strips, tiles);
+                }
+                (Precision::F32, View::Bf16(_)) => panic!("{PACKED_OTHERWISE}"),
             }
+        });
+    }
+
+    /// Tiles of the left operand, in pairs.
+    fn pack_pairs<T: Element>(
+        &self,
+        unit: Bf16Unit,
+        to: &mut [f32],
+        sums: Option<&mut [f32]>,
+        left: Left<&[T]>,
+        first: usize,
+        strips: Strips,
+        tiles: Range<usize>,
+    ) {
+        let Dims { m, inner, .. } = self.dims;
+        self.isa.run(bf16::PackLeft {
+            to,
+            sums,
+            words: self.shape.words,
+            squares: unit.wants_squares(),
+            left,
+            stride: match left {
+                Left::Rows(_) => inner,
+                Left::Columns(_) => m,
+            },
+            first,
+            strips,
+            tiles,
+            inner,
         });
     }
 
@@ -280,7 +332,7 @@ impl Product<'_> {
         plan: &Plan,
         unit: usize,
         first: usize,
-        packed_left: Option<&[f32]>,
+        rows: Rows<'_>,
         panels: &mut [f32],
         sums: &mut [f32],
     ) {
@@ -358,7 +410,7 @@ impl Product<'_> {
                                 }
                                 ready.sum(
                                     shape,
-                                    self.strip(packed_left, first, row, height),
+                                    self.strip(rows, row, height),
                                     &right[(depth.start - words.start) * shape.width..],
                                     &depth,
                                     height,
@@ -389,25 +441,17 @@ impl Product<'_> {
         }
     }
 
-    /// `rows` rows of the left operand, of the block from row `first` those from `row`.
-    fn strip<'a>(
-        &'a self,
-        packed: Option<&'a [f32]>,
-        first: usize,
-        row: usize,
-        rows: usize,
-    ) -> Strip<'a> {
-        let Dims { inner, .. } = self.dims;
-        let (Left::Rows(data) | Left::Columns(data)) = self.left;
-        match packed {
-            Some(packed) => Strip {
-                data: &packed[row * self.shape.words..][..rows * self.shape.words],
+    /// Rows of the left operand for a tile, `count` from `first`.
+    fn strip<'a>(&self, rows: Rows<'a>, first: usize, count: usize) -> Strip<'a> {
+        match rows {
+            Rows::Packed(data) => Strip {
+                data: &data[first * self.shape.words..][..count * self.shape.words],
                 row: 1,
-                word: rows,
+                word: count,
             },
-            None => Strip {
-                data: &data[(first + row) * inner..][..rows * inner],
-                row: inner,
+            Rows::InPlace(data) => Strip {
+                data: &data[first * self.dims.inner..][..count * self.dims.inner],
+                row: self.dims.inner,
                 word: 1,
             },
         }
@@ -423,10 +467,18 @@ impl Product<'_> {
             Precision::Bf16(_) => 2,
         };
         let rows = (words.start * per_word).min(inner)..(words.end * per_word).min(inner);
+        if columns.is_empty() || rows.is_empty() {
+            return (Fetch::NONE, 0);
+        }
         let (data, start, len, count, stride) = match self.right {
             Right::Rows(data) => {
                 let start = rows.start * n + columns.start;
                 (data, start, columns.len(), rows.len(), n)
+            }
+            Right::NarrowRows(data) => {
+                let data = &data[rows.start * n + columns.start..];
+                let lines = rows.len() * lines_of::<Bf16>(columns.len());
+                return (Fetch::new(data, columns.len(), n), lines);
             }
             Right::Columns(data) => {
                 let start = columns.start * inner + rows.start;
@@ -437,9 +489,6 @@ impl Product<'_> {
                 (data, start, words.len() * width, 1, 0)
             }
         };
-        if columns.is_empty() || rows.is_empty() {
-            return (Fetch::NONE, 0);
-        }
         (
             Fetch::new(&data[start.min(data.len())..], len, stride),
             count * len.div_ceil(LINE),
@@ -479,7 +528,7 @@ impl Product<'_> {
                             inner: words.len(),
                         });
                     }
-                    Right::Pairs(_) => panic!("{PACKED_OTHERWISE}"),
+                    Right::NarrowRows(_) | Right::Pairs(_) => panic!("{PACKED_OTHERWISE}"),
                 };
                 isa.run(PackRows {
                     to,
@@ -492,9 +541,21 @@ impl Product<'_> {
             }
             Precision::Bf16(_) => {
                 let start = (2 * words.start).min(inner);
+                let (words, inner_left) = (words.len(), (inner - start).min(2 * words.len()));
                 let (data, stride) = match self.right {
                     Right::Rows(data) => {
                         (Turned::Rows(&data[(start * n + col).min(data.len())..]), n)
+                    }
+                    Right::NarrowRows(data) => {
+                        return isa.run(PackRight {
+                            to,
+                            step,
+                            words,
+                            data: Turned::Rows(&data[(start * n + col).min(data.len())..]),
+                            stride: n,
+                            width,
+                            inner: inner_left,
+                        });
                     }
                     Right::Columns(data) => {
                         let start = (col * inner + start).min(data.len());
@@ -507,11 +568,11 @@ impl Product<'_> {
                 isa.run(PackRight {
                     to,
                     step,
-                    words: words.len(),
+                    words,
                     data,
                     stride,
                     width,
-                    inner: (inner - start).min(2 * words.len()),
+                    inner: inner_left,
                 });
             }
         }
@@ -632,7 +693,7 @@ mod tests {
         threads: &Threads,
         cuts: &Cuts,
         dims: Dims,
-        left: Left<'_>,
+        left: Left<View<'_>>,
         right: Right<'_>,
         finish: &Finish<'_>,
     ) {
@@ -686,7 +747,10 @@ mod tests {
             .iter()
             .flat_map(|pool| [(pool, Cuts::of_this_machine(Precision::F32)), (pool, SMALL)])
         {
-            for left in [Left::Rows(&left), Left::Columns(&left_t)] {
+            for left in [
+                Left::Rows(View::F32(&left)),
+                Left::Columns(View::F32(&left_t)),
+            ] {
                 for right in [
                     Right::Rows(&right),
                     Right::Columns(&right_t),
@@ -726,6 +790,15 @@ mod tests {
         let (left_t, right_t) = (transposed(&left, m, inner), transposed(&right, inner, n));
         let mut packed = vec![f32::NAN; packed_len_bf16(isa, unit, n, inner)];
         pack_weight_bf16(isa, unit, &mut packed, &right_t, n, inner);
+        let (narrow, narrow_t) = (narrowed(&left), narrowed(&left_t));
+        let narrow_right = narrowed(&right);
+        // Rounded as it is packed, and before.
+        let lefts = [
+            Left::Rows(View::F32(&left)),
+            Left::Columns(View::F32(&left_t)),
+            Left::Rows(View::Bf16(&narrow)),
+            Left::Columns(View::Bf16(&narrow_t)),
+        ];
         let round = |x: &[f32]| x.iter().map(|&x| bf16::rounded(x)).collect::<Vec<_>>();
         let product = exact(dims, &round(&left), &round(&right));
         let mut first: Option<Vec<f32>> = None;
@@ -735,9 +808,10 @@ mod tests {
                 (pool, SMALL),
             ]
         }) {
-            for left in [Left::Rows(&left), Left::Columns(&left_t)] {
+            for left in lefts {
                 for right in [
                     Right::Rows(&right),
+                    Right::NarrowRows(&narrow_right),
                     Right::Columns(&right_t),
                     Right::Pairs(&packed),
                 ] {
@@ -837,7 +911,8 @@ mod tests {
                         let (mut out, mut sums) = (vec![0.0; m * n], start.clone());
                         let finish = Finish::new(&mut out, n, &[], Mode::Store);
                         let finish = finish.with_row_sums(&mut sums);
-                        let (left, right) = (Left::Columns(&left_t), Right::Rows(&right));
+                        let left = Left::Columns(View::F32(&left_t));
+                        let right = Right::Rows(&right);
                         run(isa, precision, pool, &cuts, dims, left, right, &finish);
                         for (i, sum) in sums.iter().enumerate() {
                             let terms = (0..inner).map(|l| f64::from(left_t[l * m + i]));
@@ -925,20 +1000,22 @@ mod tests {
                 Mode::Store,
                 Mode::Gelu,
                 Mode::GeluSaving {
-                    pre_gelu: Shared::new(&mut pre),
+                    pre_gelu: pre.as_mut_slice().into(),
                 },
                 Mode::Residual {
                     residual: &other,
                     scale: None,
                 },
                 scaled,
-                Mode::GeluGrad { pre_gelu: &other },
+                Mode::GeluGrad {
+                    pre_gelu: View::F32(&other),
+                },
             ];
             for (which, mode) in modes.into_iter().enumerate() {
                 let mut out = vec![f32::NAN; m * n];
                 let mut finish = Finish::new(&mut out, n, &bias, mode);
                 finish.streamed = streamed;
-                let (left, right) = (Left::Rows(&left), Right::Rows(&right));
+                let (left, right) = (Left::Rows(View::F32(&left)), Right::Rows(&right));
                 gemm(
                     isa,
                     Precision::F32,

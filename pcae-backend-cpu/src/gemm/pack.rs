@@ -5,6 +5,7 @@ use core::ops::Range;
 use pcae_kernel::error::product;
 
 use crate::cpu::LINE;
+use crate::element::Element;
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
@@ -151,7 +152,7 @@ pub(super) struct PackLeft<'a> {
     pub(super) to: &'a mut [f32],
     /// Of these tiles' rows, at most [`PACKED_ROWS`]: what their sums are added to, where the operand comes transposed.
     pub(super) sums: Option<&'a mut [f32]>,
-    pub(super) left: Left<'a>,
+    pub(super) left: Left<&'a [f32]>,
     /// Rows of the whole operand.
     pub(super) m: usize,
     /// Row of the operand that is row 0 of `strips`.
@@ -285,13 +286,13 @@ impl Default for RowSums {
 impl RowSums {
     /// Element `i` of each.
     #[inline(always)]
-    pub(super) fn add<S: Simd>(&mut self, s: S, i: usize, line: &[f32]) {
+    pub(super) fn add<S: Simd, T: Element>(&mut self, s: S, i: usize, line: &[T]) {
         if i.is_multiple_of(GROUP) {
             self.end_group(s);
         }
         let lanes = self.group.chunks_exact_mut(S::LANES);
         for (sum, x) in lanes.zip(line.chunks(S::LANES)) {
-            s.store(sum, s.add(s.load(sum), s.load(x)));
+            s.store(sum, s.add(s.load(sum), T::load(s, x)));
         }
     }
 

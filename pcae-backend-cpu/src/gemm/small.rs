@@ -2,6 +2,7 @@
 
 use core::ops::Range;
 
+use crate::element::Element;
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
@@ -57,7 +58,13 @@ impl SmallProduct {
     }
 
     /// Packs the left operand, rows that are `stride` apart.
-    pub(crate) fn pack_left(&self, to: &mut [f32], data: &[f32], stride: usize, rows: usize) {
+    pub(crate) fn pack_left<T: Element>(
+        &self,
+        to: &mut [f32],
+        data: &[T],
+        stride: usize,
+        rows: usize,
+    ) {
         let strips = Strips::new(rows, &self.shape);
         self.isa.run(PackLeft {
             to,
@@ -74,25 +81,37 @@ impl SmallProduct {
     }
 
     /// Packs the right operand, rows that are `stride` apart.
-    pub(crate) fn pack_rows(&self, to: &mut [f32], data: &[f32], stride: usize, width: usize) {
+    pub(crate) fn pack_rows<T: Element>(
+        &self,
+        to: &mut [f32],
+        data: &[T],
+        stride: usize,
+        width: usize,
+    ) {
         self.pack_right(to, width, stride, |columns| {
             Turned::Rows(&data[columns.start..])
         });
     }
 
     /// Packs the right operand, which comes transposed: columns that are `stride` apart.
-    pub(crate) fn pack_columns(&self, to: &mut [f32], data: &[f32], stride: usize, width: usize) {
+    pub(crate) fn pack_columns<T: Element>(
+        &self,
+        to: &mut [f32],
+        data: &[T],
+        stride: usize,
+        width: usize,
+    ) {
         self.pack_right(to, width, stride, |columns| {
             Turned::Columns(&data[columns.start * stride..])
         });
     }
 
-    fn pack_right<'a>(
+    fn pack_right<'a, T: Element + 'a>(
         &self,
         to: &mut [f32],
         width: usize,
         stride: usize,
-        data: impl Fn(&Range<usize>) -> Turned<'a>,
+        data: impl Fn(&Range<usize>) -> Turned<'a, T>,
     ) {
         for (i, to) in to.chunks_exact_mut(self.shape.panel().max(1)).enumerate() {
             let columns = self.columns(i, width);

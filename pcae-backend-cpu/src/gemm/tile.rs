@@ -101,6 +101,11 @@ impl Kernel for Ask {
     }
 }
 
+/// Cache lines of `len` elements that begin on one.
+pub(super) fn lines_of<T>(len: usize) -> usize {
+    (len * size_of::<T>()).div_ceil(LINE * size_of::<f32>())
+}
+
 /// Cache lines of what is used next, one after the other: rows of `row_lines` lines, `stride` elements apart.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Fetch {
@@ -118,13 +123,13 @@ impl Fetch {
         stride: 0,
     };
 
-    /// Rows of `len` elements from the front of `data`.
-    pub(super) fn new(data: &[f32], len: usize, stride: usize) -> Self {
+    /// Rows of `len` elements from the front of `data`, `stride` apart.
+    pub(super) fn new<T>(data: &[T], len: usize, stride: usize) -> Self {
         Self {
-            row: data.as_ptr(),
+            row: data.as_ptr().cast(),
             line: 0,
-            row_lines: len.div_ceil(LINE).max(1),
-            stride,
+            row_lines: lines_of::<T>(len).max(1),
+            stride: stride * size_of::<T>() / size_of::<f32>(),
         }
     }
 

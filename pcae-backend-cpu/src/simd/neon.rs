@@ -2,7 +2,7 @@
 
 use core::arch::aarch64::*;
 
-use super::Simd;
+use super::{Bf16, Simd, filled};
 
 /// Proof of NEON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +26,22 @@ macro_rules! forward {
             unsafe { $value }
         }
     )*};
+}
+
+/// Bits of which the upper half is `x` rounded to bf16.
+#[inline]
+#[target_feature(enable = "neon")]
+fn round_bf16(x: float32x4_t) -> uint32x4_t {
+    let bits = vreinterpretq_u32_f32(x);
+    let odd = vandq_u32(vshrq_n_u32::<16>(bits), vdupq_n_u32(1));
+    let rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    // A NaN is made quiet: its upper half alone might be an infinity.
+    let quiet = vorrq_u32(bits, vdupq_n_u32(0x0040_0000));
+    let rounded = vbslq_u32(vceqq_f32(x, x), rounded, quiet);
+    let sign = vandq_u32(bits, vdupq_n_u32(1 << 31));
+    let normal = vcageq_f32(x, vdupq_n_f32(f32::MIN_POSITIVE));
+    // Of NaN too, which is not less.
+    vbslq_u32(vorrq_u32(normal, vmvnq_u32(vceqq_f32(x, x))), rounded, sign)
 }
 
 impl Simd for Neon {
@@ -143,17 +159,53 @@ impl Simd for Neon {
     fn pair_bf16(self, lower: float32x4_t, upper: float32x4_t) -> float32x4_t {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe {
-            let round = |x: float32x4_t| {
-                let bits = vreinterpretq_u32_f32(x);
-                let odd = vandq_u32(vshrq_n_u32::<16>(bits), vdupq_n_u32(1));
-                let rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-                // A NaN is made quiet: its upper half alone might be an infinity.
-                let quiet = vorrq_u32(bits, vdupq_n_u32(0x0040_0000));
-                vbslq_u32(vceqq_f32(x, x), rounded, quiet)
-            };
-            let upper = vandq_u32(round(upper), vdupq_n_u32(0xffff_0000));
-            vreinterpretq_f32_u32(vorrq_u32(vshrq_n_u32::<16>(round(lower)), upper))
+            let upper = vandq_u32(round_bf16(upper), vdupq_n_u32(0xffff_0000));
+            let lower = vshrq_n_u32::<16>(round_bf16(lower));
+            vreinterpretq_f32_u32(vorrq_u32(lower, upper))
         }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[Bf16]) -> float32x4_t {
+        let all: [Bf16; 4];
+        let from = match x.len() >= 4 {
+            true => x.as_ptr(),
+            false => {
+                all = filled(x);
+                all.as_ptr()
+            }
+        };
+        // SAFETY: there are the 4 elements that are read; `self` proves NEON.
+        unsafe {
+            let halves = vld1_u16(from.cast());
+            vreinterpretq_f32_u32(vshll_n_u16::<16>(halves))
+        }
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [Bf16], v: float32x4_t) {
+        if to.len() >= 4 {
+            // SAFETY: `to` has the 4 elements that are written; `self` proves NEON.
+            return unsafe { vst1_u16(to.as_mut_ptr().cast(), vshrn_n_u32::<16>(round_bf16(v))) };
+        }
+        let (mut all, len) = ([Bf16(0); 4], to.len());
+        // SAFETY: as above, of `all`.
+        unsafe { vst1_u16(all.as_mut_ptr().cast(), vshrn_n_u32::<16>(round_bf16(v))) };
+        to.copy_from_slice(&all[..len]);
+    }
+
+    #[inline(always)]
+    fn load_words(self, x: &[Bf16]) -> float32x4_t {
+        let all: [Bf16; 8];
+        let from = match x.len() >= 8 {
+            true => x.as_ptr(),
+            false => {
+                all = filled(x);
+                all.as_ptr()
+            }
+        };
+        // SAFETY: there are the 8 elements that are read; `self` proves NEON.
+        unsafe { vreinterpretq_f32_u16(vld1q_u16(from.cast())) }
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! Eight lanes in plain Rust, for every processor.
 
-use super::Simd;
+use super::{Bf16, Simd, filled};
 
 /// Plain Rust.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +29,8 @@ fn round_bf16(x: f32) -> u32 {
     if x.is_nan() {
         // Quiet, as the upper half alone might be an infinity.
         bits | 0x0040_0000
+    } else if x.is_subnormal() {
+        bits & 0x8000_0000
     } else {
         bits.wrapping_add(0x7fff + (bits >> 16 & 1))
     }
@@ -166,6 +168,32 @@ impl Simd for Portable {
         zip(lower, upper, |lower, upper| {
             f32::from_bits(round_bf16(lower) >> 16 | round_bf16(upper) & 0xffff_0000)
         })
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[Bf16]) -> V {
+        match x.first_chunk() {
+            Some(x) => *x,
+            None => filled(x),
+        }
+        .map(Bf16::widened)
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [Bf16], v: V) {
+        for (to, x) in to.iter_mut().zip(v) {
+            *to = Bf16((round_bf16(x) >> 16) as u16);
+        }
+    }
+
+    #[inline(always)]
+    fn load_words(self, x: &[Bf16]) -> V {
+        let x: [Bf16; 16] = match x.first_chunk() {
+            Some(x) => *x,
+            None => filled(x),
+        };
+        let word = |i: usize| u32::from(x[2 * i].0) | u32::from(x[2 * i + 1].0) << 16;
+        core::array::from_fn(|i| f32::from_bits(word(i)))
     }
 
     #[inline(always)]

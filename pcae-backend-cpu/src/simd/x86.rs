@@ -1,8 +1,9 @@
 //! AVX2 with FMA: 8 lanes. AVX-512: 16 lanes.
 
+use core::arch::asm;
 use core::arch::x86_64::*;
 
-use super::Simd;
+use super::{Bf16, Simd, filled};
 
 /// Proof of AVX2 and FMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,7 +14,8 @@ pub(crate) struct Avx2 {
 /// Proof of AVX-512F, AVX2 and FMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Avx512 {
-    _private: (),
+    /// Whether there is AVX512-BF16, which rounds to bf16 in one instruction, with the same result.
+    rounds: bool,
 }
 
 impl Avx2 {
@@ -27,8 +29,16 @@ impl Avx2 {
 impl Avx512 {
     /// `None` where the processor lacks it.
     pub(crate) fn new() -> Option<Self> {
-        (is_x86_feature_detected!("avx512f") && Avx2::new().is_some())
-            .then_some(Self { _private: () })
+        let rounds = is_x86_feature_detected!("avx512bf16");
+        (is_x86_feature_detected!("avx512f") && Avx2::new().is_some()).then_some(Self { rounds })
+    }
+}
+
+#[cfg(test)]
+impl Avx512 {
+    /// As on a processor without AVX512-BF16.
+    pub(crate) fn without_bf16() -> Option<Self> {
+        Self::new().map(|_| Self { rounds: false })
     }
 }
 
@@ -52,6 +62,83 @@ fn mask(_: Avx2, len: usize) -> __m256i {
     let lanes = &MASKS[8 - len..][..8];
     // SAFETY: the slice has the 8 elements that are read; the token proves AVX2.
     unsafe { _mm256_loadu_si256(lanes.as_ptr().cast()) }
+}
+
+/// Bits of which the upper half is `x` rounded to bf16.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn round_avx2(x: __m256) -> __m256i {
+    let bits = _mm256_castps_si256(x);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    let rounded = _mm256_castsi256_ps(_mm256_add_epi32(bits, half));
+    // A NaN is made quiet: its upper half alone might be an infinity.
+    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+    let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x);
+    let rounded = _mm256_blendv_ps(rounded, _mm256_castsi256_ps(quiet), nan);
+    // The sign alone of what is less than the least normal number, which NaN is not.
+    let (sign, least) = (_mm256_set1_ps(-0.0), _mm256_set1_ps(f32::MIN_POSITIVE));
+    let small = _mm256_cmp_ps::<_CMP_LT_OQ>(_mm256_andnot_ps(sign, x), least);
+    let kept = _mm256_blendv_ps(rounded, _mm256_and_ps(sign, x), small);
+    _mm256_castps_si256(kept)
+}
+
+/// `x` in bf16.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn halves_avx2(x: __m256) -> __m128i {
+    let words = _mm256_srli_epi32::<16>(round_avx2(x));
+    let upper = _mm256_extracti128_si256::<1>(words);
+    _mm_packus_epi32(_mm256_castsi256_si128(words), upper)
+}
+
+/// [`round_avx2`]
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn round_avx512(x: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(x);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    // A NaN is made quiet: its upper half alone might be an infinity.
+    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+    let rounded = _mm512_add_epi32(bits, half);
+    let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
+    // The sign alone of what is less than the least normal number, which NaN is not.
+    let least = _mm512_set1_ps(f32::MIN_POSITIVE);
+    let small = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(x), least);
+    _mm512_mask_and_epi32(rounded, small, bits, _mm512_set1_epi32(i32::MIN))
+}
+
+/// [`halves_avx2`]
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn halves_avx512(isa: Avx512, x: __m512) -> __m256i {
+    if isa.rounds {
+        let halves;
+        // SAFETY: `isa` has found AVX512-BF16.
+        unsafe {
+            asm!("vcvtneps2bf16 {:y}, {}", out(zmm_reg) halves, in(zmm_reg) x,
+                options(pure, nomem, nostack, preserves_flags));
+        }
+        return _mm512_castsi512_si256(halves);
+    }
+    _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(round_avx512(x)))
+}
+
+/// `a` and then `b` in bf16, where AVX512-BF16 has been found.
+///
+/// # Safety
+/// The processor has AVX512-BF16.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn neighbours_avx512(a: __m512, b: __m512) -> __m512 {
+    let words;
+    // SAFETY: by contract.
+    unsafe {
+        asm!("vcvtne2ps2bf16 {}, {}, {}", out(zmm_reg) words, in(zmm_reg) b, in(zmm_reg) a,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    words
 }
 
 impl Simd for Avx2 {
@@ -259,20 +346,62 @@ impl Simd for Avx2 {
     fn pair_bf16(self, lower: __m256, upper: __m256) -> __m256 {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe {
-            let round = |x: __m256| {
-                let bits = _mm256_castps_si256(x);
-                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-                let rounded = _mm256_castsi256_ps(_mm256_add_epi32(bits, half));
-                // A NaN is made quiet: its upper half alone might be an infinity.
-                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-                let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x);
-                _mm256_castps_si256(_mm256_blendv_ps(rounded, _mm256_castsi256_ps(quiet), nan))
-            };
-            let lower = _mm256_srli_epi32::<16>(round(lower));
+            let lower = _mm256_srli_epi32::<16>(round_avx2(lower));
             // The upper halves of `upper`.
-            _mm256_castsi256_ps(_mm256_blend_epi16::<0xaa>(lower, round(upper)))
+            _mm256_castsi256_ps(_mm256_blend_epi16::<0xaa>(lower, round_avx2(upper)))
         }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[Bf16]) -> __m256 {
+        let all: [Bf16; 8];
+        let from = match x.len() >= 8 {
+            true => x.as_ptr(),
+            false => {
+                all = filled(x);
+                all.as_ptr()
+            }
+        };
+        // SAFETY: there are the 8 elements that are read; `self` proves AVX2.
+        unsafe {
+            let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
+        }
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [Bf16], v: __m256) {
+        if to.len() >= 8 {
+            // SAFETY: `to` has the 8 elements that are written; `self` proves AVX2.
+            return unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), halves_avx2(v)) };
+        }
+        let (mut all, len) = ([Bf16(0); 8], to.len());
+        // SAFETY: as above, of `all`.
+        unsafe { _mm_storeu_si128(all.as_mut_ptr().cast(), halves_avx2(v)) };
+        to.copy_from_slice(&all[..len]);
+    }
+
+    #[inline(always)]
+    fn stream_bf16(self, to: &mut [Bf16], v: __m256) {
+        if to.len() < 8 || !to.as_ptr().cast::<__m128i>().is_aligned() {
+            return self.store_bf16(to, v);
+        }
+        // SAFETY: `to` has the 8 elements that are written, on such a boundary; `self` proves the instructions.
+        unsafe { _mm_stream_si128(to.as_mut_ptr().cast(), halves_avx2(v)) }
+    }
+
+    #[inline(always)]
+    fn load_words(self, x: &[Bf16]) -> __m256 {
+        let all: [Bf16; 16];
+        let from = match x.len() >= 16 {
+            true => x.as_ptr(),
+            false => {
+                all = filled(x);
+                all.as_ptr()
+            }
+        };
+        // SAFETY: there are the 16 elements that are read; `self` proves AVX2.
+        unsafe { _mm256_loadu_ps(from.cast()) }
     }
 
     #[inline(always)]
@@ -495,20 +624,80 @@ impl Simd for Avx512 {
     fn pair_bf16(self, lower: __m512, upper: __m512) -> __m512 {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe {
-            let round = |x: __m512| {
-                let bits = _mm512_castps_si512(x);
-                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-                let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-                // A NaN is made quiet: its upper half alone might be an infinity.
-                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
-                let rounded = _mm512_add_epi32(bits, half);
-                _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
-            };
-            let lower = _mm512_srli_epi32::<16>(round(lower));
+            if self.rounds {
+                let lower = _mm512_cvtepu16_epi32(halves_avx512(self, lower));
+                let upper = _mm512_cvtepu16_epi32(halves_avx512(self, upper));
+                let words = _mm512_or_si512(lower, _mm512_slli_epi32::<16>(upper));
+                return _mm512_castsi512_ps(words);
+            }
+            let lower = _mm512_srli_epi32::<16>(round_avx512(lower));
             let mask = _mm512_set1_epi32(0xffff_0000_u32 as i32);
             // `lower | upper & mask`
-            _mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0xf8>(lower, round(upper), mask))
+            let words = _mm512_ternarylogic_epi32::<0xf8>(lower, round_avx512(upper), mask);
+            _mm512_castsi512_ps(words)
         }
+    }
+
+    #[inline(always)]
+    fn neighbours_bf16(self, a: __m512, b: __m512) -> __m512 {
+        if self.rounds {
+            // SAFETY: `self` has found AVX512-BF16 and proves AVX-512.
+            return unsafe { neighbours_avx512(a, b) };
+        }
+        let (even, odd) = self.unzip(a, b);
+        self.pair_bf16(even, odd)
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[Bf16]) -> __m512 {
+        let all: [Bf16; 16];
+        let from = match x.len() >= 16 {
+            true => x.as_ptr(),
+            false => {
+                all = filled(x);
+                all.as_ptr()
+            }
+        };
+        // SAFETY: there are the 16 elements that are read; `self` proves AVX-512.
+        unsafe {
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        }
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [Bf16], v: __m512) {
+        if to.len() >= 16 {
+            // SAFETY: `to` has the 16 elements that are written; `self` proves AVX-512.
+            return unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), halves_avx512(self, v)) };
+        }
+        let (mut all, len) = ([Bf16(0); 16], to.len());
+        // SAFETY: as above, of `all`.
+        unsafe { _mm256_storeu_si256(all.as_mut_ptr().cast(), halves_avx512(self, v)) };
+        to.copy_from_slice(&all[..len]);
+    }
+
+    #[inline(always)]
+    fn stream_bf16(self, to: &mut [Bf16], v: __m512) {
+        if to.len() < 16 || !to.as_ptr().cast::<__m256i>().is_aligned() {
+            return self.store_bf16(to, v);
+        }
+        // SAFETY: `to` has the 16 elements that are written, on such a boundary; `self` proves the instructions.
+        unsafe { _mm256_stream_si256(to.as_mut_ptr().cast(), halves_avx512(self, v)) }
+    }
+
+    #[inline(always)]
+    fn load_words(self, x: &[Bf16]) -> __m512 {
+        let all: [Bf16; 32];
+        let from = match x.len() >= 32 {
+            true => x.as_ptr(),
+            false => {
+                all = filled(x);
+                all.as_ptr()
+            }
+        };
+        // SAFETY: there are the 32 elements that are read; `self` proves AVX-512.
+        unsafe { _mm512_loadu_ps(from.cast()) }
     }
 
     #[inline(always)]

@@ -10,6 +10,8 @@
 //! - Matrices are row-major. Shapes use B for batch, N for tokens, D for width.
 //! - The backend owns the number format of [`Backend::Buf`] and [`Backend::Params`] (f32, f64, bf16 …). Norms,
 //!   softmax, standardisation and losses are computed in f32 at least; a [`TrainBackend::Vector`] holds f32 at least.
+//! - What is said to be for linear layers or attention to read may be held in the format of their products, narrower than
+//!   other activations. They, their backwards and [`Backend::read`] read it; another method may refuse it.
 //! - Results may depend on the backend and the instruction set, never on the number of threads or on the run.
 //! - What a method *adds to* is said by `+=` in its formula; everything else is overwritten.
 
@@ -30,7 +32,9 @@ use crate::error::Error;
 pub enum Epilogue {
     /// `out[i, j] = acc[i, j] + bias[j]`
     Bias,
-    /// `out[i, j] = gelu(acc[i, j] + bias[j])`, the exact (erf) GELU.
+    /// [`Epilogue::Bias`] of queries, keys and values, for attention to read.
+    BiasQkv,
+    /// `out[i, j] = gelu(acc[i, j] + bias[j])`, the exact (erf) GELU, for linear layers to read.
     BiasGelu,
     /// `out[i, j] += acc[i, j] + bias[j]`; `out` is the residual stream.
     BiasResidual,
@@ -192,7 +196,7 @@ pub trait Backend {
         norm: Norm,
     ) -> Result<(), Self::Error>;
 
-    /// `out = softmax(q @ k^T / sqrt(head_dim)) @ v`, per sequence and head.
+    /// `out = softmax(q @ k^T / sqrt(head_dim)) @ v`, per sequence and head; `out` is for linear layers to read.
     ///
     /// # Shapes
     /// `qkv: [B, N, 3, num_heads, head_dim]`, `out: [B, N, num_heads * head_dim]`.

@@ -202,7 +202,8 @@ pub trait TrainBackend: Backend {
         span: Span,
     ) -> Result<(), Self::Error>;
 
-    /// [`Backend::linear`] with [`Epilogue::BiasGelu`] that also saves what goes into the GELU.
+    /// [`Backend::linear`] with [`Epilogue::BiasGelu`] that also saves what goes into the GELU, for
+    /// [`TrainBackend::linear_backward_input`] to read.
     ///
     /// # Shapes
     /// `out, pre_gelu: [rows, out_features]`.
@@ -254,7 +255,8 @@ pub trait TrainBackend: Backend {
         rows_per_scale: usize,
     ) -> Result<(), Self::Error>;
 
-    /// `d_x = d_y @ weight`, multiplied by `gelu'(pre_gelu)` element by element where that is given.
+    /// `d_x = d_y @ weight`, multiplied by `gelu'(pre_gelu)` element by element where that is given: `d_x` is then another linear
+    /// layer's `d_y`, for its backward to read.
     ///
     /// # Shapes
     /// `d_y: [rows, out_features]`, `d_x, pre_gelu: [rows, in_features]`.
@@ -341,7 +343,8 @@ pub trait TrainBackend: Backend {
         qkv: &Self::Buf,
     ) -> Result<(), Self::Error>;
 
-    /// Gradient of attention with respect to `qkv`, the probabilities recomputed from `lse`.
+    /// Gradient of attention with respect to `qkv`, the probabilities recomputed from `lse`; `d_qkv` is for the backward of the
+    /// linear layer before to read.
     ///
     /// # Shapes
     /// `d_qkv, qkv: [B, N, 3, num_heads, head_dim]`, `d_out, out: [B, N, D]`, `lse: [B, num_heads, N]`.

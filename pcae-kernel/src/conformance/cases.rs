@@ -270,7 +270,12 @@ pub(super) fn all(layout: &Layout) -> Vec<Op> {
                 in_features,
                 out_features,
             };
-            for epilogue in [Epilogue::Bias, Epilogue::BiasGelu, Epilogue::BiasResidual] {
+            for epilogue in [
+                Epilogue::Bias,
+                Epilogue::BiasQkv,
+                Epilogue::BiasGelu,
+                Epilogue::BiasResidual,
+            ] {
                 ops.push(Op::Linear {
                     dims,
                     layer,

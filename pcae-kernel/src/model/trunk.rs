@@ -361,7 +361,7 @@ impl<B: TrainBackend> SavedBlock<B> {
             &self.norm1,
             params,
             block.qkv,
-            Epilogue::Bias,
+            Epilogue::BiasQkv,
         )?;
         backend.attention_saving(attention, &mut self.attn, &mut self.lse, &self.qkv)?;
         backend.linear_residual(

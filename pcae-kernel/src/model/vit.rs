@@ -370,7 +370,14 @@ impl<B: Backend> Vit<B> {
         let Self { x, y, wide, .. } = self;
 
         backend.layer_norm(rows, y, x, params, block.norm1)?;
-        backend.linear(linear(d, 3 * d), wide, y, params, block.qkv, Epilogue::Bias)?;
+        backend.linear(
+            linear(d, 3 * d),
+            wide,
+            y,
+            params,
+            block.qkv,
+            Epilogue::BiasQkv,
+        )?;
         backend.attention(attention, y, wide)?;
         backend.linear(
             linear(d, d),

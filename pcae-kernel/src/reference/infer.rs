@@ -216,7 +216,7 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
             params.as_ref(),
             layer,
             |_, out, y| match epilogue {
-                Epilogue::Bias => *out = y,
+                Epilogue::Bias | Epilogue::BiasQkv => *out = y,
                 Epilogue::BiasGelu => *out = gelu(y),
                 Epilogue::BiasResidual => *out += y,
             },

@@ -152,7 +152,12 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("linear", |be, c, m| {
         let [a, b, p, ..] = &mut m.floats;
-        let epilogues = [Epilogue::Bias, Epilogue::BiasGelu, Epilogue::BiasResidual];
+        let epilogues = [
+            Epilogue::Bias,
+            Epilogue::BiasQkv,
+            Epilogue::BiasGelu,
+            Epilogue::BiasResidual,
+        ];
         be.linear(c.linear(), a, b, p, c.layer(), epilogues[c.at % 3])
     }),
     ("layer_norm", |be, c, m| {

@@ -419,7 +419,7 @@ struct Products<B: TrainBackend> {
 /// The linear layers of a block, and the patch embedding.
 const LAYERS: [(&str, Epilogue); 5] = [
     ("patch_embed", Epilogue::Bias),
-    ("qkv", Epilogue::Bias),
+    ("qkv", Epilogue::BiasQkv),
     ("proj", Epilogue::BiasResidual),
     ("fc1", Epilogue::BiasGelu),
     ("fc2", Epilogue::BiasResidual),
@@ -529,7 +529,7 @@ impl<B: TrainBackend> Work<B> for Products<B> {
         } = self;
         match (pass, epilogue) {
             (Pass::Forward, _) => backend.linear(dims, y, x, frozen, linear, epilogue),
-            (Pass::TrainingForward, Epilogue::Bias) => {
+            (Pass::TrainingForward, Epilogue::Bias | Epilogue::BiasQkv) => {
                 backend.linear(dims, y, x, params, linear, epilogue)
             }
             (Pass::TrainingForward, Epilogue::BiasGelu) => {
@@ -624,7 +624,14 @@ impl<B: TrainBackend> Work<B> for Block<B> {
         } = self;
         let residual = Epilogue::BiasResidual;
         backend.layer_norm(rows, y, x, params, block.norm1)?;
-        backend.linear(linear(d, 3 * d), wide, y, params, block.qkv, Epilogue::Bias)?;
+        backend.linear(
+            linear(d, 3 * d),
+            wide,
+            y,
+            params,
+            block.qkv,
+            Epilogue::BiasQkv,
+        )?;
         backend.attention(attention, y, wide)?;
         backend.linear(linear(d, d), x, y, params, block.proj, residual)?;
         backend.layer_norm(rows, y, x, params, block.norm2)?;
