@@ -160,19 +160,19 @@ pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> core::arch::x86_64::CpuidResult 
     unsafe { core::arch::x86_64::__cpuid_count(leaf, subleaf) }
 }
 
-/// Defines a function `name(isa, arguments…)` whose body is compiled for every instruction set, `T` an element.
+/// Defines a function `name(isa, arguments…)` whose body is compiled for every instruction set.
 macro_rules! kernel {
     ($(
         $(#[$meta:meta])*
-        fn $name:ident<$life:lifetime, $S:ident $(, $T:ident)?>($simd:ident; $($arg:ident: $ty:ty),* $(,)?) -> $ret:ty $body:block
+        fn $name:ident<$life:lifetime, $S:ident>($simd:ident; $($arg:ident: $ty:ty),* $(,)?) -> $ret:ty $body:block
     )*) => {$(
         $(#[$meta])*
         #[inline]
-        pub(crate) fn $name<$life $(, $T: $crate::element::Element)?>(isa: $crate::isa::Isa, $($arg: $ty),*) -> $ret {
-            struct Run<$life $(, $T)?> {
+        pub(crate) fn $name<$life>(isa: $crate::isa::Isa, $($arg: $ty),*) -> $ret {
+            struct Run<$life> {
                 $($arg: $ty,)*
             }
-            impl<$life $(, $T: $crate::element::Element)?> $crate::isa::Kernel for Run<$life $(, $T)?> {
+            impl<$life> $crate::isa::Kernel for Run<$life> {
                 type Output = $ret;
 
                 #[inline(always)]

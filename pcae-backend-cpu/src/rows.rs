@@ -212,7 +212,7 @@ kernel! {
     ///
     /// # Accuracy
     /// Rows are added in groups of 32, whose sums are then added: the error grows as the number of groups, not of rows.
-    fn sum_rows<'a, S, T>(s; total: &'a mut [f32], x: &'a [T], rows: usize, stride: usize) -> () {
+    fn sum_rows<'a, S>(s; total: &'a mut [f32], x: &'a [f32], rows: usize, stride: usize) -> () {
         // Four vectors of each row at a time, and rows to come on their way: they lie far apart.
         for (i, total) in total.chunks_mut(4 * S::LANES).enumerate() {
             let (at, len) = (4 * i * S::LANES, total.len());
@@ -221,12 +221,11 @@ kernel! {
                 let mut group = [s.splat(0.0); 4];
                 for row in first..(first + 32).min(rows) {
                     for line in (0..len).step_by(LINE) {
-                        let next = x.as_ptr().wrapping_add((row + 16) * stride + at + line);
-                        s.prefetch_near(next.cast());
+                        s.prefetch_near(x.as_ptr().wrapping_add((row + 16) * stride + at + line));
                     }
                     let columns = x[row * stride + at..][..len].chunks(S::LANES);
                     for (group, columns) in group.iter_mut().zip(columns) {
-                        *group = s.add(*group, T::load(s, columns));
+                        *group = s.add(*group, s.load(columns));
                     }
                 }
                 for (all, group) in all.iter_mut().zip(group) {

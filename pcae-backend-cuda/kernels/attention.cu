@@ -252,9 +252,11 @@ __device__ __forceinline__ void clear(float (&d)[D / 8][4]) {
 }
 
 /// Writes a result, times a factor for the upper and one for the lower eight rows, to row `first` and the next of `to`. It goes through `own`,
-/// 16 rows of shared memory that only this warp uses, so that 16 bytes are written at once.
+/// 16 rows of shared memory that only this warp uses, so that 16 bytes are written at once. `as_e4m3`: null, or where `to`'s matrix starts, which is written
+/// in e4m3; its rows are made of whole vectors then.
 template <unsigned D>
-__device__ __forceinline__ void store_rows(const Rows<act_t>& to, unsigned first, const float (&d)[D / 8][4], float upper, float lower, act_t* own) {
+__device__ __forceinline__ void store_rows(const Rows<act_t>& to, unsigned first, const float (&d)[D / 8][4], float upper, float lower, act_t* own,
+                                           act_t* as_e4m3 = nullptr) {
     constexpr unsigned CHUNKS = D / CHUNK;
     const unsigned lane = anew(lane_id());
     __syncwarp();  // what was in `own` has been read
@@ -269,7 +271,9 @@ __device__ __forceinline__ void store_rows(const Rows<act_t>& to, unsigned first
         if (token >= to.tokens) break;
         const act_t* const from = own + place<D>(i / CHUNKS, i % CHUNKS);
         act_t* const at = to.first + token * to.stride + start;
-        if (to.vectors) {
+        if (as_e4m3 != nullptr) {
+            if (start < to.width) store_e4m3(reinterpret_cast<e4m3*>(as_e4m3) + (at - as_e4m3), load_vec(from));
+        } else if (to.vectors) {
             if (start < to.width) *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(from);
         } else {
             for (unsigned j = 0; j < CHUNK && start + j < to.width; ++j) at[j] = from[j];
@@ -381,7 +385,7 @@ struct Forward {
         step_of<1>(keys, values, own, count, scale);
     }
 
-    __device__ __forceinline__ void finish(const Rows<act_t>& to, float* lse, unsigned first, act_t* own) {
+    __device__ __forceinline__ void finish(const Rows<act_t>& to, float* lse, unsigned first, act_t* own, act_t* as_e4m3) {
         const unsigned lane = lane_id();
 #pragma unroll
         for (unsigned h = 0; h < 2; ++h) {
@@ -390,7 +394,7 @@ struct Forward {
             const unsigned token = first + lane / 4 + 8 * h;
             if (lse != nullptr && lane % 4 == 0 && token < to.tokens) lse[token] = (largest[h] + log2f(total[h])) * LN_2;
         }
-        store_rows<D>(to, first, out, 1.0f / total[0], 1.0f / total[1], own);
+        store_rows<D>(to, first, out, 1.0f / total[0], 1.0f / total[1], own, as_e4m3);
     }
 };
 
@@ -675,7 +679,7 @@ struct Forward {
         step(keys, values, own, count, scale);
     }
 
-    __device__ __forceinline__ void finish(const Rows<float>& to, float* lse, unsigned first, float*) {
+    __device__ __forceinline__ void finish(const Rows<float>& to, float* lse, unsigned first, float*, float*) {
         const unsigned r = lane_id() / 8, c = lane_id() % 8;
         float factors[4];
 #pragma unroll
@@ -768,12 +772,14 @@ struct KeyGradient {
 
 // --------------------------------------------------------------------------------------------------------------------- The whole blocks
 
-/// out = softmax(scale q k^T) v and, where `lse` is given, the logarithm of the softmax's sum.
+/// out = softmax(scale q k^T) v and, where `lse` is given, the logarithm of the softmax's sum. `out` is in e4m3 where `to_e4m3` is not 0, which the kernels
+/// in bf16 know, for heads of whole vectors.
 ///
 /// Grid: batch * heads * splits. A block's warps take 16 queries each, and `splits` blocks share those of a head.
 /// Shared: [1 or 2][keys, values][chunk][D], then for each warp [16][D] and `FORWARD_TILE`; two halves where a chunk is not all tokens.
 template <unsigned D>
-__device__ __forceinline__ void attention(act_t* out, float* lse, const act_t* qkv, const Dims dims, unsigned chunk, unsigned splits, float scale) {
+__device__ __forceinline__ void attention(act_t* out, float* lse, const act_t* qkv, const Dims dims, unsigned chunk, unsigned splits, float scale,
+                                          unsigned to_e4m3) {
     DYNAMIC_SHARED(act_t, shared);
     const unsigned split = blockIdx.x % splits, of = blockIdx.x / splits, tokens = dims.tokens;
     const unsigned chunks = (tokens + chunk - 1) / chunk, block_rows = blockDim.x / 32 * ROWS;
@@ -812,7 +818,7 @@ __device__ __forceinline__ void attention(act_t* out, float* lse, const act_t* q
             }
             if (chunks > 1) __syncthreads();
         }
-        if (busy) state.finish(dims.output(out, of), lse == nullptr ? nullptr : dims.sums(lse, of), first, own);
+        if (busy) state.finish(dims.output(out, of), lse == nullptr ? nullptr : dims.sums(lse, of), first, own, to_e4m3 ? out : nullptr);
         __syncwarp();
         all_here = chunks == 1;
     }
@@ -911,8 +917,8 @@ __device__ __forceinline__ void attention_backward(act_t* d_qkv, const act_t* d_
 #define ATTENTION(D, FORWARD_BLOCKS, BACKWARD_BLOCKS)                                                                                             \
     extern "C" __global__ void __launch_bounds__(128, FORWARD_BLOCKS)                                                                             \
         attention_##D(act_t* out, float* lse, const act_t* qkv, unsigned tokens, unsigned heads, unsigned width, unsigned chunk, unsigned splits, \
-                      float scale) {                                                                                                              \
-        attention<D>(out, lse, qkv, {tokens, heads, width}, chunk, splits, scale);                                                                \
+                      float scale, unsigned to_e4m3) {                                                                                            \
+        attention<D>(out, lse, qkv, {tokens, heads, width}, chunk, splits, scale, to_e4m3);                                                       \
     }                                                                                                                                             \
     extern "C" __global__ void __launch_bounds__(128, BACKWARD_BLOCKS)                                                                            \
         attention_backward_##D(act_t* d_qkv, const act_t* d_out, const act_t* qkv, const act_t* out, const float* lse, unsigned tokens,           \

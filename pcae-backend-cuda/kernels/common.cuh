@@ -8,6 +8,12 @@ struct alignas(2) bf16 {
     unsigned short bits;
 };
 
+/// Sign, 4 bits of exponent (bias 7), 3 of mantissa, and no infinity: 0, 2^-9 to 448, NaN (Micikevicius et al., "FP8 Formats for Deep
+/// Learning", 2022). What a teacher in fp8 multiplies.
+struct e4m3 {
+    unsigned char bits;
+};
+
 #ifdef PCAE_BF16
 typedef bf16 act_t;
 #else
@@ -30,6 +36,19 @@ __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
     unsigned packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+/// Two f32 rounded to e4m3 (to nearest even, beyond the largest to that), `low` in the lower byte. A NaN stays one. For sm_89 and newer: the host
+/// launches nothing on others that comes here.
+__device__ __forceinline__ unsigned short pack_e4m3(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    unsigned short packed;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+    return packed;
+#else
+    __trap();
+    return 0;
+#endif
 }
 
 /// d += a @ b on tensor cores, for a warp: a [16, 16] row-major, b [16, 8] column-major, bf16; d [16, 8] f32.
@@ -134,6 +153,25 @@ __device__ __forceinline__ void store_vec(float* at, const Vec<float>& x) {
 }
 __device__ __forceinline__ void store_vec(bf16* at, const Vec<bf16>& x) {
     *reinterpret_cast<uint4*>(at) = make_uint4(pack_bf16(x.v[0], x.v[1]), pack_bf16(x.v[2], x.v[3]), pack_bf16(x.v[4], x.v[5]), pack_bf16(x.v[6], x.v[7]));
+}
+
+/// As many elements as 16 bytes of activations have, as e4m3, to an address that is a multiple of their number. They are rounded to activations
+/// first: the same bits, whether a kernel does this to its results or another one to the activations that were stored.
+template <typename T>
+__device__ __forceinline__ void store_e4m3(e4m3* at, const Vec<T>& x) {
+    unsigned words[Vec<T>::SIZE / 4];
+#pragma unroll
+    for (unsigned i = 0; i < Vec<T>::SIZE; i += 4) {
+        float rounded[4];
+#pragma unroll
+        for (unsigned j = 0; j < 4; ++j) rounded[j] = to_float(from_float<T>(x.v[i + j]));
+        words[i / 4] = pack_e4m3(rounded[0], rounded[1]) | static_cast<unsigned>(pack_e4m3(rounded[2], rounded[3])) << 16;
+    }
+    if constexpr (Vec<T>::SIZE == 8) {
+        *reinterpret_cast<uint2*>(at) = make_uint2(words[0], words[1]);
+    } else {
+        *reinterpret_cast<unsigned*>(at) = words[0];
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------------ Warps and blocks

@@ -58,6 +58,19 @@ __device__ __forceinline__ void store_row(act_t* row, unsigned column, unsigned 
     }
 }
 
+/// As `store_row`, in e4m3.
+template <bool WHOLE>
+__device__ __forceinline__ void store_row(e4m3* row, unsigned column, unsigned dim, const Vec<act_t>& x) {
+    if constexpr (WHOLE) {
+        if (column < dim) store_e4m3(row + column, x);
+    } else {
+#pragma unroll
+        for (int i = 0; i < LANES; ++i) {
+            if (column + i < dim) row[column + i].bits = static_cast<unsigned char>(pack_e4m3(to_float(to_act(x.v[i])), 0.0f));
+        }
+    }
+}
+
 /// As many f32 as an activation vector has elements, zeros past the end.
 template <bool WHOLE>
 __device__ __forceinline__ void load_floats(float (&x)[LANES], const float* row, unsigned column, unsigned dim) {
@@ -135,16 +148,16 @@ struct Spread {
 /// `out[i] = (x[i] - mean) * rstd * weight + bias` with `rstd = 1 / sqrt(var + 1e-6)`; `stats[i] = (mean, rstd)` unless it is null.
 /// Without a weight: `out[i] = (x[i] - mean) * rstd`, and the variance is the unbiased one (standardised targets).
 ///
-/// x, out [rows, dim]; weight, bias [dim]; stats [rows, 2]. The row stays in registers: the variance is summed about the mean.
-/// Launch: ceil(rows / ROWS) blocks of BLOCK threads. Bytes: 2 A.
+/// x, out [rows, dim], `out` in e4m3 where `to_e4m3` is not 0, which the kernels in bf16 know; weight, bias [dim]; stats [rows, 2]. The row stays in registers: the variance is
+/// summed about the mean. Launch: ceil(rows / ROWS) blocks of BLOCK threads. Bytes: 2 A, or A + 1.
 template <int WARPS, int V, int BLOCK, bool WHOLE>
-__device__ __forceinline__ void layer_norm_rows(act_t* out, float* stats, const act_t* x, const float* weight, const float* bias, unsigned rows,
-                                                unsigned dim) {
+__device__ __forceinline__ void layer_norm_rows(void* out, float* stats, const act_t* x, const float* weight, const float* bias, unsigned rows,
+                                                unsigned dim, unsigned to_e4m3) {
     typedef Spread<WARPS, V, BLOCK, WHOLE> S;
     unsigned row = blockIdx.x * S::ROWS + S::row();
     bool active = row < rows;
-    x += static_cast<size_t>(active ? row : 0) * dim;
-    out += static_cast<size_t>(active ? row : 0) * dim;
+    size_t first = static_cast<size_t>(active ? row : 0) * dim;
+    x += first;
     unsigned end = active ? dim : 0;
 
     Raw held[S::VECS];
@@ -188,14 +201,18 @@ __device__ __forceinline__ void layer_norm_rows(act_t* out, float* stats, const 
 #pragma unroll
             for (int i = 0; i < LANES; ++i) y.v[i] = y.v[i] * scale[i] + shift[i];
         }
-        store_row<WHOLE>(out, column, end, y);
+        if (sizeof(act_t) == 2 && to_e4m3) {
+            store_row<WHOLE>(static_cast<e4m3*>(out) + first, column, end, y);
+        } else {
+            store_row<WHOLE>(static_cast<act_t*>(out) + first, column, end, y);
+        }
     }
 }
 
 #define LAYER_NORM(NAME, WARPS, V, BLOCK, WHOLE)                                                                                            \
     extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK == 256 && WHOLE ? 3 : 1)                                                      \
-        NAME(act_t* out, float* stats, const act_t* x, const float* weight, const float* bias, unsigned rows, unsigned dim) {               \
-        layer_norm_rows<WARPS, V, BLOCK, WHOLE>(out, stats, x, weight, bias, rows, dim);                                                    \
+        NAME(void* out, float* stats, const act_t* x, const float* weight, const float* bias, unsigned rows, unsigned dim, unsigned to_e4m3) { \
+        layer_norm_rows<WARPS, V, BLOCK, WHOLE>(out, stats, x, weight, bias, rows, dim, to_e4m3);                                           \
     }
 
 // By the widest row.
@@ -609,6 +626,18 @@ extern "C" __global__ void __launch_bounds__(256) gelu_in_place(act_t* x, unsign
 /// `out[i] = gelu(x[i])`. Launch: any grid, 256 threads. Bytes: 2 A.
 extern "C" __global__ void __launch_bounds__(256) gelu_of(act_t* out, const act_t* x, unsigned long long len) {
     each_element(out, {x}, len, true, no_context, [](const float(&x)[1], NoContext) { return act_gelu(x[0]); });
+}
+
+/// `out[i] = gelu(x[i])` in e4m3, rounded to activations first; `len` is a multiple of 16. Launch: any grid, 256 threads. Bytes: A + 1.
+extern "C" __global__ void __launch_bounds__(256) gelu_to_e4m3(e4m3* out, const act_t* x, unsigned long long len) {
+    for_each_word(
+        len / LANES, [&](size_t i) { return load_raw<true>(x + i * LANES, 0, LANES); },
+        [&](size_t i, const Raw& held) {
+            Vec<act_t> y;
+#pragma unroll
+            for (int j = 0; j < LANES; ++j) y.v[j] = act_gelu(value(held, j));
+            store_e4m3(out + i * LANES, y);
+        });
 }
 
 /// `d[i] *= gelu'(x[i])`, and their sums over rows: the gradient of the bias that was added before GELU. Launch as `column_sums_of`. Bytes: 3 A.

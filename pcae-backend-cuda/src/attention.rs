@@ -178,7 +178,7 @@ impl Launch {
 }
 
 impl Cuda {
-    /// Attention, saving the log-sum-exp where `lse` is given.
+    /// Attention, saving the log-sum-exp where `lse` is given. `to_e4m3`: `out` is left in e4m3, for heads of whole vectors.
     pub(crate) fn attention_forward(
         &mut self,
         op: &'static str,
@@ -186,6 +186,7 @@ impl Cuda {
         out: &mut Buf,
         lse: Option<&mut Vector>,
         qkv: &Buf,
+        to_e4m3: bool,
     ) -> Result<(), Error> {
         expect_len(op, "qkv", qkv.len, dims.qkv_len())?;
         expect_len(op, "out", out.len, dims.out_len())?;
@@ -215,6 +216,7 @@ impl Cuda {
                 launch.chunk.into(),
                 launch.splits.into(),
                 launch.scale.into(),
+                u32::from(to_e4m3).into(),
             ],
         )
     }

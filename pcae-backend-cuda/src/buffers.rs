@@ -1,8 +1,12 @@
 //! What lies on the device: activations, indices, vectors, scores, parameters.
 
+use pcae_kernel::backend::Linear;
+use pcae_kernel::layout::Layout;
+
 use crate::Precision;
 use crate::driver::{DevicePtr, Memory};
 use crate::error::Error;
+use crate::fp8::Weights;
 use crate::queue::Queue;
 
 /// `len` elements of `T` from a pointer on: where one lies.
@@ -72,11 +76,13 @@ words! {
     Scores;
 }
 
-/// All parameters of a model: f32, and beside it in bf16 what products read, if the backend computes in that.
+/// All parameters of a model: f32, and beside it in bf16 what products read, if the backend computes in that; of a teacher in fp8 the
+/// weights of its blocks in e4m3 too.
 #[derive(Debug)]
 pub struct Params {
     master: Memory,
     half: Option<Memory>,
+    e4m3: Option<Weights>,
     pub(crate) len: usize,
 }
 
@@ -98,7 +104,37 @@ impl Params {
                 Some(half)
             }
         };
-        Ok(Self { master, half, len })
+        Ok(Self {
+            master,
+            half,
+            e4m3: None,
+            len,
+        })
+    }
+
+    /// Those of a teacher in fp8.
+    pub(crate) fn with_e4m3(mut self, queue: &mut Queue, layout: &Layout) -> Result<Self, Error> {
+        self.e4m3 = Some(Weights::new(queue, layout)?);
+        self.renew_e4m3(queue)?;
+        Ok(self)
+    }
+
+    /// Queues making the weights in e4m3 anew, if there are any: after the parameters have changed.
+    pub(crate) fn renew_e4m3(&self, queue: &mut Queue) -> Result<(), Error> {
+        match (&self.e4m3, self.half(0)) {
+            (Some(weights), Some(half)) => weights.make(queue, half),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether these are a teacher's in fp8.
+    pub(crate) fn are_fp8(&self) -> bool {
+        self.e4m3.is_some()
+    }
+
+    /// Where a layer's weight lies in e4m3, and its scale, if there is one.
+    pub(crate) fn e4m3(&self, layer: Linear) -> Option<(DevicePtr, DevicePtr)> {
+        self.e4m3.as_ref()?.find(layer.weight.start)
     }
 
     /// Where element `offset` lies in f32: what norms, tokens, positions and the optimizer read.

@@ -36,6 +36,8 @@ pub struct Cuda {
     pub(crate) precision: Precision,
     /// What the optimizer treats alike.
     pub(crate) pieces: Option<Pieces>,
+    /// See [`Cuda::with_fp8_teacher`].
+    pub(crate) fp8_teacher: bool,
 }
 
 impl Cuda {
@@ -50,6 +52,7 @@ impl Cuda {
             queue,
             precision,
             pieces: None,
+            fp8_teacher: false,
         })
     }
 

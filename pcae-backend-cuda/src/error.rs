@@ -42,6 +42,15 @@ pub enum Error {
         /// Its compute capability, as `75` for 7.5.
         capability: u32,
     },
+    /// A device, or its libraries, that cannot have a teacher in fp8.
+    NoFp8 {
+        /// Its name.
+        device: String,
+        /// What it takes.
+        needed: &'static str,
+        /// What there is.
+        found: String,
+    },
     /// There is no memory left on the device.
     OutOfMemory {
         /// Bytes asked for.
@@ -92,6 +101,17 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// cuBLASLt has no algorithm for a product of e4m3.
+    pub(crate) fn no_fp8_product(device: &str, product: &impl fmt::Display) -> Self {
+        Self::NoFp8 {
+            device: device.to_owned(),
+            needed: "a cuBLASLt with an algorithm for each product of e4m3",
+            found: format!("none for {product}"),
+        }
+    }
+}
+
 impl From<pcae_kernel::error::Error> for Error {
     fn from(error: pcae_kernel::error::Error) -> Self {
         Self::Kernel(error)
@@ -125,6 +145,14 @@ impl fmt::Display for Error {
                 "{name} has compute capability {}.{}, expected at least 8.0 (Ampere); use --backend cpu",
                 capability / 10,
                 capability % 10
+            ),
+            Self::NoFp8 {
+                device,
+                needed,
+                found,
+            } => write!(
+                f,
+                "a teacher in fp8 on {device}: expected {needed}, found {found}; use --teacher-precision bf16"
             ),
             Self::OutOfMemory { bytes, free } => write!(
                 f,

@@ -5,6 +5,8 @@
 //! cuBLASLt offers and then refuses is passed over. The algorithm is the first that it offers, which is the same in every run on
 //! the same device with the same library; or, if that is asked for, the fastest of some, timed.
 //!
+//! Of a teacher in fp8, products of e4m3 are cuBLASLt's alone: where it has none, that is an error.
+//!
 //! f32 is multiplied in f32 (`CUBLAS_COMPUTE_32F`, not TF32). bf16 is summed in f32, and rounded once, after bias and residual; where the
 //! bias was spread, so is its sum with the residual.
 
@@ -37,7 +39,7 @@ const BIAS_ALIGNED: u32 = 16;
 /// Timings of an algorithm, of which the least counts.
 const TIMINGS: usize = 3;
 
-/// A row-major product, `out = op(a) @ op(b) (+ bias) (+ add)`, of operands in the backend's format.
+/// A row-major product, `out = op(a) @ op(b) (+ bias) (+ add)`, of operands in the backend's format, or in e4m3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Matmul {
     /// Rows of `out`.
@@ -64,10 +66,12 @@ pub(crate) struct Matmul {
     pub(crate) out: DevicePtr,
     /// `out` and `add` are f32 whatever the operands are.
     pub(crate) out_f32: bool,
+    /// `a` and `b` are e4m3, and this is an f32 that their product is multiplied with. `a` is not transposed then, and `b` is.
+    pub(crate) scale: Option<DevicePtr>,
 }
 
 /// Words of a product on a tape.
-const WORDS: usize = 11;
+const WORDS: usize = 12;
 
 impl Matmul {
     pub(crate) fn to_words(self) -> [u64; WORDS] {
@@ -75,7 +79,8 @@ impl Matmul {
             | u64::from(self.b_transposed) << 1
             | u64::from(self.bias.is_some()) << 2
             | u64::from(self.add.is_some()) << 3
-            | u64::from(self.out_f32) << 4;
+            | u64::from(self.out_f32) << 4
+            | u64::from(self.scale.is_some()) << 5;
         let place = |at: Option<DevicePtr>| at.map_or(0, |at| at.0);
         [
             self.m as u64,
@@ -89,6 +94,7 @@ impl Matmul {
             place(self.bias),
             place(self.add),
             self.out.0,
+            place(self.scale),
         ]
     }
 
@@ -102,7 +108,7 @@ impl Matmul {
     }
 
     pub(crate) fn from_words(words: &[u64; WORDS]) -> Self {
-        let [m, n, k, a_row, b_row, flags, a, b, bias, add, out] = *words;
+        let [m, n, k, a_row, b_row, flags, a, b, bias, add, out, scale] = *words;
         let flag = |at: u32| flags >> at & 1 == 1;
         Self {
             m: m as usize,
@@ -118,6 +124,7 @@ impl Matmul {
             add: flag(3).then_some(DevicePtr(add)),
             out: DevicePtr(out),
             out_f32: flag(4),
+            scale: flag(5).then_some(DevicePtr(scale)),
         }
     }
 }
@@ -131,6 +138,7 @@ impl fmt::Display for Matmul {
             (self.bias.is_some(), ", bias"),
             (self.add.is_some(), ", added"),
             (self.out_f32, ", to f32"),
+            (self.scale.is_some(), ", of e4m3"),
         ] {
             if is {
                 f.write_str(text)?;
@@ -153,6 +161,7 @@ struct Key {
     bias: bool,
     add: bool,
     out_f32: bool,
+    e4m3: bool,
     /// Of `a`, `b`, `add`, `out`, `bias`, in bytes.
     alignments: [u32; 5],
 }
@@ -178,6 +187,7 @@ impl Key {
             add,
             out,
             out_f32,
+            scale,
         } = *matmul;
         // cuBLASLt takes the bias's alignment from the place that the descriptor names when an algorithm is asked for; some
         // versions go by the output's.
@@ -193,6 +203,7 @@ impl Key {
             bias: bias.is_some(),
             add: add.is_some(),
             out_f32,
+            e4m3: scale.is_some(),
             alignments: [
                 alignment(a),
                 alignment(b),
@@ -324,6 +335,34 @@ impl Gemm {
     pub(crate) fn spoil_workspace(&self, stream: &Stream) -> Result<(), Error> {
         // SAFETY: memory of this, which no product expects anything in.
         unsafe { stream.zero(self.workspace.at(), self.workspace.bytes()) }
+    }
+
+    /// Whether cuBLASLt has an algorithm for a product of e4m3, in the form of a layer of any model.
+    pub(crate) fn has_fp8(&self) -> Result<bool, Error> {
+        const SIZE: usize = 256;
+        // Nothing is read there; aligned as buffers are.
+        let at = self.workspace.at();
+        let plan = Plan::new(
+            self.handle.0,
+            self.precision,
+            &Matmul {
+                m: SIZE,
+                n: SIZE,
+                k: SIZE,
+                a: at,
+                a_transposed: false,
+                a_row: SIZE,
+                b: at,
+                b_transposed: true,
+                b_row: SIZE,
+                bias: Some(at),
+                add: None,
+                out: at,
+                out_f32: false,
+                scale: Some(at),
+            },
+        )?;
+        Ok(plan.is_some())
     }
 
     /// Puts a product, of at least one row and column, into a stream.
@@ -506,6 +545,9 @@ impl Gemm {
 
     /// All of a product by a kernel of ours.
     fn own(&self, launch: &Launch<'_>, matmul: &Matmul) -> Result<(), Error> {
+        if matmul.scale.is_some() {
+            return Err(Error::no_fp8_product(&self.context.name, matmul));
+        }
         /// Rows and columns of a block.
         const TILE: u32 = 64;
         let kernel = kernels::PRODUCT;

@@ -1,10 +1,11 @@
 //! What inference needs: `impl Backend for Cuda`.
 
 use pcae_kernel::backend::{
-    AttentionDims, Backend, EmbedParams, Epilogue, Linear, LinearDims, Norm, PatchDims, PixelDims,
-    Pixels, RowDims, TokenDims,
+    AttentionDims, Backend, BlockDims, EmbedParams, Epilogue, Linear, LinearDims, Norm, PatchDims,
+    PixelDims, Pixels, RowDims, TokenDims, block_by_layers,
 };
 use pcae_kernel::error::{Error as KernelError, expect_len, product};
+use pcae_kernel::layout::BlockParams;
 
 use crate::Cuda;
 use crate::buffers::{Buf, Ids, Params, Scores};
@@ -59,6 +60,10 @@ impl Cuda {
         expect_len(op, "out", out.len, dims.out_len())?;
         expect_len(op, "x", x.len, dims.in_len())?;
         check_layer(op, params.len, layer, dims)?;
+        if params.e4m3(layer).is_some() {
+            let x = self.to_e4m3(dims.in_len(), x.at(0))?;
+            return self.fp8_product(op, dims, out.at(0), x, params, layer, add);
+        }
         let (mut a, mut b) = (x.at(0), params.product(layer.weight.start));
         let mut row = dims.in_features;
         if let Some(padded) = padding::padded(self.precision, dims) {
@@ -85,6 +90,7 @@ impl Cuda {
             add,
             out: out.at(0),
             out_f32: false,
+            scale: None,
         })
     }
 }
@@ -252,11 +258,25 @@ impl Backend for Cuda {
         params: &Params,
         norm: Norm,
     ) -> Result<(), Error> {
-        self.layer_norm_rows("layer_norm", dims, out, None, x, params, norm)
+        self.layer_norm_rows("layer_norm", dims, (out, false), None, x, params, norm)
     }
 
     fn attention(&mut self, dims: AttentionDims, out: &mut Buf, qkv: &Buf) -> Result<(), Error> {
-        self.attention_forward("attention", dims, out, None, qkv)
+        self.attention_forward("attention", dims, out, None, qkv, false)
+    }
+
+    fn block(
+        &mut self,
+        dims: BlockDims,
+        x: &mut Buf,
+        scratch: [&mut Buf; 2],
+        params: &Params,
+        block: BlockParams,
+    ) -> Result<(), Error> {
+        match params.are_fp8() {
+            true => self.block_in_fp8(dims, x, scratch, params, block),
+            false => block_by_layers(self, dims, x, scratch, params, block),
+        }
     }
 
     fn mean_similarity(

@@ -25,13 +25,15 @@ pub enum File {
     Optimizer,
     /// Matrix products that cuBLASLt does not do.
     Product,
+    /// What a teacher in fp8 multiplies.
+    Fp8,
     /// Attention.
     Attention,
 }
 
 impl File {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Patches,
         Self::Tokens,
         Self::Select,
@@ -39,6 +41,7 @@ impl File {
         Self::Loss,
         Self::Optimizer,
         Self::Product,
+        Self::Fp8,
         Self::Attention,
     ];
 
@@ -52,6 +55,7 @@ impl File {
             Self::Loss => "loss.cu",
             Self::Optimizer => "optimizer.cu",
             Self::Product => "product.cu",
+            Self::Fp8 => "fp8.cu",
             Self::Attention => "attention.cu",
         }
     }
@@ -66,6 +70,7 @@ impl File {
             Self::Loss => include_str!("../kernels/loss.cu"),
             Self::Optimizer => include_str!("../kernels/optimizer.cu"),
             Self::Product => include_str!("../kernels/product.cu"),
+            Self::Fp8 => include_str!("../kernels/fp8.cu"),
             Self::Attention => include_str!("../kernels/attention.cu"),
         };
         format!(
@@ -145,15 +150,15 @@ kernels! {
     SELECT_BY_RANK = Select "select_by_rank" (args 6, threads 256, registers 40, shared 1024);
     SELECT_BY_SORT = Select "select_by_sort" (args 7, threads 1024, registers 64, shared 0);
     PIVOTED_QR_SCORES = Select "pivoted_qr_scores" (args 8, threads 512, registers 64, shared 256);
-    LAYER_NORM_256 = Rows "layer_norm_256" (args 7, threads 256, registers 48, shared 0);
-    LAYER_NORM_512 = Rows "layer_norm_512" (args 7, threads 256, registers 64, shared 0);
-    LAYER_NORM_768 = Rows "layer_norm_768" (args 7, threads 256, registers 64, shared 0);
-    LAYER_NORM_1024 = Rows "layer_norm_1024" (args 7, threads 256, registers 80, shared 0);
-    LAYER_NORM_1536 = Rows "layer_norm_1536" (args 7, threads 256, registers 64, shared 128);
-    LAYER_NORM_2048 = Rows "layer_norm_2048" (args 7, threads 256, registers 80, shared 128);
-    LAYER_NORM_4096 = Rows "layer_norm_4096" (args 7, threads 256, registers 80, shared 128);
-    LAYER_NORM_ODD_1024 = Rows "layer_norm_odd_1024" (args 7, threads 256, registers 96, shared 0);
-    LAYER_NORM_ODD_16384 = Rows "layer_norm_odd_16384" (args 7, threads 1024, registers 64, shared 128);
+    LAYER_NORM_256 = Rows "layer_norm_256" (args 8, threads 256, registers 48, shared 0);
+    LAYER_NORM_512 = Rows "layer_norm_512" (args 8, threads 256, registers 64, shared 0);
+    LAYER_NORM_768 = Rows "layer_norm_768" (args 8, threads 256, registers 64, shared 0);
+    LAYER_NORM_1024 = Rows "layer_norm_1024" (args 8, threads 256, registers 80, shared 0);
+    LAYER_NORM_1536 = Rows "layer_norm_1536" (args 8, threads 256, registers 64, shared 128);
+    LAYER_NORM_2048 = Rows "layer_norm_2048" (args 8, threads 256, registers 80, shared 128);
+    LAYER_NORM_4096 = Rows "layer_norm_4096" (args 8, threads 256, registers 80, shared 128);
+    LAYER_NORM_ODD_1024 = Rows "layer_norm_odd_1024" (args 8, threads 256, registers 96, shared 0);
+    LAYER_NORM_ODD_16384 = Rows "layer_norm_odd_16384" (args 8, threads 1024, registers 64, shared 128);
     LAYER_NORM_BACKWARD_256 = Rows "layer_norm_backward_256" (args 10, threads 128, registers 80, shared 0);
     LAYER_NORM_BACKWARD_512 = Rows "layer_norm_backward_512" (args 10, threads 128, registers 128, shared 0);
     LAYER_NORM_BACKWARD_768 = Rows "layer_norm_backward_768" (args 10, threads 128, registers 168, shared 0);
@@ -168,6 +173,7 @@ kernels! {
     COSINE_LOSS = Rows "cosine_loss" (args 7, threads 256, registers 96, shared 0);
     COSINE_LOSS_ODD = Rows "cosine_loss_odd" (args 7, threads 256, registers 104, shared 0);
     GELU_OF = Rows "gelu_of" (args 3, threads 256, registers 64, shared 0);
+    GELU_TO_E4M3 = Rows "gelu_to_e4m3" (args 3, threads 256, registers 64, shared 0);
     GELU_BACKWARD = Rows "gelu_backward" (args 6, threads 256, registers 64, shared 4096);
     GELU_BACKWARD_ODD = Rows "gelu_backward_odd" (args 6, threads 256, registers 80, shared 4096);
     SCALE_ROWS = Rows "scale_rows" (args 5, threads 256, registers 64, shared 0);
@@ -182,14 +188,17 @@ kernels! {
     PRODUCT = Product "product" (args 11, threads 256, registers 64, shared 8192);
     SPREAD_BIAS = Product "spread_bias" (args 6, threads 256, registers 32, shared 0);
     WIDEN_ROWS = Product "widen_rows" (args 5, threads 256, registers 48, shared 0);
-    ATTENTION_32 = Attention "attention_32" (args 9, threads 128, registers 128, shared 0);
+    TO_E4M3 = Fp8 "to_e4m3" (args 3, threads 256, registers 72, shared 0);
+    WEIGHT_MAXIMA = Fp8 "weight_maxima" (args 3, threads 256, registers 72, shared 128);
+    WEIGHTS_TO_E4M3 = Fp8 "weights_to_e4m3" (args 5, threads 256, registers 72, shared 0);
+    ATTENTION_32 = Attention "attention_32" (args 10, threads 128, registers 128, shared 0);
     ATTENTION_BACKWARD_32 = Attention "attention_backward_32" (args 11, threads 128, registers 168, shared 0);
-    ATTENTION_64 = Attention "attention_64" (args 9, threads 128, registers 168, shared 0);
+    ATTENTION_64 = Attention "attention_64" (args 10, threads 128, registers 168, shared 0);
     ATTENTION_BACKWARD_64 = Attention "attention_backward_64" (args 11, threads 128, registers 224, shared 0);
-    ATTENTION_80 = Attention "attention_80" (args 9, threads 128, registers 224, shared 0);
+    ATTENTION_80 = Attention "attention_80" (args 10, threads 128, registers 224, shared 0);
     ATTENTION_BACKWARD_80 = Attention "attention_backward_80" (args 11, threads 128, registers 255, shared 0);
-    ATTENTION_96 = Attention "attention_96" (args 9, threads 128, registers 168, shared 0);
+    ATTENTION_96 = Attention "attention_96" (args 10, threads 128, registers 168, shared 0);
     ATTENTION_BACKWARD_96 = Attention "attention_backward_96" (args 11, threads 128, registers 255, shared 0);
-    ATTENTION_128 = Attention "attention_128" (args 9, threads 128, registers 240, shared 0);
+    ATTENTION_128 = Attention "attention_128" (args 10, threads 128, registers 240, shared 0);
     ATTENTION_BACKWARD_128 = Attention "attention_backward_128" (args 11, threads 128, registers 255, shared 0);
 }

@@ -1,5 +1,5 @@
 //! PCAE on NVIDIA's devices: [`Cuda`], a [`TrainBackend`](pcae_kernel::backend::TrainBackend) in f32, or with activations and
-//! products in bf16.
+//! products in bf16, and a teacher whose products are in fp8.
 //!
 //! - It builds without CUDA. Driver, NVRTC and cuBLASLt are looked for when a [`Cuda`] is made, and an error says what was looked
 //!   for. Devices from Ampere on (compute capability 8.0).
@@ -32,6 +32,7 @@ mod compile;
 mod cuda;
 mod driver;
 mod error;
+mod fp8;
 mod gemm;
 mod infer;
 pub mod kernels;
@@ -56,5 +57,6 @@ pub use compile::Compiler;
 pub use cuda::{Cuda, Precision};
 pub use driver::{device_count, free_memory};
 pub use error::Error;
+pub use fp8::WIDTH as FP8_WIDTH;
 pub use memory::memory;
 pub use queue::Runs;

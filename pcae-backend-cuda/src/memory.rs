@@ -5,14 +5,16 @@ use pcae_kernel::op::Op;
 use pcae_kernel::sizing::{Memory, Sizing};
 
 use crate::Precision;
+use crate::fp8;
 use crate::gemm;
 use crate::infer;
 use crate::padding;
 use crate::queue;
 
 /// What the task that `sizing` has seen takes from the device. The driver's own is not counted: its context, the kernels and the
-/// graphs, some hundred megabytes. Working memory is at most as said.
-pub fn memory(sizing: &Sizing, precision: Precision) -> Memory {
+/// graphs, some hundred megabytes. Working memory is at most as said. `fp8_teacher`: of a backend
+/// [with such a teacher](crate::Cuda::with_fp8_teacher).
+pub fn memory(sizing: &Sizing, precision: Precision, fp8_teacher: bool) -> Memory {
     let sizes = &sizing.sizes;
     // Parameters lie there in f32 and, for products, in bf16 too.
     let parameter = match precision {
@@ -25,13 +27,19 @@ pub fn memory(sizing: &Sizing, precision: Precision) -> Memory {
         activations: product(&[sizes.bufs, precision.size()])
             .saturating_add(product(&[words, size_of::<u32>()])),
         state: product(&[sizes.vectors, size_of::<f32>()])
-            .saturating_add(product(&[parameters, parameter])),
-        scratch: scratch(sizing.ops(), precision),
+            .saturating_add(product(&[parameters, parameter]))
+            // A byte each.
+            .saturating_add(if fp8_teacher {
+                sizes.teacher_weights
+            } else {
+                0
+            }),
+        scratch: scratch(sizing.ops(), precision, fp8_teacher),
     }
 }
 
 /// One workspace, as large as the largest that an operation has asked for, beside what every backend has.
-fn scratch(ops: &[Op], precision: Precision) -> usize {
+fn scratch(ops: &[Op], precision: Precision, fp8_teacher: bool) -> usize {
     /// Groups of rows that are summed each by itself, at most, in whichever kernel of `rows.rs` and `tokens.rs`.
     const GROUPS: usize = 3 * 132;
     /// Blocks of a sum over all elements, at most.
@@ -47,7 +55,12 @@ fn scratch(ops: &[Op], precision: Precision) -> usize {
             // The gradient of the bias, or of the one before a GELU.
             Op::LinearParams(dims) => product(&[GROUPS, dims.out_features, F32])
                 .max(padding::bytes(precision, dims, false)),
-            Op::Linear(dims) => padding::bytes(precision, dims, true),
+            // Which are the teacher's is not noted; it has more tokens than the student, or nearly as many.
+            Op::Linear(dims) => padding::bytes(precision, dims, true).max(if fp8_teacher {
+                fp8::workspace(dims)
+            } else {
+                0
+            }),
             Op::LinearInput(dims) => product(&[GROUPS, dims.in_features, F32]),
             Op::Target(dims) => product(&[GROUPS, 3, dims.dim, F32]),
             Op::Loss(dims) => product(&[dims.rows.max(BLOCKS), F32]),

@@ -133,6 +133,9 @@ impl Cuda {
                 float(step.eps),
             ],
         )?;
+        if let Some(teacher) = teacher {
+            teacher.renew_e4m3(queue)?;
+        }
         // The end of a step: what was noted so far becomes one graph.
         queue.flush()
     }

@@ -68,6 +68,7 @@ impl Cuda {
             add: None,
             out: out.at(0),
             out_f32: false,
+            scale: None,
         };
         let seconds = self.least_seconds(|cuda| cuda.queue.matmul(matmul))?;
         Ok((2.0 * (len * side) as f64 / seconds, seconds))

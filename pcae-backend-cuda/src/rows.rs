@@ -150,12 +150,12 @@ impl Queue {
     }
 
     /// `out[i] = (x[i] - mean) * rstd * weight + bias`, and `stats[i] = (mean, rstd)`; without parameters standardised by the
-    /// unbiased variance.
+    /// unbiased variance. `to_e4m3`: `out` is left in e4m3.
     pub(crate) fn layer_norm(
         &mut self,
         op: &'static str,
         dims: RowDims,
-        out: DevicePtr,
+        (out, to_e4m3): (DevicePtr, bool),
         stats: Option<DevicePtr>,
         x: DevicePtr,
         affine: Option<Affine>,
@@ -183,6 +183,7 @@ impl Queue {
                 affine.map(|affine| affine.bias).into(),
                 rows.into(),
                 small(op, dims.dim)?.into(),
+                u32::from(to_e4m3).into(),
             ],
         )
     }

@@ -67,6 +67,14 @@ impl TrainBackend for Cuda {
         Params::new(&mut self.queue, self.precision, &values[..layout.len()])
     }
 
+    fn teacher_params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
+        let params = self.params(layout, values)?;
+        match self.fp8_teacher {
+            true => params.with_e4m3(&mut self.queue, layout),
+            false => Ok(params),
+        }
+    }
+
     fn read_params(&mut self, to: &mut [f32], from: &Params, span: Span) -> Result<(), Error> {
         const OP: &str = "read_params";
         check_span(OP, "span", from.len, span, span.len)?;
@@ -161,6 +169,7 @@ impl TrainBackend for Cuda {
             add: None,
             out: d_x.at(0),
             out_f32: false,
+            scale: None,
         })?;
         match pre_gelu {
             Some(pre_gelu) => {
@@ -220,6 +229,7 @@ impl TrainBackend for Cuda {
             add: Some(d_weight),
             out: d_weight,
             out_f32: true,
+            scale: None,
         })
     }
 
@@ -232,6 +242,7 @@ impl TrainBackend for Cuda {
         params: &Params,
         norm: Norm,
     ) -> Result<(), Error> {
+        let out = (out, false);
         self.layer_norm_rows("layer_norm_saving", dims, out, Some(stats), x, params, norm)
     }
 
@@ -275,7 +286,7 @@ impl TrainBackend for Cuda {
         lse: &mut Vector,
         qkv: &Buf,
     ) -> Result<(), Error> {
-        Cuda::attention_forward(self, "attention_saving", dims, out, Some(lse), qkv)
+        Cuda::attention_forward(self, "attention_saving", dims, out, Some(lse), qkv, false)
     }
 
     fn attention_backward(
@@ -390,7 +401,7 @@ impl TrainBackend for Cuda {
         expect_len(OP, "out", out.len, dims.len())?;
         expect_len(OP, "x", x.len, dims.len())?;
         self.queue
-            .layer_norm(OP, dims, out.at(0), None, x.at(0), None)
+            .layer_norm(OP, dims, (out.at(0), false), None, x.at(0), None)
     }
 
     fn feature_spread(
@@ -533,12 +544,12 @@ impl TrainBackend for Cuda {
 }
 
 impl Cuda {
-    /// Layer norm, with or without `stats`.
+    /// Layer norm, with or without `stats`; `to_e4m3`: `out` is left in e4m3.
     pub(crate) fn layer_norm_rows(
         &mut self,
         op: &'static str,
         dims: RowDims,
-        out: &mut Buf,
+        (out, to_e4m3): (&mut Buf, bool),
         stats: Option<&mut Vector>,
         x: &Buf,
         params: &Params,
@@ -555,7 +566,8 @@ impl Cuda {
             bias: params.at(norm.bias.start),
         };
         let stats = stats.map(|stats| stats.at(0));
+        let out = (out.at(0), to_e4m3);
         self.queue
-            .layer_norm(op, dims, out.at(0), stats, x.at(0), Some(affine))
+            .layer_norm(op, dims, out, stats, x.at(0), Some(affine))
     }
 }

@@ -19,6 +19,8 @@ fn on_the_emulator() {
 /// A device with the kernels of `emulator/primitives.cu`, and one stream.
 struct Device {
     context: i32,
+    /// As (9, 0).
+    capability: (i32, i32),
     module: cudarc::driver::sys::CUmodule,
     stream: cudarc::driver::sys::CUstream,
 }
@@ -89,6 +91,7 @@ impl Device {
         unsafe { cudarc::nvrtc::result::destroy_program(program) }.unwrap();
         Some(Self {
             context: device,
+            capability: (major, minor),
             // SAFETY: an image by the compiler.
             module: unsafe { result::module::load_data(image.as_ptr().cast()) }.unwrap(),
             stream: result::stream::create(result::stream::StreamKind::NonBlocking).unwrap(),
@@ -285,6 +288,68 @@ fn bf16_is_rounded_to_nearest_even() {
                 assert!(got.is_nan(), "{name}: {:#x}", bits[i]);
             } else {
                 assert_eq!(got[i], want[i], "{name}: {:#x}", bits[i]);
+            }
+        }
+    }
+}
+
+/// Every number that e4m3 has, every middle between two of them, and the f32 next to both; the largest, beyond it, the smallest, NaN.
+#[test]
+fn e4m3_is_rounded_to_nearest_even_and_ends_at_its_largest() {
+    let Some(device) = Device::new() else { return };
+    if device.capability < (8, 9) {
+        println!("skipped: fp8 is for compute capability 8.9 and newer");
+        return;
+    }
+    // By the definition of the format.
+    let table: Vec<f64> = (0..0x7f)
+        .map(|code: i32| match (code >> 3, f64::from(code & 7)) {
+            (0, mantissa) => mantissa * 2f64.powi(-9),
+            (exponent, mantissa) => (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7),
+        })
+        .collect();
+    assert_eq!(table[0x7e], 448.0);
+    let mut values = vec![
+        0.0,
+        f32::MIN_POSITIVE,
+        1e-20,
+        464.0,
+        465.0,
+        1e9,
+        f32::MAX,
+        f32::INFINITY,
+    ];
+    for pair in table.windows(2) {
+        for exact in [pair[1], (pair[0] + pair[1]) / 2.0] {
+            let exact = exact as f32;
+            values.extend([exact.next_down(), exact, exact.next_up()]);
+        }
+    }
+    values.extend(values.clone().into_iter().map(|x| -x));
+    values.extend([f32::NAN, -f32::NAN]);
+    values.resize(values.len().next_multiple_of(8), 0.0);
+    let want = |x: f32| {
+        let magnitude = f64::from(x.abs()).min(448.0);
+        // Of equally near ones the even one.
+        let distance = |code: &usize| ((table[*code] - magnitude).abs(), code % 2);
+        let nearest = (0..table.len()).min_by(|a, b| {
+            let ((near, odd), (other_near, other_odd)) = (distance(a), distance(b));
+            near.total_cmp(&other_near).then(odd.cmp(&other_odd))
+        });
+        nearest.unwrap() as u8 | u8::from(x.is_sign_negative()) << 7
+    };
+    let len = values.len();
+    let x = device.upload(&values);
+    let (pairs, vectors) = (device.allocate(len), device.allocate(len));
+    let arguments = [&pairs, &vectors, &x].map(|place| Argument::Place(place.0));
+    device
+        .launch("to_e4m3", 1, len as u32 / 8, 0, &arguments)
+        .unwrap();
+    for (name, place) in [("pairs", &pairs), ("vectors", &vectors)] {
+        for (x, got) in values.iter().zip(device.download::<u8>(place, len)) {
+            match x.is_nan() {
+                true => assert_eq!(got & 0x7f, 0x7f, "{name}: {x}"),
+                false => assert_eq!(got, want(*x), "{name}: {x:e}"),
             }
         }
     }

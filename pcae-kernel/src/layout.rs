@@ -25,6 +25,13 @@ pub struct BlockParams {
     pub fc2: Linear,
 }
 
+impl BlockParams {
+    /// Its linear layers.
+    pub const fn linears(self) -> [Linear; 4] {
+        [self.qkv, self.proj, self.fc1, self.fc2]
+    }
+}
+
 /// A row of blocks of one size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blocks {

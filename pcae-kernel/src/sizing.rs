@@ -48,6 +48,8 @@ pub struct Sizes {
     pub vectors: usize,
     /// In parameters that may be trained, a teacher's among them.
     pub params: usize,
+    /// Of those, in the weights of the linear layers of a teacher's blocks.
+    pub teacher_weights: usize,
     /// In parameters for forwards alone.
     pub frozen: usize,
 }
@@ -277,6 +279,16 @@ impl TrainBackend for Sizing {
 
     fn params(&mut self, layout: &Layout, _values: &[f32]) -> Result<Sized, Error> {
         add(&mut self.sizes.params, layout.len())
+    }
+
+    fn teacher_params(&mut self, layout: &Layout, values: &[f32]) -> Result<Sized, Error> {
+        let blocks = layout.encoder.blocks;
+        for index in 0..blocks.depth {
+            for layer in blocks.block(index).linears() {
+                add(&mut self.sizes.teacher_weights, layer.weight.len)?;
+            }
+        }
+        self.params(layout, values)
     }
 
     fn frozen_params(&mut self, layout: &Layout, _values: &[f32]) -> Result<Sized, Error> {

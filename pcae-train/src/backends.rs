@@ -1,8 +1,9 @@
 //! From a name to a backend.
 
 use pcae_backend_cpu::{Bf16Unit, Cpu, Isa, Precision as CpuPrecision};
-use pcae_backend_cuda::{Cuda, Precision as CudaPrecision};
+use pcae_backend_cuda::{Cuda, Error as CudaError, FP8_WIDTH, Precision as CudaPrecision};
 use pcae_kernel::backend::TrainBackend;
+use pcae_kernel::config::{PretrainConfig, Target};
 use pcae_kernel::op::Op;
 use pcae_kernel::reference::Reference;
 use pcae_kernel::sizing::{Memory, Sizes, Sizing};
@@ -106,13 +107,20 @@ pub fn build<J: Build>(machine: &Machine, job: J) -> Result<J::Output, Error> {
                 CudaPrecision::F32 => "f32",
                 CudaPrecision::Bf16 => "bf16",
             };
+            let teacher = match backend.has_fp8_teacher() {
+                true => ", teacher fp8",
+                false => "",
+            };
             let tuned = if machine.tune { ", tuned" } else { "" };
-            let name = format!("cuda ({}, {precision}{tuned})", backend.name());
+            let name = format!("cuda ({}, {precision}{teacher}{tuned})", backend.name());
             job.build(backend, &name)
         }
-        (BackendKind::Reference, Precision::Bf16) => wrong(
+        (BackendKind::Reference, precision @ (Precision::Bf16 | Precision::Fp8)) => wrong(
             "--precision",
-            "expected f32 or f64 for --backend reference, found bf16; use --backend cpu".to_owned(),
+            format!(
+                "expected f32 or f64 for --backend reference, found {}; use --backend cpu --precision bf16",
+                name(precision)
+            ),
         ),
         (BackendKind::Reference, _) if machine.teacher_precision.is_some() => wrong(
             "--teacher-precision",
@@ -147,7 +155,11 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
                 (student, teacher),
             ))
         }
-        BackendKind::Cuda => Ok(pcae_backend_cuda::memory(sizing, cuda_precision(machine)?)),
+        BackendKind::Cuda => Ok(pcae_backend_cuda::memory(
+            sizing,
+            cuda_precision(machine)?,
+            has_fp8_teacher(machine)?,
+        )),
         BackendKind::Reference => {
             let Sizes {
                 bufs,
@@ -156,10 +168,11 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
                 vectors,
                 params,
                 frozen,
+                teacher_weights: _,
             } = sizing.sizes;
             let size = match machine.precision() {
                 Precision::F64 => size_of::<f64>(),
-                Precision::F32 | Precision::Bf16 => size_of::<f32>(),
+                Precision::F32 | Precision::Bf16 | Precision::Fp8 => size_of::<f32>(),
             };
             // Of pivoted QR alone, one sequence at a time.
             let qr = sizing.ops().iter().map(|op| match op {
@@ -287,21 +300,60 @@ pub fn cuda(machine: &Machine) -> Result<Cuda, Error> {
         })
     };
     let precision = cuda_precision(machine)?;
-    if machine
-        .teacher_precision
-        .is_some_and(|it| it != machine.precision())
-    {
-        return wrong(
-            "--teacher-precision",
-            "expected that of the student for --backend cuda; use --backend cpu".to_owned(),
-        );
-    }
+    let fp8_teacher = has_fp8_teacher(machine)?;
     if machine.isa.is_some() {
         return wrong("--set isa", "expected none for --backend cuda".to_owned());
     }
     let mut cuda = Cuda::new(0, precision).map_err(|error| Error::backend("cuda", error))?;
+    if fp8_teacher {
+        cuda = cuda.with_fp8_teacher().or_else(|error| match error {
+            CudaError::NoFp8 { .. } => wrong("--teacher-precision", error.to_string()),
+            error => Err(Error::backend("cuda", error)),
+        })?;
+    }
     cuda.time_products(machine.tune);
     Ok(cuda)
+}
+
+/// Whether a teacher on CUDA is to be in fp8, or else in the student's precision.
+fn has_fp8_teacher(machine: &Machine) -> Result<bool, Error> {
+    match (machine.precision(), machine.teacher_precision) {
+        (_, None) => Ok(false),
+        (student, Some(teacher)) if student == teacher => Ok(false),
+        (Precision::Bf16, Some(Precision::Fp8)) => Ok(true),
+        (student, Some(teacher)) => Err(Error::Setting {
+            name: "--teacher-precision".to_owned(),
+            reason: format!(
+                "expected the student's {0}, or fp8 beside bf16, for --backend cuda, found {1}; use --teacher-precision {0}",
+                name(student),
+                name(teacher)
+            ),
+        }),
+    }
+}
+
+/// That the teacher which `machine` asks for can be one of `task`'s.
+///
+/// # Errors
+/// [`Error::Setting`] for a teacher in fp8 of odd widths.
+pub fn check_teacher(machine: &Machine, task: &PretrainConfig) -> Result<(), Error> {
+    let has_teacher = matches!(task.target, Target::Teacher(_));
+    if !has_teacher || machine.teacher_precision != Some(Precision::Fp8) {
+        return Ok(());
+    }
+    let (dim, hidden) = (task.vit.embed_dim, task.vit.mlp_hidden());
+    if [dim, hidden]
+        .iter()
+        .all(|width| width.is_multiple_of(FP8_WIDTH))
+    {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        name: "--teacher-precision".to_owned(),
+        reason: format!(
+            "fp8 expects an encoder of widths that are multiples of {FP8_WIDTH}, found {dim} with a hidden width of {hidden}; use --teacher-precision bf16"
+        ),
+    })
 }
 
 fn cuda_precision(machine: &Machine) -> Result<CudaPrecision, Error> {
@@ -311,6 +363,11 @@ fn cuda_precision(machine: &Machine) -> Result<CudaPrecision, Error> {
         Precision::F64 => Err(Error::Setting {
             name: "--precision".to_owned(),
             reason: "expected f32 or bf16 for --backend cuda, found f64; use --backend reference"
+                .to_owned(),
+        }),
+        Precision::Fp8 => Err(Error::Setting {
+            name: "--precision".to_owned(),
+            reason: "expected f32 or bf16 for --backend cuda, found fp8, which is for a teacher alone; use --precision bf16 --teacher-precision fp8"
                 .to_owned(),
         }),
     }
@@ -340,6 +397,12 @@ fn cpu_precisions(machine: &Machine) -> Result<(CpuPrecision, CpuPrecision), Err
             name: name.to_owned(),
             reason: "expected f32 or bf16 for --backend cpu, found f64; use --backend reference"
                 .to_owned(),
+        }),
+        Precision::Fp8 => Err(Error::Setting {
+            name: name.to_owned(),
+            reason: format!(
+                "expected f32 or bf16 for --backend cpu, found fp8, which is for a teacher on --backend cuda; use {name} bf16"
+            ),
         }),
     };
     let student = precision("--precision", machine.precision())?;
@@ -371,6 +434,16 @@ pub fn isa(machine: &Machine) -> Result<Isa, Error> {
                 reason,
             }
         })
+}
+
+/// As it is typed.
+fn name(precision: Precision) -> &'static str {
+    match precision {
+        Precision::F32 => "f32",
+        Precision::F64 => "f64",
+        Precision::Bf16 => "bf16",
+        Precision::Fp8 => "fp8",
+    }
 }
 
 /// `1 thread`, `2 threads`.

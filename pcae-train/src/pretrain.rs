@@ -97,6 +97,7 @@ fn launch(mut settings: Settings, resume: Option<(RunDir, RunState)>) -> Result<
     let fitted = fit(&mut settings, &splits)?;
     let recipe = settings.resolve(&splits)?;
     let machine = settings.machine.clone();
+    backends::check_teacher(&machine, &recipe.task)?;
     let memory = planned_memory(&settings, &recipe, &splits)?;
     backends::run(
         &machine,

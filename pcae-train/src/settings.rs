@@ -189,6 +189,8 @@ pub enum Precision {
     /// 16 bits with the range of f32. On the CPU for the operands of linear layers, on a GPU for activations too: sums, norms,
     /// softmax, loss, and the parameters that are trained stay f32.
     Bf16,
+    /// 8 bits (e4m3), for the linear layers of a teacher on a GPU, beside a student in bf16.
+    Fp8,
 }
 
 /// As typed: `0,4,8`, or `LAYOUT:STAGES` with a layout of `starts`, `ends`, `even`, `first`, or `none`.

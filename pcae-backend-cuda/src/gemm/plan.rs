@@ -72,14 +72,18 @@ impl Plan {
     ) -> Result<Option<Self>, Error> {
         use sys::cublasLtMatmulDescAttributes_t as D;
         use sys::cublasLtMatmulPreferenceAttributes_t as P;
-        use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
+        use sys::cudaDataType_t::{CUDA_R_8F_E4M3, CUDA_R_16BF, CUDA_R_32F};
 
         let fail = |call| move |error| failed(call, error, matmul.to_string());
-        let operand = match precision {
+        let format = match precision {
             Precision::F32 => CUDA_R_32F,
             Precision::Bf16 => CUDA_R_16BF,
         };
-        let out = if matmul.out_f32 { CUDA_R_32F } else { operand };
+        let out = if matmul.out_f32 { CUDA_R_32F } else { format };
+        let operand = match matmul.scale {
+            Some(_) => CUDA_R_8F_E4M3,
+            None => format,
+        };
 
         let desc =
             result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, CUDA_R_32F)
@@ -99,6 +103,13 @@ impl Plan {
             D::CUBLASLT_MATMUL_DESC_TRANSB,
             transpose(matmul.a_transposed),
         )?;
+        if let Some(scale) = matmul.scale {
+            // Tensor cores then add up to the end what Ada and Hopper otherwise move to f32 after every few terms, and keep fewer bits of
+            // a sum than f32 has: far more than operands of 4 bits are worth, which round by up to 2^-4.
+            set_desc(&desc, D::CUBLASLT_MATMUL_DESC_FAST_ACCUM, &1_i8)
+                .and_then(|()| set_scale(&desc, scale))
+                .map_err(fail("cublasLtMatmulDescSetAttribute"))?;
+        }
         if let Some(bias) = matmul.bias {
             set(
                 D::CUBLASLT_MATMUL_DESC_EPILOGUE,
@@ -236,6 +247,9 @@ impl Plan {
             let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             set_desc(&self.desc, attribute, &pointer)?;
         }
+        if let Some(scale) = matmul.scale {
+            set_scale(&self.desc, scale)?;
+        }
         let alpha = 1.0_f32;
         let beta = if matmul.add.is_some() { 1.0_f32 } else { 0.0 };
         let [a, b, out] = &self.layouts;
@@ -269,6 +283,12 @@ impl Plan {
 
 fn pointer(at: DevicePtr) -> *const c_void {
     core::ptr::without_provenance(at.0 as usize)
+}
+
+/// Of `b`, which cuBLASLt sees first.
+fn set_scale(desc: &Desc, scale: DevicePtr) -> Result<(), CublasError> {
+    let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER;
+    set_desc(desc, attribute, &pointer(scale))
 }
 
 fn set_desc<T>(

@@ -19,6 +19,7 @@ fn a_product_comes_back_from_its_words() {
         add: None,
         out: DevicePtr(3 << 40),
         out_f32: false,
+        scale: None,
     };
     let some = |at| Some(DevicePtr(at));
     for matmul in [
@@ -43,6 +44,11 @@ fn a_product_comes_back_from_its_words() {
         },
         Matmul {
             out_f32: true,
+            ..base
+        },
+        Matmul {
+            b_transposed: true,
+            scale: some(6 << 40),
             ..base
         },
     ] {
@@ -135,6 +141,7 @@ impl Case {
             add: add.then_some(add_at),
             out,
             out_f32,
+            scale: None,
         };
         let element = |i: usize| {
             let (i, j) = (i / n, i % n);
@@ -357,6 +364,7 @@ fn a_plan_is_for_any_bias() {
             add: None,
             out: place(4),
             out_f32: false,
+            scale: None,
         };
         queue.matmul(matmul).unwrap();
         let mut back = [0.0];
@@ -386,6 +394,7 @@ fn a_sum_over_nothing_is_nothing() {
         add: Some(memory.at()),
         out: memory.at(),
         out_f32: true,
+        scale: None,
     };
     let mut back = [0.0; 6];
     for expected in [7.0, 0.0] {
@@ -393,5 +402,46 @@ fn a_sum_over_nothing_is_nothing() {
         queue.read_f32(&mut back, memory.at()).unwrap();
         assert_eq!(back, [expected; 6]);
         matmul.add = None;
+    }
+}
+
+/// Rows of e4m3 that are no whole 16 bytes are not multiplied otherwise: cuBLASLt has no product, and this has none either.
+#[test]
+fn a_product_of_e4m3_that_cublaslt_refuses_is_an_error() {
+    let Some(mut queue) = crate::testing::queue(Precision::Bf16) else {
+        return;
+    };
+    if queue.context.capability < crate::fp8::CAPABILITY {
+        println!("skipped: fp8 is for compute capability 8.9 and newer");
+        return;
+    }
+    let memory = queue.allocate(1 << 16).unwrap();
+    let at = |part: usize| memory.at().plus(part << 12);
+    let product = |k: usize, row: usize| Matmul {
+        m: 5,
+        n: 16,
+        k,
+        a: at(0),
+        a_transposed: false,
+        a_row: row,
+        b: at(1),
+        b_transposed: true,
+        b_row: row,
+        bias: Some(at(2)),
+        add: None,
+        out: at(3),
+        out_f32: false,
+        scale: Some(at(4)),
+    };
+    queue.matmul(product(32, 32)).unwrap();
+    queue.wait().unwrap();
+    for (k, row) in [(24, 24), (32, 40)] {
+        queue.matmul(product(k, row)).unwrap();
+        let refused = queue.wait().unwrap_err();
+        assert!(
+            matches!(refused, Error::NoFp8 { .. }),
+            "{k} {row}: {refused}"
+        );
+        assert!(refused.to_string().contains("of e4m3"), "{refused}");
     }
 }

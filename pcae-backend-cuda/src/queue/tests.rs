@@ -41,6 +41,7 @@ fn add_product(queue: &mut Queue, y: DevicePtr, a: DevicePtr, b: DevicePtr) {
             add: Some(y),
             out: y,
             out_f32: true,
+            scale: None,
         })
         .unwrap();
 }

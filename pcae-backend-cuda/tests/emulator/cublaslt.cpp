@@ -1,4 +1,4 @@
-// libcublasLt.so.13: products of column-major matrices in f32 and bf16, summed in f32, with a bias as the only epilogue.
+// libcublasLt.so.13: products of column-major matrices in f32, bf16 and e4m3, summed in f32, with a bias as the only epilogue.
 //
 // Held against what the library promises: pointers as aligned as the preference has said, an algorithm that was found for this
 // very product, a workspace as large as that algorithm wants (which is written), operands that do not overlap.
@@ -6,6 +6,7 @@
 // Which products of odd sizes a library has an algorithm for depends on its version and the device, and is documented for none. So this
 // one refuses whole classes of them (`refuses`), offers algorithms that it then refuses, and says which is the fastest.
 
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,11 +25,13 @@ typedef int Status;   // cublasStatus_t
 namespace {
 
 enum : Status { SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
-enum : int { R_32F = 0, R_16BF = 14, COMPUTE_32F = 68, EPILOGUE_DEFAULT = 1, EPILOGUE_BIAS = 4 };
+enum : int { R_32F = 0, R_16BF = 14, R_8F_E4M3 = 28, COMPUTE_32F = 68, EPILOGUE_DEFAULT = 1, EPILOGUE_BIAS = 4 };
 
 struct Desc {
     int transpose_a = 0, transpose_b = 0, epilogue = EPILOGUE_DEFAULT;
     const void* bias = nullptr;
+    const float* a_scale = nullptr;
+    bool fast = false;
 };
 
 struct Layout {
@@ -36,7 +39,7 @@ struct Layout {
     uint64_t rows, columns;
     int64_t leading;
 
-    size_t size() const { return type == R_32F ? 4 : 2; }
+    size_t size() const { return type == R_32F ? 4 : type == R_16BF ? 2 : 1; }
     size_t bytes() const { return rows == 0 || columns == 0 ? 0 : ((columns - 1) * static_cast<size_t>(leading) + rows) * size(); }
     bool operator==(const Layout& o) const { return type == o.type && rows == o.rows && columns == o.columns && leading == o.leading; }
 };
@@ -78,7 +81,7 @@ Status refuse(Status status, const std::string& reason) {
 uint64_t sum(const Desc& desc, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
     uint64_t hash = 0xcbf29ce484222325ULL;
     auto add = [&](uint64_t word) { hash = (hash ^ word) * 0x100000001b3ULL; };
-    for (int each : {desc.transpose_a, desc.transpose_b, desc.epilogue}) add(static_cast<uint64_t>(each));
+    for (int each : {desc.transpose_a, desc.transpose_b, desc.epilogue, desc.fast ? 1 : 0, desc.a_scale != nullptr ? 1 : 0}) add(static_cast<uint64_t>(each));
     for (const Layout* each : {&a, &b, &c, &d}) {
         add(static_cast<uint64_t>(each->type));
         add(each->rows);
@@ -86,6 +89,19 @@ uint64_t sum(const Desc& desc, const Layout& a, const Layout& b, const Layout& c
         add(static_cast<uint64_t>(each->leading));
     }
     return hash;
+}
+
+/// What a product of e4m3 must be on Ada and Hopper, from the documentation of cublasLtMatmul: the first operand transposed and the second not, output
+/// and what is added of one type, bf16 or f32, and what "Tensor Core Usage" wants: columns of A and B, and of C and D, of whole 16 bytes, in themselves
+/// and from one to the next. n is free (as in PyTorch's `_scaled_mm`, since pull request 108308).
+Status check_fp8(const Desc& desc, const Layout& a, const Layout& b, const Layout& c, const Layout& d, size_t k) {
+    const char* set = getenv("PCAE_EMULATED_FP8");
+    if (set != nullptr && strcmp(set, "none") == 0) return NOT_SUPPORTED;
+    if (b.type != R_8F_E4M3 || c.type != d.type || (d.type != R_16BF && d.type != R_32F)) return refuse(NOT_SUPPORTED, "this combination of types with e4m3");
+    if (!desc.transpose_a || desc.transpose_b) return refuse(NOT_SUPPORTED, "a product of e4m3 in another form than TN");
+    for (size_t bytes : {k, static_cast<size_t>(a.leading), static_cast<size_t>(b.leading), d.rows * d.size(), static_cast<size_t>(d.leading) * d.size(), static_cast<size_t>(c.leading) * c.size()})
+        if (bytes % 16 != 0) return refuse(NOT_SUPPORTED, "a product of e4m3 with a column of " + std::to_string(bytes) + " bytes");
+    return SUCCESS;
 }
 
 /// Whether the four are a product; its m, n, k.
@@ -98,6 +114,8 @@ Status check(const Desc& desc, const Layout& a, const Layout& b, const Layout& c
     if (a_rows != m || b_columns != n || b_rows != k || c.rows != m || c.columns != n || m == 0 || n == 0 || k == 0)
         return refuse(INVALID_VALUE, "[" + std::to_string(a_rows) + ", " + std::to_string(a_columns) + "] @ [" + std::to_string(b_rows) + ", " + std::to_string(b_columns) + "] is not [" +
                                          std::to_string(m) + ", " + std::to_string(n) + "]");
+    if (a.type == R_8F_E4M3) return check_fp8(desc, a, b, c, d, k);
+    if (desc.a_scale != nullptr || desc.fast) return refuse(NOT_SUPPORTED, "a scale, or fast sums, of operands that are not in fp8");
     if (a.type != b.type || c.type != d.type || (a.type == R_32F && d.type != R_32F)) return refuse(NOT_SUPPORTED, "this combination of types");
     return SUCCESS;
 }
@@ -112,8 +130,27 @@ Refusal refuses(const Desc& desc, const Layout& a, const Layout& b, const Layout
     return Refusal::NONE;
 }
 
+/// Sign, 4 bits of exponent (bias 7), 3 of mantissa.
+float of_e4m3(unsigned bits) {
+    const unsigned exponent = bits >> 3 & 15, mantissa = bits & 7;
+    if (exponent == 15 && mantissa == 7) return NAN;
+    const float magnitude = exponent == 0 ? ldexpf(static_cast<float>(mantissa), -9) : ldexpf(static_cast<float>(8 + mantissa), static_cast<int>(exponent) - 10);
+    return bits & 0x80 ? -magnitude : magnitude;
+}
+
+struct Table {
+    float values[256];
+    Table() {
+        for (unsigned i = 0; i < 256; i++) values[i] = of_e4m3(i);
+    }
+};
+
 float load(const void* at, size_t i, int type) {
     if (type == R_32F) return static_cast<const float*>(at)[i];
+    if (type == R_8F_E4M3) {
+        static const Table table;
+        return table.values[static_cast<const unsigned char*>(at)[i]];
+    }
     uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(at)[i]) << 16;
     float value;
     memcpy(&value, &bits, 4);
@@ -172,9 +209,18 @@ EXPORT Status cublasLtMatmulDescDestroy(void* desc) {
 EXPORT Status cublasLtMatmulDescSetAttribute(void* handle, int attribute, const void* value, size_t size) {
     Desc* desc = static_cast<Desc*>(handle);
     int number = 0;
-    if (attribute == 8 ? size != sizeof(void*) : size != sizeof(int)) return refuse(INVALID_VALUE, "attribute " + std::to_string(attribute) + " of a product in " + std::to_string(size) + " bytes");
+    const size_t wanted = attribute == 8 || attribute == 17 ? sizeof(void*) : attribute == 25 ? 1 : sizeof(int);
+    if (size != wanted) return refuse(INVALID_VALUE, "attribute " + std::to_string(attribute) + " of a product in " + std::to_string(size) + " bytes");
     if (attribute == 8) {
         memcpy(&desc->bias, value, sizeof desc->bias);
+        return SUCCESS;
+    }
+    if (attribute == 17) {
+        memcpy(&desc->a_scale, value, sizeof desc->a_scale);
+        return SUCCESS;
+    }
+    if (attribute == 25) {
+        desc->fast = *static_cast<const int8_t*>(value) != 0;
         return SUCCESS;
     }
     memcpy(&number, value, sizeof number);
@@ -190,7 +236,7 @@ EXPORT Status cublasLtMatmulDescSetAttribute(void* handle, int attribute, const 
 }
 
 EXPORT Status cublasLtMatrixLayoutCreate(void** layout, int type, uint64_t rows, uint64_t columns, int64_t leading) {
-    if (type != R_32F && type != R_16BF) return refuse(NOT_SUPPORTED, "a matrix of type " + std::to_string(type));
+    if (type != R_32F && type != R_16BF && type != R_8F_E4M3) return refuse(NOT_SUPPORTED, "a matrix of type " + std::to_string(type));
     if (leading < static_cast<int64_t>(rows) || leading < 1) return refuse(INVALID_VALUE, "columns of " + std::to_string(rows) + " elements " + std::to_string(leading) + " apart");
     *layout = new Layout{type, rows, columns, leading};
     return SUCCESS;
@@ -282,6 +328,9 @@ EXPORT Status cublasLtMatmul(void*, const void* desc_handle, const void* alpha_a
     for (int i = 0; i < 4; i++)
         if (reinterpret_cast<uintptr_t>(operands[i]) % algo.alignments[i] != 0)
             return refuse(INVALID_VALUE, std::string("operand ") + "ABCD"[i] + " is no multiple of " + std::to_string(algo.alignments[i]) + ", for which the algorithm was found");
+    if (la.type == R_8F_E4M3)
+        for (const void* operand : {a, b, c, static_cast<const void*>(d)})
+            if (reinterpret_cast<uintptr_t>(operand) % 16 != 0) return refuse(INVALID_VALUE, "an operand of a product of e4m3 is no multiple of 16");
     const void* bias = desc.epilogue == EPILOGUE_BIAS ? desc.bias : nullptr;
     if (desc.epilogue == EPILOGUE_BIAS && bias == nullptr) return refuse(INVALID_VALUE, "no bias");
     if (reinterpret_cast<uintptr_t>(bias) % algo.bias_alignment != 0)
@@ -295,7 +344,7 @@ EXPORT Status cublasLtMatmul(void*, const void* desc_handle, const void* alpha_a
             const void* at;
             size_t bytes;
         } pieces[] = {{"A", a, la.bytes()}, {"B", b, lb.bytes()}, {"C", beta != 0 ? c : d, lc.bytes()}, {"D", d, ld.bytes()}, {"bias", bias, bias != nullptr ? m * ld.size() : 0},
-                      {"workspace", workspace, algo.workspace}};
+                      {"workspace", workspace, algo.workspace}, {"the scale of A", desc.a_scale, desc.a_scale != nullptr ? sizeof(float) : 0}};
         std::string product = "cublasLtMatmul [" + std::to_string(m) + ", " + std::to_string(k) + "] @ [" + std::to_string(k) + ", " + std::to_string(n) + "]";
         auto overlap = [](const void* p, size_t p_bytes, const void* q, size_t q_bytes) {
             uintptr_t x = reinterpret_cast<uintptr_t>(p), y = reinterpret_cast<uintptr_t>(q);
@@ -317,6 +366,8 @@ EXPORT Status cublasLtMatmul(void*, const void* desc_handle, const void* alpha_a
             return;
         }
         memset(workspace, 0xff, algo.workspace);
+        // In the memory of the device: as it is when the product runs.
+        const float factor = desc.a_scale != nullptr ? alpha * *desc.a_scale : alpha;
         if (algo.number != FASTEST) emulated_spend(NANOSECONDS);
         // In f32, op(A) as [k][m] and op(B) as [n][k], filled up to whole tiles.
         size_t rows = (m + ROWS - 1) / ROWS * ROWS, columns = (n + COLUMNS - 1) / COLUMNS * COLUMNS;
@@ -331,7 +382,7 @@ EXPORT Status cublasLtMatmul(void*, const void* desc_handle, const void* alpha_a
                 tile(sums, &left[i0], rows, &right[j0 * k], k, k);
                 for (size_t j = j0; j < std::min(n, j0 + COLUMNS); j++)
                     for (size_t i = i0; i < std::min(m, i0 + ROWS); i++) {
-                        float value = alpha * sums[j - j0][i - i0];
+                        float value = factor * sums[j - j0][i - i0];
                         if (beta != 0) value += beta * load(c, j * static_cast<size_t>(lc.leading) + i, lc.type);
                         if (bias != nullptr) value += load(bias, i, ld.type);
                         store(d, j * static_cast<size_t>(ld.leading) + i, ld.type, value);

@@ -56,6 +56,13 @@ extern "C" __global__ void __launch_bounds__(96) sums(float* out, const float* x
     out[768 + threadIdx.x] = lane_id() < 16 ? __shfl_xor_sync(0xffffu, mine, 1) : 0.0f;
 }
 
+/// To e4m3, two at a time and as a vector of activations is stored. Launch: a block of a thread for each eight elements.
+extern "C" __global__ void __launch_bounds__(1024) to_e4m3(unsigned short* pairs, e4m3* vectors, const float* x) {
+    const float* const from = x + 8 * threadIdx.x;
+    for (unsigned i = 0; i < 4; i++) pairs[4 * threadIdx.x + i] = pack_e4m3(from[2 * i], from[2 * i + 1]);
+    for (unsigned i = 0; i < 8; i += 4) store_e4m3(vectors + 8 * threadIdx.x + i, load_vec(from + i));
+}
+
 /// To bf16 and back, eight at a time and one at a time.
 extern "C" __global__ void __launch_bounds__(32) formats(bf16* together, bf16* alone, const float* x) {
     Vec<bf16> v;

@@ -369,6 +369,19 @@ static inline unsigned short emulated_bf16(float x) {
 
 static inline unsigned pack_bf16(float low, float high) { return emulated_bf16(low) | static_cast<unsigned>(emulated_bf16(high)) << 16; }
 
+/// To nearest, ties to even, beyond the largest to that; any NaN becomes 0x7f, as `cvt` makes it.
+static inline unsigned short emulated_e4m3(float x) {
+    if (x != x) return 0x7f;
+    const unsigned sign = __float_as_uint(x) >> 24 & 0x80;
+    const float magnitude = fminf(fabsf(x), 448.0f);
+    // Below the smallest normal number, steps of 2^-9; the eighth is that number.
+    if (magnitude < 0.015625f) return static_cast<unsigned short>(sign | static_cast<unsigned>(rintf(magnitude * 512.0f)));
+    const unsigned bits = __float_as_uint(magnitude);
+    return static_cast<unsigned short>(sign | (((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3)));
+}
+
+static inline unsigned short pack_e4m3(float low, float high) { return static_cast<unsigned short>(emulated_e4m3(low) | emulated_e4m3(high) << 8); }
+
 namespace emulated {
 
 struct Mma {

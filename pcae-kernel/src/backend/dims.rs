@@ -127,6 +127,34 @@ impl AttentionDims {
     }
 }
 
+/// One block of a vision transformer on `batch` sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockDims {
+    /// What its attention works on; its width is that of the residual stream.
+    pub attention: AttentionDims,
+    /// Hidden width of the MLP.
+    pub hidden: usize,
+}
+
+impl BlockDims {
+    /// All tokens of the residual stream.
+    pub const fn rows(self) -> RowDims {
+        RowDims {
+            rows: product(&[self.attention.batch, self.attention.tokens]),
+            dim: self.attention.dim(),
+        }
+    }
+
+    /// A linear layer on all tokens.
+    pub const fn linear(self, in_features: usize, out_features: usize) -> LinearDims {
+        LinearDims {
+            rows: self.rows().rows,
+            in_features,
+            out_features,
+        }
+    }
+}
+
 /// `batch` pictures of `channels` planes of `height` rows of `width` pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PixelDims {

@@ -15,15 +15,18 @@
 //! - Results may depend on the backend and the instruction set, never on the number of threads or on the run.
 //! - What a method *adds to* is said by `+=` in its formula; everything else is overwritten.
 
+mod block;
 mod dims;
 #[cfg(feature = "train")]
 mod train;
 
+pub use block::block_by_layers;
 pub use dims::*;
 #[cfg(feature = "train")]
 pub use train::*;
 
 use crate::error::Error;
+use crate::layout::BlockParams;
 
 /// What is done to each output of a linear layer before it is stored.
 ///
@@ -209,6 +212,30 @@ pub trait Backend {
         out: &mut Self::Buf,
         qkv: &Self::Buf,
     ) -> Result<(), Self::Error>;
+
+    /// A block of a vision transformer: `x += proj(attention(qkv(norm1(x))))`, then `x += fc2(gelu(fc1(norm2(x))))`.
+    ///
+    /// `y` and `wide` are working memory, and hold anything afterwards: a backend that overrides this may hand values from layer to
+    /// layer in a format of its own.
+    ///
+    /// # Shapes
+    /// With D and H the widths of stream and MLP, `x, y: [rows, D]`, `wide: [rows, max(3 D, H)]`.
+    ///
+    /// # Errors
+    /// If a buffer or span is too short.
+    fn block(
+        &mut self,
+        dims: BlockDims,
+        x: &mut Self::Buf,
+        [y, wide]: [&mut Self::Buf; 2],
+        params: &Self::Params,
+        block: BlockParams,
+    ) -> Result<(), Self::Error>
+    where
+        Self: Sized,
+    {
+        block_by_layers(self, dims, x, [y, wide], params, block)
+    }
 
     /// Redundancy of each patch token: the dot product of the unit-length token with the mean of its sequence's
     /// unit-length tokens (that mean is not normalised again). Norms are at least [`SCORE_EPS`].

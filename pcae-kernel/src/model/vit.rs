@@ -1,7 +1,7 @@
 //! Inference, with token reduction on the way.
 
 use crate::backend::{
-    AttentionDims, Backend, Epilogue, Linear, LinearDims, PatchDims, RowDims, TokenDims,
+    AttentionDims, Backend, BlockDims, Epilogue, Linear, LinearDims, PatchDims, RowDims, TokenDims,
 };
 use crate::config::{ClassifierConfig, Pool, Reduction, VitConfig};
 use crate::error::{Error, product};
@@ -352,59 +352,19 @@ impl<B: Backend> Vit<B> {
 
     /// `x = x + attn(norm1(x))`, `x = x + mlp(norm2(x))`.
     fn block(&mut self, backend: &mut B, params: &B::Params, index: usize) -> Result<(), B::Error> {
-        let block = self.params.blocks.block(index);
-        let (d, hidden) = (self.config.embed_dim, self.config.mlp_hidden());
-        let tokens = self.now.prefix + self.now.tokens;
-        let rows = RowDims {
-            rows: self.now.batch * tokens,
-            dim: d,
-        };
-        let linear = |from, to| linear_dims(rows.rows, from, to);
         let num_heads = self.config.num_heads;
-        let attention = AttentionDims {
-            batch: self.now.batch,
-            tokens,
-            num_heads,
-            head_dim: d / num_heads,
+        let dims = BlockDims {
+            attention: AttentionDims {
+                batch: self.now.batch,
+                tokens: self.now.prefix + self.now.tokens,
+                num_heads,
+                head_dim: self.config.embed_dim / num_heads,
+            },
+            hidden: self.config.mlp_hidden(),
         };
         let Self { x, y, wide, .. } = self;
-
-        backend.layer_norm(rows, y, x, params, block.norm1)?;
-        backend.linear(
-            linear(d, 3 * d),
-            wide,
-            y,
-            params,
-            block.qkv,
-            Epilogue::BiasQkv,
-        )?;
-        backend.attention(attention, y, wide)?;
-        backend.linear(
-            linear(d, d),
-            x,
-            y,
-            params,
-            block.proj,
-            Epilogue::BiasResidual,
-        )?;
-
-        backend.layer_norm(rows, y, x, params, block.norm2)?;
-        backend.linear(
-            linear(d, hidden),
-            wide,
-            y,
-            params,
-            block.fc1,
-            Epilogue::BiasGelu,
-        )?;
-        backend.linear(
-            linear(hidden, d),
-            x,
-            wide,
-            params,
-            block.fc2,
-            Epilogue::BiasResidual,
-        )
+        let block = self.params.blocks.block(index);
+        backend.block(dims, x, [y, wide], params, block)
     }
 
     /// Drops tokens if `after` (`None`: the input) is a stage.

@@ -507,6 +507,9 @@ fn cases(plan: &Plan, available: usize) -> Result<Vec<Case>, Error> {
                                 batch,
                                 memory: Memory::default(),
                             };
+                            if what == What::Step {
+                                backends::check_teacher(&case.settings.machine, &case.task)?;
+                            }
                             let sizing = case.make().sizing()?;
                             case.memory = backends::memory(&case.settings.machine, &sizing)?;
                             cases.push(case);

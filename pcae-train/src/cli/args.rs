@@ -140,7 +140,7 @@ pub(super) struct PretrainArgs {
     /// Number format of the computation: f32, bf16 (cpu, cuda), f64 (reference) [default: f32, or bf16 on cuda]
     #[arg(long)]
     precision: Option<String>,
-    /// Number format of the teacher's computation [default: the same]
+    /// Number format of the teacher's computation: also fp8, beside bf16 on cuda [default: the same]
     #[arg(long, value_name = "FORMAT")]
     teacher_precision: Option<String>,
     /// On cuda, time the algorithms of each matrix product and keep the fastest; the run is then not the same to the last bit each time
@@ -242,6 +242,9 @@ pub(super) struct ParityArgs {
     /// Number format of the computation [default: f32, or bf16 on cuda]
     #[arg(long, value_enum)]
     precision: Option<Precision>,
+    /// Number format of the teacher's computation: also fp8, beside bf16 on cuda [default: the same]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    teacher_precision: Option<Precision>,
     /// Instruction set of the CPU backend [default: the best there is]
     #[arg(long)]
     isa: Option<String>,
@@ -255,6 +258,7 @@ impl ParityArgs {
         Machine {
             backend: self.backend,
             precision: self.precision,
+            teacher_precision: self.teacher_precision,
             isa: self.isa.clone(),
             threads: self.threads,
             ..Machine::default()
@@ -315,8 +319,8 @@ pub(super) struct BenchArgs {
     /// Number formats of the computation [default: f32, or bf16 on cuda]
     #[arg(long, value_enum, value_delimiter = ',')]
     precision: Vec<Precision>,
-    /// Number format of the teacher's computation [default: the same]
-    #[arg(long)]
+    /// Number format of the teacher's computation: also fp8, beside bf16 on cuda [default: the same]
+    #[arg(long, value_name = "FORMAT")]
     teacher_precision: Option<String>,
     /// Instruction set of the CPU backend [default: the best there is]
     #[arg(long)]

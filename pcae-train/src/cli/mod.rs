@@ -228,9 +228,11 @@ fn parity_command(args: &ParityArgs) -> Result<ExitCode, Error> {
         }
     }
     let machine = args.machine();
-    let tolerance = match machine.precision() {
-        Precision::Bf16 => Tolerance::BF16,
-        Precision::F32 | Precision::F64 => Tolerance::F32,
+    let teacher = machine.teacher_precision.unwrap_or(machine.precision());
+    let tolerance = match (machine.precision(), teacher) {
+        (_, Precision::Fp8) => Tolerance::FP8_TEACHER,
+        (Precision::Bf16, _) | (_, Precision::Bf16) => Tolerance::BF16,
+        _ => Tolerance::F32,
     };
     let report = backends::run(&machine, Replay(&args.fixture, tolerance))?;
     write_out(&format!("{report}\n"))?;
