@@ -254,3 +254,190 @@ fn losses_that_come_late_are_the_same() {
         assert_eq!(often, seldom, "{}", place.name);
     }
 }
+
+/// Whether a place has tensor cores for fp8.
+fn has_fp8(place: &Place) -> bool {
+    let path = fixture("pcae_gray_rect");
+    let args = ["parity", path.to_str().unwrap(), "--backend", "cuda"];
+    let output = place.pcae(&[&args[..], &["--teacher-precision", "fp8"]].concat());
+    let found = !stderr(&output).contains("compute capability 8.9");
+    if !found {
+        println!("skipped on {}: {}", place.name, stderr(&output));
+    }
+    found
+}
+
+/// A step with a teacher in fp8 is that of the fixture but for the teacher's rounding, and not that of a teacher in bf16.
+#[test]
+fn a_golden_fixture_with_a_teacher_in_fp8() {
+    for place in places() {
+        if !has_fp8(&place) {
+            continue;
+        }
+        let path = fixture("pcae_gray_rect");
+        let args = ["parity", path.to_str().unwrap(), "--backend", "cuda"];
+        let run = |teacher| place.run(&[&args[..], &["--teacher-precision", teacher]].concat());
+        let error = |output: &Output| {
+            let text = stdout(output);
+            let row = text.lines().find(|row| row.starts_with("expect.target"));
+            let error = row.unwrap().split_whitespace().nth(2).unwrap();
+            error.parse::<f64>().unwrap()
+        };
+        let [fp8, bf16] = ["fp8", "bf16"].map(|teacher| error(&run(teacher)));
+        println!("{}: targets {fp8:.1e}, in bf16 {bf16:.1e}", place.name);
+        assert!(fp8 > 3.0 * bf16, "{}: {fp8} {bf16}", place.name);
+        // Widths of 24.
+        let path = fixture("pcae_small");
+        let args = ["parity", path.to_str().unwrap(), "--backend", "cuda"];
+        let output = place.pcae(&[&args[..], &["--teacher-precision", "fp8"]].concat());
+        assert_eq!(output.status.code(), Some(1));
+        assert!(
+            stderr(&output).contains("multiples of 16"),
+            "{}",
+            stderr(&output)
+        );
+    }
+}
+
+/// A run with a teacher in fp8 that goes on after an end, whose weights in e4m3 are made from the checkpoint, has the losses of one without.
+#[test]
+fn a_teacher_in_fp8_has_the_same_bits_after_a_resume() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let data = path("data");
+    idx_folder(Path::new(&data), 40, 10);
+    for place in places() {
+        if !has_fp8(&place) {
+            continue;
+        }
+        let arguments = |out: &str, teacher: &str| {
+            let mut args = vec![
+                "pretrain",
+                "--data",
+                &data,
+                "--out",
+                out,
+                "--backend",
+                "cuda",
+            ];
+            args.extend([
+                "--batch-size",
+                "2",
+                "--steps",
+                "24",
+                "--teacher-precision",
+                teacher,
+            ]);
+            args.extend(["--set", "eval_every=0", "--set", "save_every=3"]);
+            args.extend_from_slice(TINY);
+            args.into_iter().map(str::to_owned).collect::<Vec<_>>()
+        };
+        let start = |out: &str, teacher: &str| {
+            let args = arguments(out, teacher);
+            place.command(&args.iter().map(String::as_str).collect::<Vec<_>>())
+        };
+        let [whole, other, cut] =
+            ["whole", "other", "cut"].map(|name| path(&format!("{}-{name}", place.name)));
+        for (out, teacher) in [(&whole, "fp8"), (&other, "bf16")] {
+            let output = start(out, teacher).output().unwrap();
+            assert!(output.status.success(), "{}", stderr(&output));
+        }
+        let want = losses(Path::new(&whole));
+        assert_eq!(want.len(), 24);
+        assert_ne!(want, losses(Path::new(&other)), "{}", place.name);
+
+        let mut child = start(&cut, "fp8")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let began = Instant::now();
+        while !Path::new(&cut)
+            .join("checkpoints/last.safetensors")
+            .exists()
+        {
+            assert!(
+                began.elapsed() < Duration::from_secs(300),
+                "no checkpoint yet"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let config = fs::read_to_string(Path::new(&cut).join("config.toml")).unwrap();
+        assert!(config.contains("teacher_precision = \"fp8\""), "{config}");
+        let resumed = place.run(&["pretrain", "--resume", &cut]);
+        assert!(
+            stdout(&resumed).contains("bf16, teacher fp8"),
+            "{}",
+            stdout(&resumed)
+        );
+        assert_eq!(losses(Path::new(&cut)), want, "{}", place.name);
+    }
+}
+
+/// Wherever fp8 is not to be had, the command says what it takes and what to do, before it makes anything.
+#[test]
+fn fp8_where_it_is_not_to_be_had_is_typed_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let fixed = ["pretrain", "--steps", "1", "--out", out.to_str().unwrap()];
+    for place in places() {
+        let cases: [(&[&str], bool, &[&str]); 5] = [
+            (
+                &["--precision", "fp8"],
+                true,
+                &["--precision", "teacher alone", "--teacher-precision fp8"],
+            ),
+            (
+                &["--precision", "f32", "--teacher-precision", "fp8"],
+                true,
+                &[
+                    "--teacher-precision",
+                    "beside bf16",
+                    "use --teacher-precision f32",
+                ],
+            ),
+            (
+                &["--teacher-precision", "f32"],
+                true,
+                &["--teacher-precision", "or fp8 beside bf16", "found f32"],
+            ),
+            (
+                &["--teacher-precision", "fp8", "--set", "embed_dim=24"],
+                true,
+                &[
+                    "--teacher-precision",
+                    "multiples of 16",
+                    "found 24",
+                    "use --teacher-precision bf16",
+                ],
+            ),
+            (
+                &["--teacher-precision", "fp8"],
+                false,
+                &["cuBLASLt", "use --teacher-precision bf16"],
+            ),
+        ];
+        // The second says whether the libraries have fp8.
+        for (flags, has_fp8, said) in cases {
+            if !has_fp8 && place.name != "the emulator" {
+                continue;
+            }
+            let mut command = place.command(&[&fixed[..], &["--backend", "cuda"], flags].concat());
+            if !has_fp8 {
+                command.env("PCAE_EMULATED_FP8", "none");
+            }
+            let output = command.output().unwrap();
+            let text = stderr(&output);
+            assert_eq!(output.status.code(), Some(2), "{flags:?}: {text}");
+            for part in said {
+                assert!(
+                    text.contains(part),
+                    "{flags:?}: {part:?} is missing in {text}"
+                );
+            }
+            assert!(!out.exists(), "{flags:?}");
+        }
+    }
+}

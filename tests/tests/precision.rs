@@ -65,6 +65,18 @@ fn a_precision_that_a_backend_lacks_is_refused() {
             ["--backend", "reference", "--teacher-precision", "f32"],
             "--teacher-precision",
         ),
+        (
+            ["--backend", "reference", "--precision", "fp8"],
+            "--precision bf16",
+        ),
+        (
+            ["--backend", "cpu", "--precision", "fp8"],
+            "--precision bf16",
+        ),
+        (
+            ["--backend", "cpu", "--teacher-precision", "fp8"],
+            "--teacher-precision bf16",
+        ),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("run");

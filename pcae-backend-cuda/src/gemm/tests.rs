@@ -289,6 +289,7 @@ fn a_bias_between_alignments_is_spread() {
                 add: None,
                 out: out.at(),
                 out_f32: false,
+                scale: None,
             };
             queue.matmul(matmul).unwrap();
             let mut found = [0.0; 8];
