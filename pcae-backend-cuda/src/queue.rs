@@ -39,7 +39,7 @@ use crate::sums::ColumnSums;
 use crate::versions::{self, Version};
 use reading::Reading;
 use upload::Upload;
-pub(crate) use upload::stages;
+pub(crate) use upload::{crops, stages};
 
 /// Graphs that are kept: of steps, of the last and shorter batch, of evaluations, at several sizes.
 const GRAPHS: usize = 32;
