@@ -195,8 +195,7 @@ mod tests {
         }
     }
 
-    /// Halving: the filter at odd quarters of its width, -3, -7, 29 and 111 of 256 and back again but for rounding; at the border what
-    /// lies beyond it does not count.
+    /// Halving: the filter at odd quarters, twice as wide, from either side; at the border what lies beyond it does not count.
     #[test]
     fn weights_are_those_of_the_formula() {
         let axis = Axis::new(64, 32);

@@ -44,12 +44,16 @@ impl Transform {
 
 #[cfg(test)]
 mod tests {
+    use pcae_kernel::reference::Reference;
     use pcae_kernel::resize::MAX_SHRINK;
     use pcae_kernel::rng::Purpose;
     use proptest::prelude::*;
 
     use super::*;
-    use crate::data::images::{Format, Images};
+    use crate::data::images::{Format, Images, View};
+    use crate::data::loader::{Batch, Loader, LoaderConfig};
+    use crate::data::open;
+    use crate::data::regularize::Augmentation;
 
     fn transform(height: usize, width: usize, channels: usize) -> Transform {
         Transform {
@@ -159,5 +163,74 @@ mod tests {
             assert_eq!(left, leaves, "{height} x {width}");
             assert!(library == formula && height * width <= MAX_SHRINK * 120 + 24);
         }
+    }
+
+    /// A few batches of the embedded pictures, with or without resizing them, from `start` on.
+    fn batches(
+        augmentation: &Augmentation,
+        leaves: bool,
+        workers: usize,
+        start: u64,
+    ) -> Vec<Batch> {
+        let config = LoaderConfig {
+            batch_size: 300,
+            seed: 11,
+            start,
+            workers,
+            leaves_crops: leaves,
+        };
+        let held_out = open(None, None).unwrap().held_out;
+        let mut loader = Loader::new(held_out, augmentation.clone(), config).unwrap();
+        (start..9)
+            .map(|_| {
+                let batch = loader.next().unwrap();
+                let copy = batch.clone();
+                loader.recycle(batch);
+                copy
+            })
+            .collect()
+    }
+
+    /// Crops that are left to a backend become the same pictures, all at once or in parts, from whichever batch on and with any number of
+    /// workers; where resized pixels are changed, none is left.
+    #[test]
+    fn a_loader_leaves_crops_and_the_pictures_are_the_same() {
+        let transform = Transform {
+            scale: (0.2, 1.0),
+            ratio: (0.75, 4.0 / 3.0),
+            ..transform(12, 10, 1)
+        };
+        let plain = Augmentation::from(transform);
+        let (all, resized) = (batches(&plain, true, 0, 0), batches(&plain, false, 0, 0));
+        for (left, resized) in all.iter().zip(&resized) {
+            let values = left.images.values();
+            assert!(values == resized.images.values());
+            assert_eq!(left.samples, resized.samples);
+            let parts: Vec<f32> = left.images.chunks(70, 120).flat_map(written).collect();
+            assert!(parts == *values);
+            let Images::Bytes(bytes) = &left.images else {
+                unreachable!("nothing makes values of them")
+            };
+            // Of 28 x 28 pixels: some are too large, most are not.
+            let is_left = |crop: &&Crop| (crop.height, crop.width) != (12, 10);
+            let count = bytes.crops.iter().filter(is_left).count();
+            assert!((100..300).contains(&count), "{count}");
+        }
+        assert_eq!(batches(&plain, true, 3, 0), all);
+        assert_eq!(batches(&plain, true, 2, 5), all[5..]);
+        let changed = Augmentation {
+            rand_augment: 5.0,
+            ..plain
+        };
+        assert!(batches(&changed, true, 0, 8) == batches(&changed, false, 0, 8));
+    }
+
+    fn written(view: View<'_>) -> Vec<f32> {
+        let View::Bytes(dims, _) = view else {
+            unreachable!("they are bytes")
+        };
+        let (mut reference, mut values) = (Reference::<f32, _>::owned(), vec![0.0; dims.len()]);
+        view.write(&mut reference, &mut values).unwrap();
+        values
     }
 }

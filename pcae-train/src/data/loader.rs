@@ -638,46 +638,6 @@ mod tests {
         }
     }
 
-    /// Crops that are left to a backend become the same pictures, from whichever batch on and with any number of workers; what is done to
-    /// resized pixels is done to them here.
-    #[test]
-    fn crops_are_the_same_pictures() {
-        let left = |workers, start, count| {
-            let config = LoaderConfig {
-                leaves_crops: true,
-                ..config(workers, start)
-            };
-            batches(config, count)
-        };
-        let (all, resized) = (left(0, 0, 9), batches(config(0, 0), 9));
-        for (left, resized) in all.iter().zip(&resized) {
-            assert!(left.images.values() == resized.images.values());
-            assert_eq!(left.samples, resized.samples);
-            let Images::Bytes(bytes) = &left.images else {
-                unreachable!("nothing makes values of them")
-            };
-            // Of 28 x 28 pixels to 12 x 10: some are too large, most are not.
-            let size = |crop: &&Crop| (crop.height, crop.width) != (12, 10);
-            let count = bytes.crops.iter().filter(size).count();
-            assert!((100..300).contains(&count), "{count}");
-        }
-        assert_eq!(left(3, 0, 9), all);
-        assert_eq!(left(2, 5, 4), all[5..]);
-        let changed = Augmentation {
-            rand_augment: 5.0,
-            ..transform(1).into()
-        };
-        let [left, resized] = [true, false].map(|leaves_crops| {
-            let config = LoaderConfig {
-                leaves_crops,
-                ..config(0, 0)
-            };
-            let loader = Loader::new(held_out(), changed.clone(), config);
-            loader.unwrap().next().unwrap()
-        });
-        assert!(left == resized);
-    }
-
     /// Where pictures lie.
     fn place(images: &Images) -> *const u8 {
         match images {
