@@ -601,9 +601,13 @@ impl Backend for Cpu {
             Pieces::new(to, plane),
             |i, to| {
                 let (b, channel) = (i / channels, i % channels);
-                let values = &from.values[b * channels * plane..][..channels * plane];
-                let (mean, std) = (from.mean[channel], from.std[channel]);
-                pixels::normalise(to, &values[channel..], channels, mean, std);
+                if from.crops.is_some() {
+                    pixels::resize(to, dims, from, b, channel);
+                } else {
+                    let values = &from.values[b * channels * plane..][..channels * plane];
+                    let (mean, std) = (from.mean[channel], from.std[channel]);
+                    pixels::normalise(to, &values[channel..], channels, mean, std);
+                }
                 if from.is_flipped(b) {
                     to.chunks_exact_mut(width).for_each(<[f32]>::reverse);
                 }

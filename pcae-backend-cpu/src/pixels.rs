@@ -1,9 +1,16 @@
 //! Pixels of 8 bits as values.
 
-use pcae_kernel::backend::Pixels;
+use pcae_kernel::backend::{PixelDims, Pixels};
+use pcae_kernel::resize::{Axis, MAX_SHRINK, MAX_TAPS};
 
 /// Pixels from which on all 256 values are computed first: two divisions for each take longer than to look one up.
 const MANY: usize = 1024;
+
+/// Columns of a resized picture that are made together.
+const COLUMNS: usize = 64;
+
+/// Columns of a crop that count for those.
+const COUNTING: usize = MAX_SHRINK * COLUMNS + MAX_TAPS;
 
 /// `to[i]` is what [`Pixels::normalise`] makes of `from[i * stride]`, to the bit.
 pub(crate) fn normalise(to: &mut [f32], from: &[u8], stride: usize, mean: f32, std: f32) {
@@ -17,6 +24,39 @@ pub(crate) fn normalise(to: &mut [f32], from: &[u8], stride: usize, mean: f32, s
     let table: [f32; 256] = core::array::from_fn(|i| Pixels::normalise(i as u8, mean, std));
     for (to, &pixel) in to.iter_mut().zip(pixels) {
         *to = table[usize::from(pixel)];
+    }
+}
+
+/// A plane of picture `b` of `pixels`, which were checked: resized, not mirrored.
+pub(crate) fn resize(
+    to: &mut [f32],
+    dims: PixelDims,
+    pixels: Pixels<'_>,
+    b: usize,
+    channel: usize,
+) {
+    let (channels, width) = (dims.channels, dims.width);
+    let crop = pixels.crop(b, dims);
+    let from = &pixels.values[crop.start + channel..];
+    let rows = Axis::new(crop.height, dims.height);
+    let columns = Axis::new(crop.width, width);
+    let (mean, std) = (pixels.mean[channel], pixels.std[channel]);
+    let table: [f32; 256] = core::array::from_fn(|i| Pixels::normalise(i as u8, mean, std));
+    for left in (0..width).step_by(COLUMNS) {
+        let taps: [_; COLUMNS] = core::array::from_fn(|x| columns.taps((left + x).min(width - 1)));
+        let first = taps[0].start;
+        let last = taps[COLUMNS - 1];
+        let count = last.start + last.count - first;
+        for (y, to) in to.chunks_exact_mut(width).enumerate() {
+            let row = rows.taps(y);
+            let mut line = [0; COUNTING];
+            for (j, pixel) in line[..count].iter_mut().enumerate() {
+                *pixel = row.blend(|i| from[(i * crop.width + first + j) * channels]);
+            }
+            for (taps, to) in taps.iter().zip(&mut to[left..]) {
+                *to = table[usize::from(taps.blend(|j| line[j - first]))];
+            }
+        }
     }
 }
 

@@ -126,7 +126,8 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
             | Op::Tokens { .. }
             | Op::AdamW { .. }
             | Op::Transfer { .. }
-            | Op::Pixels(_) => {}
+            | Op::Pixels(_)
+            | Op::Crops(_) => {}
         }
     }
     bytes::<f32>(floats.saturating_add(LINE))

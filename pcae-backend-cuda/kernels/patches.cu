@@ -203,3 +203,134 @@ extern "C" __global__ void __launch_bounds__(256)
         normalise_runs<3>(out, values, flips, table, runs, height, width);
     }
 }
+
+// ------------------------------------------------------------------------------------------------------------------------ Crops
+
+/// Where a picture lies among bytes, in words of 16, and its size.
+struct alignas(16) Crop {
+    unsigned start, height, width, unused;
+};
+
+/// The pixels that count for one of the output, as in `resize.rs` of the crate pcae-kernel: 17 of them at most.
+struct alignas(16) Taps {
+    short weights[18];
+    unsigned start, count, shift;
+};
+
+/// Keys' cubic filter. Every operation is rounded by itself, here and below, as on any host.
+__device__ __forceinline__ double keys(double x) {
+    x = fabs(x);
+    if (x < 1.0) return __dadd_rn(__dmul_rn(__dmul_rn(__dsub_rn(__dmul_rn(1.5, x), 2.5), x), x), 1.0);
+    if (x < 2.0) return __dmul_rn(__dsub_rn(__dmul_rn(__dadd_rn(__dmul_rn(__dsub_rn(x, 5.0), x), 8.0), x), 4.0), -0.5);
+    return 0.0;
+}
+
+/// Pixels `start..end` of a line of `from` count for one of the output, and what they weigh.
+struct Window {
+    double centre, narrow;
+    unsigned start, end;
+
+    __device__ __forceinline__ Window(unsigned i, unsigned from, double scale) {
+        const double wide = fmax(scale, 1.0), radius = __dmul_rn(2.0, wide);
+        centre = __dmul_rn(__dadd_rn(i, 0.5), scale);
+        narrow = __ddiv_rn(1.0, wide);
+        start = static_cast<unsigned>(fmax(floor(__dsub_rn(centre, radius)), 0.0));
+        end = min(from, static_cast<unsigned>(ceil(__dadd_rn(centre, radius))));
+    }
+
+    /// Not yet divided by the sum of all of them.
+    __device__ __forceinline__ double weight(unsigned j) const { return keys(__dmul_rn(__dsub_rn(j, __dsub_rn(centre, 0.5)), narrow)); }
+
+    __device__ __forceinline__ double sum() const {
+        double sum = 0.0;
+        for (unsigned j = start; j < end; ++j) sum = __dadd_rn(sum, weight(j));
+        return sum;
+    }
+};
+
+/// What is to be known of each row and column of the output: taps [B, height + width], crops [B].
+///
+/// Two blocks of 256 threads for each picture, one for rows and one for columns. Reads next to nothing and writes 48 bytes for each.
+extern "C" __global__ void __launch_bounds__(256) crop_taps(Taps* taps, const Crop* crops, unsigned height, unsigned width) {
+    __shared__ unsigned long long greatest;
+    const unsigned picture = blockIdx.x / 2;
+    const bool rows = blockIdx.x % 2 == 0;
+    const unsigned from = rows ? crops[picture].height : crops[picture].width, to = rows ? height : width;
+    taps += static_cast<size_t>(picture) * (height + width) + (rows ? 0 : height);
+    const double scale = __ddiv_rn(from, to);
+    if (threadIdx.x == 0) greatest = 0;
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < to; i += blockDim.x) {
+        const Window window(i, from, scale);
+        double most = 0.0;
+        for (unsigned j = window.start; j < window.end; ++j) most = fmax(most, window.weight(j));
+        // Numbers above zero are ordered as their bits are, and quotients as what is divided.
+        atomicMax(&greatest, static_cast<unsigned long long>(__double_as_longlong(__ddiv_rn(most, window.sum()))));
+    }
+    __syncthreads();
+    const double most = __longlong_as_double(static_cast<long long>(greatest));
+    unsigned shift = 21;
+    while (shift > 1 && round(__dmul_rn(most, 1u << shift)) >= 32768.0) --shift;
+    for (unsigned i = threadIdx.x; i < to; i += blockDim.x) {
+        const Window window(i, from, scale);
+        const double sum = window.sum();
+        for (unsigned j = window.start; j < window.end; ++j) {
+            taps[i].weights[j - window.start] = static_cast<short>(round(__dmul_rn(__ddiv_rn(window.weight(j), sum), 1u << shift)));
+        }
+        taps[i].start = window.start;
+        taps[i].count = window.end - window.start;
+        taps[i].shift = shift;
+    }
+}
+
+/// A pixel of those that count for it, which lie `step` apart.
+__device__ __forceinline__ unsigned char blend(const Taps& taps, const unsigned char* pixels, unsigned step) {
+    int sum = 1 << (taps.shift - 1);
+    for (unsigned k = 0; k < taps.count; ++k) sum += taps.weights[k] * pixels[static_cast<size_t>(k) * step];
+    return static_cast<unsigned char>(min(max(sum >> taps.shift, 0), 255));
+}
+
+#define TILE_ROWS 16
+#define TILE_COLUMNS 64
+
+/// Pictures resized to out [B, height, width, channels]: crops [B] lie in `pixels`, with taps [B, height + width].
+///
+/// A block of 256 threads for each tile of a picture, row by row, with shared memory for TILE_ROWS lines of `line` bytes: what becomes of the columns that
+/// count for its own. Neighbouring threads read and write neighbouring bytes. Lines are read as often as they count, from the cache but for the first time.
+extern "C" __global__ void __launch_bounds__(256)
+    resize_crops(unsigned char* out, const unsigned char* pixels, const Crop* crops, const Taps* taps, unsigned channels, unsigned height, unsigned width,
+                 unsigned line) {
+    DYNAMIC_SHARED(unsigned char, lines);
+    __shared__ Taps rows[TILE_ROWS], columns[TILE_COLUMNS];
+    constexpr unsigned WORDS = sizeof(Taps) / sizeof(uint4);
+    const unsigned tile_columns = (width + TILE_COLUMNS - 1) / TILE_COLUMNS, tiles = (height + TILE_ROWS - 1) / TILE_ROWS * tile_columns;
+    const unsigned picture = blockIdx.x / tiles, tile = blockIdx.x - picture * tiles;
+    const unsigned top = tile / tile_columns * TILE_ROWS, left = tile % tile_columns * TILE_COLUMNS;
+    const unsigned high = min(height - top, static_cast<unsigned>(TILE_ROWS)), wide = min(width - left, static_cast<unsigned>(TILE_COLUMNS));
+    const Taps* const of_rows = taps + static_cast<size_t>(picture) * (height + width) + top;
+    const Taps* const of_columns = of_rows - top + height + left;
+    for (unsigned i = threadIdx.x; i < high * WORDS; i += blockDim.x) {
+        reinterpret_cast<uint4*>(rows)[i] = reinterpret_cast<const uint4*>(of_rows)[i];
+    }
+    for (unsigned i = threadIdx.x; i < wide * WORDS; i += blockDim.x) {
+        reinterpret_cast<uint4*>(columns)[i] = reinterpret_cast<const uint4*>(of_columns)[i];
+    }
+    __syncthreads();
+    const Crop crop = crops[picture];
+    const unsigned first = columns[0].start, bytes = (columns[wide - 1].start + columns[wide - 1].count - first) * channels;
+    const unsigned pitch = crop.width * channels;
+    pixels += static_cast<size_t>(crop.start) * 16 + static_cast<size_t>(first) * channels;
+    for (unsigned y = warp_id(); y < high; y += blockDim.x / 32) {
+        const unsigned char* const from = pixels + static_cast<size_t>(rows[y].start) * pitch;
+        for (unsigned x = lane_id(); x < bytes; x += 32) lines[y * line + x] = blend(rows[y], from + x, pitch);
+    }
+    __syncthreads();
+    out += ((static_cast<size_t>(picture) * height + top) * width + left) * channels;
+    for (unsigned y = warp_id(); y < high; y += blockDim.x / 32) {
+        for (unsigned x = lane_id(); x < wide * channels; x += 32) {
+            const unsigned column = x / channels, channel = x - column * channels;
+            const unsigned char* const from = lines + y * line + (columns[column].start - first) * channels + channel;
+            out[static_cast<size_t>(y) * width * channels + x] = blend(columns[column], from, channels);
+        }
+    }
+}

@@ -41,6 +41,8 @@ pub fn bytes(op: &Op, precision: Precision) -> u64 {
         }
         // They arrive, are read, and become values.
         Op::Pixels(dims) => dims.len() as u64 * (2 + act),
+        // Of whatever size they arrive, pixels are written, read again, and become values.
+        Op::Crops(dims) => dims.len() as u64 * (2 + act),
         // On the host's side it is no bus of the device's.
         Op::Transfer { elements } => *elements as u64 * act,
     }

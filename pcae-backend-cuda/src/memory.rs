@@ -48,7 +48,7 @@ fn scratch(ops: &[Op], precision: Precision, fp8_teacher: bool) -> usize {
 
     let mut workspace = 0;
     let mut table = 0;
-    let mut stages = 0;
+    let (mut stages, mut crops) = (0, 0);
     for op in ops {
         workspace = workspace.max(match *op {
             Op::LayerNormBackward(dims) => product(&[GROUPS, 3, dims.dim, F32]),
@@ -76,6 +76,11 @@ fn scratch(ops: &[Op], precision: Precision, fp8_teacher: bool) -> usize {
                 stages = stages.max(queue::stages(dims));
                 0
             }
+            Op::Crops(dims) => {
+                stages = stages.max(queue::stages(dims));
+                crops = crops.max(queue::crops(dims));
+                0
+            }
             // The sums of class and mask tokens have fewer groups than a layer norm's backward of the same width, which comes with
             // them.
             Op::Tokens { .. }
@@ -89,6 +94,7 @@ fn scratch(ops: &[Op], precision: Precision, fp8_teacher: bool) -> usize {
     workspace
         .saturating_add(table)
         .saturating_add(stages)
+        .saturating_add(crops)
         .saturating_add(gemm::WORKSPACE)
         .saturating_add(queue::OWN)
 }

@@ -40,7 +40,7 @@ use crate::versions::{self, Version};
 use crate::warnings::Warnings;
 use reading::Reading;
 use upload::Upload;
-pub(crate) use upload::stages;
+pub(crate) use upload::{crops, stages};
 
 /// Graphs that are kept: of steps, of the last and shorter batch, of evaluations, at several sizes.
 const GRAPHS: usize = 32;

@@ -59,19 +59,66 @@ impl Ring {
             for (to, x) in part.iter_mut().zip(from) {
                 *to = convert(x);
             }
-            // SAFETY: nobody writes there before the event below is reached. The caller's buffer is long enough.
-            unsafe { stream.upload(to, part)? };
-            // There is one: `reserve` leaves one over.
-            if let Some(event) = self.spare.pop() {
-                if let Err(error) = stream.record(&event) {
-                    // The copy still reads what the next one would write.
-                    let _ = stream.wait();
-                    self.spare.push(event);
-                    return Err(error);
-                }
-                self.pending.push_back((self.handed, event));
-            }
+            self.upload(stream, to, at, bytes)?;
             to = to.plus(bytes);
+        }
+        Ok(())
+    }
+
+    /// Copies bytes to the device behind what is in the stream, each part to the next multiple of `ALIGN` behind the one before, in as
+    /// few copies as may be. `ALIGN` divides a piece.
+    pub(crate) fn send_parts<'a, const ALIGN: usize>(
+        &mut self,
+        stream: &Stream,
+        to: DevicePtr,
+        parts: impl Iterator<Item = &'a [u8]> + Clone,
+    ) -> Result<(), Error> {
+        let lens = parts.clone().map(|part| part.len().next_multiple_of(ALIGN));
+        let (mut parts, mut part) = (parts, &[][..]);
+        let (mut sent, len) = (0, lens.sum::<usize>());
+        while sent < len {
+            let bytes = PIECE.min(len - sent);
+            let at = self.reserve(bytes)?;
+            // SAFETY: as above.
+            let piece = unsafe { self.pinned.part::<u8>(at, bytes) };
+            let mut filled = 0;
+            while filled < bytes {
+                if part.is_empty() {
+                    let Some(next) = parts.next() else { break };
+                    part = next;
+                }
+                let (now, later) = part.split_at(part.len().min(bytes - filled));
+                piece[filled..filled + now.len()].copy_from_slice(now);
+                // At its end, or that of the piece.
+                (part, filled) = (later, (filled + now.len()).next_multiple_of(ALIGN));
+            }
+            self.upload(stream, to.plus(sent), at, bytes)?;
+            sent += bytes;
+        }
+        Ok(())
+    }
+
+    /// Copies `bytes` that were written at `at`.
+    fn upload(
+        &mut self,
+        stream: &Stream,
+        to: DevicePtr,
+        at: usize,
+        bytes: usize,
+    ) -> Result<(), Error> {
+        // SAFETY: written by the caller, whom `reserve` gave them.
+        let part = unsafe { self.pinned.part::<u8>(at, bytes) };
+        // SAFETY: nobody writes there before the event below is reached. The caller's buffer is long enough.
+        unsafe { stream.upload(to, part)? };
+        // There is one: `reserve` leaves one over.
+        if let Some(event) = self.spare.pop() {
+            if let Err(error) = stream.record(&event) {
+                // The copy still reads what the next one would write.
+                let _ = stream.wait();
+                self.spare.push(event);
+                return Err(error);
+            }
+            self.pending.push_back((self.handed, event));
         }
         Ok(())
     }

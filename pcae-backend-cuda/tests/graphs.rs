@@ -146,6 +146,7 @@ impl<B: TrainBackend> Run<B> {
                 .collect();
             let pixels = Pixels {
                 values: &values,
+                crops: None,
                 flips: Some(&[true, false, true]),
                 mean: &[0.5; 3],
                 std: &[0.33; 3],

@@ -1,13 +1,14 @@
 //! What a task takes from the device is what was planned.
 
 use pcae_backend_cuda::{Cuda, Precision, memory};
-use pcae_kernel::backend::{AdamW, Pixels, TrainBackend};
+use pcae_kernel::backend::{AdamW, Backend, PixelDims, Pixels, TrainBackend};
 use pcae_kernel::config::{
     Budget, Criterion, DecoderConfig, DropLayers, Place, PretrainConfig, Reduction, Target,
     VitConfig,
 };
 use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{MeanSimilarity, Pretrainer, TrainState};
+use pcae_kernel::resize::Crop;
 use pcae_kernel::sizing::Sizing;
 
 mod emulated;
@@ -74,6 +75,7 @@ impl<B: TrainBackend> Training<B> {
         let values: Vec<u8> = (0..BATCH * 2 * 24 * 40).map(|i| (i * 37) as u8).collect();
         let pixels = Pixels {
             values: &values,
+            crops: None,
             flips: None,
             mean: &[0.5; 2],
             std: &[0.3; 2],
@@ -145,5 +147,59 @@ fn memory_is_planned_before_it_is_taken() {
         let params = cuda.params(&layout, &zeros).unwrap();
         assert!(cuda.taken() - own < buffers / 3);
         drop(params);
+    }
+}
+
+/// Crops take as much more as is planned for them, once.
+#[test]
+fn crops_are_planned() {
+    if !emulated::has_device() {
+        return;
+    }
+    let dims = PixelDims {
+        batch: 5,
+        channels: 3,
+        height: 20,
+        width: 36,
+    };
+    let size = 4 * dims.len() / dims.batch;
+    let values = vec![7; dims.batch * size];
+    let crops: Vec<Crop> = (0..dims.batch)
+        .map(|b| Crop {
+            start: b * size,
+            height: 40,
+            width: 72,
+        })
+        .collect();
+    fn write<B: Backend>(
+        backend: &mut B,
+        to: &mut B::Buf,
+        dims: PixelDims,
+        values: &[u8],
+        crops: Option<&[Crop]>,
+    ) {
+        let pixels = Pixels {
+            values,
+            crops,
+            flips: None,
+            mean: &[0.5; 3],
+            std: &[0.3; 3],
+        };
+        backend.write_pixels(dims, to, pixels).unwrap();
+    }
+    let planned = |crops| {
+        let mut sizing = Sizing::default();
+        let mut to = sizing.buf(dims.len()).unwrap();
+        write(&mut sizing, &mut to, dims, &[], crops);
+        memory(&sizing, Precision::F32).scratch
+    };
+    let mut cuda = Cuda::new(0, Precision::F32).unwrap();
+    let mut to = cuda.buf(dims.len()).unwrap();
+    write(&mut cuda, &mut to, dims, &values, None);
+    let before = cuda.taken();
+    for _ in 0..3 {
+        write(&mut cuda, &mut to, dims, &values, Some(&crops));
+        let more = planned(Some(&[])) - planned(None);
+        assert_eq!(cuda.taken() - before, more);
     }
 }

@@ -7,6 +7,7 @@
 use pcae_backend_cuda::{Cuda, Precision};
 use pcae_kernel::backend::{Backend, PatchDims, PixelDims, Pixels};
 use pcae_kernel::reference::Reference;
+use pcae_kernel::resize::{Crop, MAX_SHRINK};
 use pcae_kernel::rng::{Purpose, Stream};
 
 mod emulated;
@@ -16,18 +17,59 @@ fn on_the_emulator() {
     emulated::run_again();
 }
 
-/// A batch, and which of it is mirrored.
-fn batch(dims: PixelDims, seed: u64) -> (Vec<u8>, Vec<bool>) {
+/// Whether pictures have the size of the output, or each another one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Sizes {
+    One,
+    Many,
+}
+use Sizes::{Many, One};
+
+/// A batch, where its pictures are, and which of it is mirrored.
+fn batch(dims: PixelDims, sizes: Sizes, seed: u64) -> (Vec<u8>, Vec<Crop>, Vec<bool>) {
     let mut rng = Stream::new(seed, 0, 0, Purpose::Init);
-    let values = (0..dims.len()).map(|_| rng.below(256) as u8).collect();
+    let mut len = 0;
+    let mut crops: Vec<Crop> = (0..dims.batch)
+        .map(|b| {
+            let most = MAX_SHRINK as u32;
+            let mut side = |len: usize| 1 + rng.below(most * len as u32) as usize;
+            let crop = loop {
+                let (height, width) = match (sizes, b % 5) {
+                    // As it is, and the largest there are.
+                    (One, _) | (Many, 1) => (dims.height, dims.width),
+                    (Many, 2) => (2 * dims.height, 2 * dims.width),
+                    (Many, 3) => (dims.height, 4 * dims.width),
+                    (Many, _) => (side(dims.height), side(dims.width)),
+                };
+                let crop = Crop {
+                    start: len,
+                    height,
+                    width,
+                };
+                if crop.fits(dims) {
+                    break crop;
+                }
+            };
+            // With a gap behind it.
+            len += crop.height * crop.width * dims.channels + b % 7 * usize::from(sizes == Many);
+            crop
+        })
+        .collect();
+    if sizes == Many {
+        // No place follows from the one before.
+        let half = crops.len() / 2;
+        crops.rotate_left(half);
+    }
+    let values = (0..len).map(|_| rng.below(256) as u8).collect();
     let flips = (0..dims.batch).map(|_| rng.below(2) == 1).collect();
-    (values, flips)
+    (values, crops, flips)
 }
 
-fn write<B: Backend>(backend: &mut B, to: &mut B::Buf, dims: PixelDims, seed: u64) {
-    let (values, flips) = batch(dims, seed);
+fn write<B: Backend>(backend: &mut B, to: &mut B::Buf, dims: PixelDims, sizes: Sizes, seed: u64) {
+    let (values, crops, flips) = batch(dims, sizes, seed);
     let pixels = Pixels {
         values: &values,
+        crops: (sizes == Many).then_some(&crops),
         flips: Some(&flips),
         mean: &[0.485, 0.456, 0.406][..dims.channels],
         std: &[0.229, 0.224, 0.225][..dims.channels],
@@ -36,10 +78,10 @@ fn write<B: Backend>(backend: &mut B, to: &mut B::Buf, dims: PixelDims, seed: u6
 }
 
 /// What the reference makes of it in f32, as a backend of `precision` holds it.
-fn expected(dims: PixelDims, seed: u64, precision: Precision) -> Vec<f32> {
+fn expected(dims: PixelDims, sizes: Sizes, seed: u64, precision: Precision) -> Vec<f32> {
     let mut reference = Reference::<f32, _>::owned();
     let mut buf = reference.buf(dims.len()).unwrap();
-    write(&mut reference, &mut buf, dims, seed);
+    write(&mut reference, &mut buf, dims, sizes, seed);
     let mut values = vec![0.0; dims.len()];
     reference.read(&mut values, &buf).unwrap();
     if precision == Precision::Bf16 {
@@ -68,6 +110,9 @@ fn values_are_those_of_the_reference_to_the_bit() {
             (3, 1, 28, 28),
             (1, 2, 3, 16),
             (33, 1, 1, 1),
+            // More than one tile of rows, and of columns; what is left over of both.
+            (4, 3, 20, 70),
+            (3, 1, 16, 64),
         ] {
             let dims = PixelDims {
                 batch,
@@ -76,15 +121,18 @@ fn values_are_those_of_the_reference_to_the_bit() {
                 width,
             };
             let mut buf = cuda.buf(dims.len()).unwrap();
-            write(&mut cuda, &mut buf, dims, 1);
-            let mut values = vec![0.0; dims.len()];
-            cuda.read(&mut values, &buf).unwrap();
-            assert!(values == expected(dims, 1, precision), "{dims:?}");
+            for sizes in [One, Many] {
+                write(&mut cuda, &mut buf, dims, sizes, 1);
+                let mut values = vec![0.0; dims.len()];
+                cuda.read(&mut values, &buf).unwrap();
+                let expected = expected(dims, sizes, 1, precision);
+                assert!(values == expected, "{dims:?}, {sizes:?}");
+            }
         }
     }
 }
 
-/// Batch after batch into the same buffer, with work on each behind it that nobody waits for: each is read as it was, and the next comes
+/// Batch after batch, of crops and of whole pictures, into the same buffer, with work on each behind it that nobody waits for: each is read as it was, and the next comes
 /// into no stage that is still read.
 #[test]
 fn batches_do_not_overtake_the_work_on_those_before() {
@@ -113,8 +161,9 @@ fn batches_do_not_overtake_the_work_on_those_before() {
         .map(|_| cuda.buf(dims.len()).unwrap())
         .collect();
     let mut taken = 0;
+    let sizes = |seed: usize| if seed % 5 == 3 { One } else { Many };
     for (seed, out) in outs.iter_mut().enumerate() {
-        write(&mut cuda, &mut images, dims, seed as u64);
+        write(&mut cuda, &mut images, dims, sizes(seed), seed as u64);
         cuda.gather_patches(patches, out, &images, None).unwrap();
         if seed == 0 {
             taken = cuda.taken();
@@ -124,7 +173,7 @@ fn batches_do_not_overtake_the_work_on_those_before() {
     let mut want = reference.buf(dims.len()).unwrap();
     let mut out = reference.buf(dims.len()).unwrap();
     for (seed, on_device) in outs.iter().enumerate() {
-        write(&mut reference, &mut want, dims, seed as u64);
+        write(&mut reference, &mut want, dims, sizes(seed), seed as u64);
         reference
             .gather_patches(patches, &mut out, &want, None)
             .unwrap();
@@ -151,12 +200,36 @@ fn a_larger_batch_may_follow() {
         .iter()
         .map(|dims| cuda.buf(dims.len()).unwrap())
         .collect();
-    for (dims, buf) in sizes.iter().zip(&mut bufs) {
-        write(&mut cuda, buf, *dims, 9);
+    for kind in [One, Many] {
+        for (dims, buf) in sizes.iter().zip(&mut bufs) {
+            write(&mut cuda, buf, *dims, kind, 9);
+        }
+        for (dims, buf) in sizes.iter().zip(&bufs) {
+            let mut values = vec![0.0; dims.len()];
+            cuda.read(&mut values, buf).unwrap();
+            assert_eq!(values, expected(*dims, kind, 9, Precision::F32));
+        }
     }
-    for (dims, buf) in sizes.iter().zip(&bufs) {
-        let mut values = vec![0.0; dims.len()];
-        cuda.read(&mut values, buf).unwrap();
-        assert_eq!(values, expected(*dims, 9, Precision::F32));
+}
+
+/// Crops of more bytes than one copy takes: some begin in one and end in the next.
+#[test]
+fn crops_may_lie_in_several_copies() {
+    if !emulated::has_device() {
+        return;
     }
+    let dims = PixelDims {
+        batch: 9,
+        channels: 3,
+        height: 256,
+        width: 250,
+    };
+    let (values, _, _) = batch(dims, Many, 3);
+    assert!(values.len() > 4 << 20, "{}", values.len());
+    let mut cuda = Cuda::new(0, Precision::F32).unwrap();
+    let mut buf = cuda.buf(dims.len()).unwrap();
+    write(&mut cuda, &mut buf, dims, Many, 3);
+    let mut values = vec![0.0; dims.len()];
+    cuda.read(&mut values, &buf).unwrap();
+    assert!(values == expected(dims, Many, 3, Precision::F32));
 }

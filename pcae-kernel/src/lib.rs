@@ -27,6 +27,7 @@ pub mod layout;
 pub mod model;
 pub mod op;
 pub mod reference;
+pub mod resize;
 pub mod rng;
 pub mod schedule;
 #[cfg(feature = "train")]

@@ -1,6 +1,6 @@
 //! Operations by their dimensions: what a call works on and moves, without doing it.
 
-use crate::backend::{AttentionDims, LinearDims, PixelDims, RowDims, TokenDims};
+use crate::backend::{AttentionDims, LinearDims, PixelDims, Pixels, RowDims, TokenDims};
 use crate::error::product;
 
 /// One call of a backend's method.
@@ -59,6 +59,8 @@ pub enum Op {
     },
     /// Pictures of 8 bits from the host, normalised.
     Pixels(PixelDims),
+    /// Crops of 8 bits from the host, resized to these and normalised.
+    Crops(PixelDims),
 }
 
 /// Operations that a profile shows as one.
@@ -88,7 +90,7 @@ pub enum OpKind {
     Vectors,
     /// [`Op::AdamW`]
     Optimizer,
-    /// [`Op::Transfer`], [`Op::Pixels`]
+    /// [`Op::Transfer`], [`Op::Pixels`], [`Op::Crops`]
     Transfer,
 }
 
@@ -131,6 +133,14 @@ impl OpKind {
 }
 
 impl Op {
+    /// What `write_pixels` does with `pixels`.
+    pub const fn pixels(dims: PixelDims, pixels: &Pixels<'_>) -> Self {
+        match pixels.crops {
+            Some(_) => Self::Crops(dims),
+            None => Self::Pixels(dims),
+        }
+    }
+
     /// Tokens of `elements` elements in all, each read and written.
     pub const fn tokens(elements: usize) -> Self {
         Self::Tokens {
@@ -166,7 +176,7 @@ impl Op {
             Self::Loss(_) | Self::Target(_) => OpKind::Loss,
             Self::Vector { .. } => OpKind::Vectors,
             Self::AdamW { .. } => OpKind::Optimizer,
-            Self::Transfer { .. } | Self::Pixels(_) => OpKind::Transfer,
+            Self::Transfer { .. } | Self::Pixels(_) | Self::Crops(_) => OpKind::Transfer,
         }
     }
 
@@ -212,6 +222,8 @@ impl Op {
             Self::Transfer { elements } => product(&[2, *elements]),
             // Four pixels are read in the place of an element.
             Self::Pixels(dims) => dims.len().saturating_add(dims.len().div_ceil(4)),
+            // They are written and read again in between. A crop may be of any size: it is not counted.
+            Self::Crops(dims) => dims.len().saturating_add(dims.len().div_ceil(2)),
         };
         elements as u64
     }

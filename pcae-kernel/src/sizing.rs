@@ -133,14 +133,14 @@ impl Backend for Sizing {
         })
     }
 
-    /// The dimensions alone count: `pixels` may be empty.
+    /// The dimensions alone count, and whether there are crops: `pixels` may be empty.
     fn write_pixels(
         &mut self,
         dims: PixelDims,
         _to: &mut Sized,
-        _pixels: Pixels<'_>,
+        pixels: Pixels<'_>,
     ) -> Result<(), Error> {
-        self.note(Op::Pixels(dims))
+        self.note(Op::pixels(dims, &pixels))
     }
 
     fn read(&mut self, to: &mut [f32], _from: &Sized) -> Result<(), Error> {

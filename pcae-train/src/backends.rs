@@ -238,6 +238,11 @@ pub(crate) fn of_loader(machine: &Machine, augmentation: &Augmentation, batch: u
     }
 }
 
+/// Whether the backend that `machine` asks for resizes crops beside the step: others would take as long as the loader's threads do.
+pub(crate) fn resizes(machine: &Machine) -> bool {
+    machine.backend == BackendKind::Cuda
+}
+
 /// Bytes that Linux can give to a program, and its control group lets it have.
 fn free_memory() -> Option<usize> {
     let read = |path: &str| std::fs::read_to_string(path).ok();

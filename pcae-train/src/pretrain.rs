@@ -160,8 +160,12 @@ fn planned_memory(settings: &Settings, recipe: &Recipe, splits: &Splits) -> Resu
     let mut state = state.map_err(failed)?;
     let mut step = StepModel::new(&mut sizing, settings, recipe).map_err(failed)?;
     let mut evaluation = Evaluation::new(&mut sizing, settings, recipe, splits).map_err(failed)?;
+    let pixels = Pixels {
+        crops: backends::resizes(&settings.machine).then_some(&[]),
+        ..Pixels::default()
+    };
     step.model
-        .load_pixels(&mut sizing, Pixels::default(), &[], &[])
+        .load_pixels(&mut sizing, pixels, &[], &[])
         .map_err(failed)?;
     step.model
         .accumulate(&mut sizing, &mut state, 1.0, &mut step.scorer)
@@ -233,6 +237,7 @@ impl Job for Run {
             dataset: splits.train.clone(),
             augmentation: recipe.transform.clone().into(),
             workers: settings.machine.workers(),
+            resizes: backends::resizes(&settings.machine),
             out: settings.machine.out.clone(),
             resume,
         };

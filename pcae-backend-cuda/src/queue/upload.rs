@@ -4,17 +4,21 @@
 //! copy and runs in the queue's stream, behind all that was queued; the next copy into the same stage waits for it. So a copy of one batch
 //! runs while the device works on the one before, and nobody waits on the host. Stages are no part of a tape: which of them it is
 //! changes from batch to batch, and a step stays one graph.
+//!
+//! Crops go to a place of their own first, and are resized into the stage, all in the stream of copies: beside the step, too. That stream
+//! alone orders what comes to that place, so there is only one.
 
 use std::sync::Arc;
 
 use pcae_kernel::backend::{PixelDims, Pixels};
 use pcae_kernel::error::product;
+use pcae_kernel::resize::{MAX_SHRINK, MAX_TAPS};
 
-use super::{Queue, Shape};
+use super::{Queue, Shape, issue};
 use crate::checks::small;
 use crate::driver::{Context, DevicePtr, Event, GRAIN, Memory, Stream};
 use crate::error::Error;
-use crate::kernels::NORMALISE_PIXELS;
+use crate::kernels::{CROP_TAPS, NORMALISE_PIXELS, RESIZE_CROPS};
 use crate::tokens::BLOCK;
 
 /// Stages, so that one is filled while the other is read.
@@ -26,12 +30,25 @@ const RUN: u32 = 16;
 /// Blocks for each multiprocessor: all that run at once, each of which computes a table first.
 const BLOCKS: u32 = 8;
 
+/// What crops begin on a multiple of.
+const WORD: usize = 16;
+
+/// Bytes of `Crop` and `Taps` in `patches.cu`.
+const CROP: usize = 16;
+const TAPS: usize = 48;
+
+/// Rows and columns that a block of `resize_crops` makes.
+const TILE_ROWS: u32 = 16;
+const TILE_COLUMNS: u32 = 64;
+
 /// The stream of copies, and where they go.
 #[derive(Debug)]
 pub(super) struct Upload {
     pub(super) stream: Stream,
     /// All stages, each an equal part.
     memory: Option<Memory>,
+    /// Crops on their way into a stage, and what is computed of them: see [`Places`].
+    crops: Option<Memory>,
     stages: [Stage; STAGES],
     /// The one that is filled next.
     next: usize,
@@ -59,6 +76,7 @@ impl Upload {
         Ok(Self {
             stream: Stream::new(context)?,
             memory: None,
+            crops: None,
             stages: [stage()?, stage()?],
             next: 0,
             head: Vec::new(),
@@ -80,6 +98,35 @@ pub(crate) const fn stages(dims: PixelDims) -> usize {
     stage.saturating_mul(GRAIN).saturating_mul(STAGES)
 }
 
+/// What lies behind each other where crops go, by where it begins.
+#[derive(Clone, Copy, Debug)]
+struct Places {
+    taps: usize,
+    pixels: usize,
+    end: usize,
+}
+
+impl Places {
+    const fn new(dims: PixelDims) -> Self {
+        let taps = product(&[dims.batch, CROP]);
+        let sides = dims.height.saturating_add(dims.width);
+        let pixels = taps.saturating_add(product(&[dims.batch, sides, TAPS]));
+        let picture = product(&[MAX_SHRINK, dims.channels, dims.height, dims.width]);
+        let room = product(&[dims.batch, picture.div_ceil(WORD), WORD]);
+        Self {
+            taps,
+            pixels,
+            end: pixels.saturating_add(room),
+        }
+    }
+}
+
+/// Bytes that crops take on their way into a stage.
+pub(crate) const fn crops(dims: PixelDims) -> usize {
+    let bytes = Places::new(dims).end;
+    bytes.div_ceil(GRAIN).saturating_mul(GRAIN)
+}
+
 impl Queue {
     /// Copies pictures to the device as values, see `Backend::write_pixels`. All lengths were checked, and none is 0.
     pub(crate) fn write_pixels(
@@ -94,10 +141,28 @@ impl Queue {
             [dims.batch, dims.channels, dims.height, dims.width].map(|x| x as u32);
         let runs = len / RUN / channels;
         let at = self.stage(stages(dims))?;
+        let crops_at = match pixels.crops {
+            Some(_) => Some(self.place_of_crops(crops(dims))?),
+            None => None,
+        };
         // What is queued reads what was there before.
         self.flush()?;
         self.context.bind()?;
+        if let Some(crops_at) = crops_at {
+            self.send_crops(dims, crops_at, pixels)?;
+        }
         self.fill_stage(dims, at, pixels)?;
+        if let Some(crops_at) = crops_at {
+            self.resize_crops(dims, at.plus(head_len(dims)), crops_at)?;
+        }
+        let Upload {
+            stream,
+            stages,
+            next,
+            ..
+        } = &self.upload;
+        stream.record(&stages[*next].filled)?;
+        self.stream.wait_for(&stages[*next].filled)?;
         let blocks = BLOCKS * self.context.multiprocessors;
         self.launch(
             NORMALISE_PIXELS,
@@ -142,7 +207,94 @@ impl Queue {
             .plus(self.upload.next * (memory.bytes() / STAGES)))
     }
 
-    /// Copies a batch to `at`, the next stage, and has the queue's stream wait for it.
+    /// Where crops go, as [`Queue::stage`].
+    fn place_of_crops(&mut self, bytes: usize) -> Result<DevicePtr, Error> {
+        let memory = match self.upload.crops.take() {
+            Some(memory) if memory.bytes() >= bytes => memory,
+            old => {
+                drop(old);
+                self.collect()?;
+                self.heap.allocate(bytes)?
+            }
+        };
+        Ok(self.upload.crops.insert(memory).at())
+    }
+
+    /// Copies crops to `at`, one behind the other. Those of the batch before were resized: that comes earlier in the same stream.
+    fn send_crops(
+        &mut self,
+        dims: PixelDims,
+        at: DevicePtr,
+        pixels: Pixels<'_>,
+    ) -> Result<(), Error> {
+        let Upload { stream, head, .. } = &mut self.upload;
+        let crops = || (0..dims.batch).map(|b| pixels.crop(b, dims));
+        let len = |height: usize, width: usize| product(&[height, width, dims.channels]);
+        head.clear();
+        let mut words = 0;
+        for crop in crops() {
+            // Each is below 2^32: a crop has at most four times the pixels of its result.
+            for x in [words, crop.height, crop.width, 0] {
+                head.extend_from_slice(&(x as u32).to_ne_bytes());
+            }
+            words += len(crop.height, crop.width).div_ceil(WORD);
+        }
+        self.ring.send(stream, at, head, |byte| *byte)?;
+        let parts = crops().map(|crop| {
+            let len = len(crop.height, crop.width);
+            &pixels.values[crop.start..][..len]
+        });
+        let pixels_at = at.plus(Places::new(dims).pixels);
+        self.ring.send_parts::<WORD>(stream, pixels_at, parts)
+    }
+
+    /// Makes the pixels of a stage of crops, in the stream of copies.
+    fn resize_crops(&mut self, dims: PixelDims, to: DevicePtr, at: DevicePtr) -> Result<(), Error> {
+        let places = Places::new(dims);
+        let [batch, channels, height, width] =
+            [dims.batch, dims.channels, dims.height, dims.width].map(|x| x as u32);
+        let grid = |blocks: u32| [batch.saturating_mul(blocks), 1, 1];
+        let taps = at.plus(places.taps);
+        self.launch(
+            CROP_TAPS,
+            Shape {
+                grid: grid(2),
+                block: BLOCK,
+                shared: 0,
+            },
+            &[taps.into(), at.into(), height.into(), width.into()],
+        )?;
+        let columns = MAX_SHRINK as u32 * width.min(TILE_COLUMNS) + MAX_TAPS as u32;
+        let line = columns.saturating_mul(channels);
+        self.launch(
+            RESIZE_CROPS,
+            Shape {
+                grid: grid(height.div_ceil(TILE_ROWS) * width.div_ceil(TILE_COLUMNS)),
+                block: BLOCK,
+                shared: TILE_ROWS.saturating_mul(line),
+            },
+            &[
+                to.into(),
+                at.plus(places.pixels).into(),
+                at.into(),
+                taps.into(),
+                channels.into(),
+                height.into(),
+                width.into(),
+                line.into(),
+            ],
+        )?;
+        let issued = issue(
+            &self.upload.stream,
+            &self.functions,
+            &mut self.gemm,
+            &self.tape,
+        );
+        self.clear();
+        issued
+    }
+
+    /// Copies a batch to `at`, the next stage: all of it, or what lies before the pixels where those are made of crops.
     fn fill_stage(
         &mut self,
         dims: PixelDims,
@@ -156,7 +308,6 @@ impl Queue {
             head,
             ..
         } = &mut self.upload;
-        let stage = &stages[*next];
         head.clear();
         let (mean, std) = (&pixels.mean[..dims.channels], &pixels.std[..dims.channels]);
         for x in mean.iter().chain(std) {
@@ -165,12 +316,13 @@ impl Queue {
         head.extend((0..dims.batch).map(|b| u8::from(pixels.is_flipped(b))));
         head.resize(head_len(dims), 0);
         // What was there before has been read.
-        stream.wait_for(&stage.read)?;
+        stream.wait_for(&stages[*next].read)?;
         self.ring.send(stream, at, head, |byte| *byte)?;
+        if pixels.crops.is_some() {
+            return Ok(());
+        }
         let values = &pixels.values[..dims.len()];
         self.ring
-            .send(stream, at.plus(head.len()), values, |byte| *byte)?;
-        stream.record(&stage.filled)?;
-        self.stream.wait_for(&stage.filled)
+            .send(stream, at.plus(head.len()), values, |byte| *byte)
     }
 }

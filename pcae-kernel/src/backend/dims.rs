@@ -1,6 +1,7 @@
 //! Shapes of operations, and where their parameters lie.
 
 use crate::error::{Error, expect_len, product};
+use crate::resize::Crop;
 
 /// A contiguous piece of the flat parameter vector that [`crate::layout::Layout`] lays out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -183,8 +184,11 @@ impl PixelDims {
 /// Pictures of 8 bits, and how they are normalised; by default none.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Pixels<'a> {
-    /// `[B, height, width, channels]`, as decoders give them.
+    /// `[B, height, width, channels]`, as decoders give them; with crops those of any size, each where its crop says.
     pub values: &'a [u8],
+    /// `[B]`: where a picture lies in `values`, and its size, from which it is resized; `None` where they lie one behind the other and
+    /// have the size of the output.
+    pub crops: Option<&'a [Crop]>,
     /// `[B]`: whether a picture is mirrored left to right; `None` where none is.
     pub flips: Option<&'a [bool]>,
     /// `[channels]`: mean of each channel, of pixels in `[0, 1]`.
@@ -200,12 +204,44 @@ impl Pixels<'_> {
         (f32::from(value) / 255.0 - mean) / std
     }
 
-    /// Checks the lengths.
+    /// Picture `b` of those in `dims`, and the size that it has.
+    #[inline]
+    pub fn crop(&self, b: usize, dims: PixelDims) -> Crop {
+        let whole = Crop {
+            start: product(&[b, dims.channels, dims.height, dims.width]),
+            height: dims.height,
+            width: dims.width,
+        };
+        let crop = self.crops.and_then(|crops| crops.get(b));
+        crop.copied().unwrap_or(whole)
+    }
+
+    /// Checks the lengths, and the sizes of crops.
     ///
     /// # Errors
-    /// [`Error::TooShort`] for the first that is too short.
+    /// [`Error::TooShort`] for the first that is too short, [`Error::Dimensions`] for a crop that does not [fit](Crop::fits).
     pub fn check(&self, op: &'static str, dims: PixelDims) -> Result<(), Error> {
-        expect_len(op, "values", self.values.len(), dims.len())?;
+        if let Some(crops) = self.crops {
+            expect_len(op, "crops", crops.len(), dims.batch)?;
+            for crop in crops.iter().take(dims.batch) {
+                let len = product(&[crop.height, crop.width, dims.channels]);
+                if !crop.fits(dims) {
+                    return Err(Error::Dimensions {
+                        op,
+                        expected: "a crop of one pixel or more, and at most four times the height, the width and the pixels of its result",
+                        found: product(&[crop.height, crop.width]),
+                    });
+                }
+                expect_len(
+                    op,
+                    "values",
+                    self.values.len(),
+                    crop.start.saturating_add(len),
+                )?;
+            }
+        } else {
+            expect_len(op, "values", self.values.len(), dims.len())?;
+        }
         if let Some(flips) = self.flips {
             expect_len(op, "flips", flips.len(), dims.batch)?;
         }

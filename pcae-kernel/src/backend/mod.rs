@@ -86,12 +86,19 @@ pub trait Backend {
     /// `to[b, c, y, x] = (values[b, y, x', c] / 255 - mean[c]) / std[c]`, where `x'` is `width - 1 - x` in a mirrored picture
     /// and else `x`; computed in f32 and rounded after each operation ([`Pixels::normalise`]), then to the format of `to`.
     ///
+    /// With `pixels.crops`, `values[b]` is made of picture `v` at `pixels.values[crops[b].start..]` first, `crops[b].height` rows of
+    /// `crops[b].width` pixels, with the integer weights `r` of its rows and `q` of its columns that [`resize`](crate::resize) states:
+    ///
+    /// `t[i, j, c] = clamp((2^(s - 1) + sum over k of r[i, k] v[k, j, c]) >> s, 0, 255)`, then
+    /// `values[b, i, j, c] = clamp((2^(s' - 1) + sum over k of q[j, k] t[i, k, c]) >> s', 0, 255)`. These are the same bytes on every
+    /// backend; a crop of the output's size stays as it is.
+    ///
     /// # Shapes
-    /// `pixels.values: [B, height, width, channels]`, `pixels.flips: [B]`, `pixels.mean, pixels.std: [channels]`,
-    /// `to: [B, channels, height, width]`.
+    /// `pixels.values: [B, height, width, channels]`, or any with crops; `pixels.crops, pixels.flips: [B]`,
+    /// `pixels.mean, pixels.std: [channels]`, `to: [B, channels, height, width]`.
     ///
     /// # Errors
-    /// If `to` or a part of `pixels` is too short.
+    /// If `to` or a part of `pixels` is too short, or a crop does not [fit](crate::resize::Crop::fits).
     fn write_pixels(
         &mut self,
         dims: PixelDims,

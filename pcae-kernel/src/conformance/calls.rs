@@ -7,11 +7,12 @@ use super::FailureKind;
 use super::cases::{Op, QrInput, Scores};
 use super::stage::{Stage, buffer_error};
 use crate::backend::{
-    AdamW, AttentionDims, Backend, Clip, EmbedParams, Linear, PatchDims, Pixels, RowDims, Segment,
-    Span, TokenDims, TrainBackend,
+    AdamW, AttentionDims, Backend, Clip, EmbedParams, Linear, PatchDims, PixelDims, Pixels,
+    RowDims, Segment, Span, TokenDims, TrainBackend,
 };
 use crate::layout::{Kind, Layout};
 use crate::reference::Reference;
+use crate::resize::Crop;
 
 impl<B: TrainBackend> Stage<'_, B> {
     pub(super) fn call(&mut self, op: Op) -> Result<(), FailureKind> {
@@ -72,11 +73,15 @@ impl<B: TrainBackend> Stage<'_, B> {
                 self.done(result);
                 self.read(&to)
             }
-            Op::WritePixels { dims, flips } => {
+            Op::WritePixels { dims, flips, crops } => {
                 let mut to = self.output("to", dims.len())?;
                 let mut rng = self.rng();
+                let (mut places, mut len) = (Vec::new(), dims.len());
+                if crops {
+                    (places, len) = places_of_crops(dims);
+                }
                 // The ends of the range among them.
-                let values: Vec<u8> = (0..dims.len())
+                let values: Vec<u8> = (0..len)
                     .map(|i| match i {
                         0 => 255,
                         1 => 0,
@@ -91,6 +96,7 @@ impl<B: TrainBackend> Stage<'_, B> {
                 let (mean, std) = (stats(0.2), stats(0.15));
                 let pixels = Pixels {
                     values: self.shorten("values", &values),
+                    crops: crops.then(|| self.shorten("crops", &places)),
                     flips: flips.then(|| self.shorten("flips", &which)),
                     mean: self.shorten("mean", &mean),
                     std: self.shorten("std", &std),
@@ -762,6 +768,34 @@ impl<B: TrainBackend> Stage<'_, B> {
         }
         Ok(())
     }
+}
+
+/// Crops that grow, stay and shrink as far as they may, the first of them behind the others, and how many values they are.
+fn places_of_crops(dims: PixelDims) -> (Vec<Crop>, usize) {
+    let PixelDims { height, width, .. } = dims;
+    let sizes = [
+        (height.div_ceil(2), 2 * width),
+        (4 * height, width.div_ceil(2)),
+        (height, width),
+        (1, 1),
+        (2 * height, 2 * width),
+    ];
+    let mut len = 0;
+    let mut places: Vec<Crop> = (0..dims.batch)
+        .rev()
+        .map(|b| {
+            let (height, width) = sizes[b % sizes.len()];
+            let start = len;
+            len += height * width * dims.channels;
+            Crop {
+                start,
+                height,
+                width,
+            }
+        })
+        .collect();
+    places.reverse();
+    (places, len)
 }
 
 /// Where losses and other single results go.

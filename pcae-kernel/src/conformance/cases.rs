@@ -22,6 +22,7 @@ pub(super) enum Op {
     WritePixels {
         dims: PixelDims,
         flips: bool,
+        crops: bool,
     },
     WriteIds {
         len: usize,
@@ -396,7 +397,15 @@ fn without_params(ops: &mut Vec<Op>) {
             width,
         };
         for flips in [false, true] {
-            ops.push(Op::WritePixels { dims, flips });
+            let crops = flips && !dims.is_empty();
+            ops.push(Op::WritePixels {
+                dims,
+                flips,
+                crops: false,
+            });
+            if crops {
+                ops.push(Op::WritePixels { dims, flips, crops });
+            }
         }
     }
     let pictures = PatchDims {

@@ -7,6 +7,7 @@ use crate::backend::{
 };
 use crate::error::{Error, expect_len, product};
 use crate::float::Float;
+use crate::resize::Axis;
 
 impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
     type Error = Error;
@@ -56,22 +57,29 @@ impl<T: Float, S: Storage<T>> Backend for Reference<T, S> {
             return Ok(());
         }
         let picture = product(&[channels, height, width]);
-        let pictures = to[..dims.len()].chunks_exact_mut(picture);
-        for (b, (to, from)) in pictures
-            .zip(pixels.values.chunks_exact(picture))
-            .enumerate()
-        {
-            for (c, plane) in to.chunks_exact_mut(height * width).enumerate() {
-                let rows = from.chunks_exact(width * channels);
-                for (to, from) in plane.chunks_exact_mut(width).zip(rows) {
-                    for (x, to) in to.iter_mut().enumerate() {
-                        let x = match pixels.is_flipped(b) {
-                            true => width - 1 - x,
-                            false => x,
+        for (b, to) in to[..dims.len()].chunks_exact_mut(picture).enumerate() {
+            let crop = pixels.crop(b, dims);
+            let from = &pixels.values[crop.start..];
+            // From the crop's rows and columns to those of the output.
+            let axes = pixels.crops.map(|_| {
+                let rows = Axis::new(crop.height, height);
+                (rows, Axis::new(crop.width, width))
+            });
+            for y in 0..height {
+                for x in 0..width {
+                    let from_x = match pixels.is_flipped(b) {
+                        true => width - 1 - x,
+                        false => x,
+                    };
+                    let taps = axes.map(|(rows, columns)| (rows.taps(y), columns.taps(from_x)));
+                    for c in 0..channels {
+                        let pixel = |i: usize, j: usize| from[(i * crop.width + j) * channels + c];
+                        let value = match taps {
+                            Some((row, column)) => column.blend(|j| row.blend(|i| pixel(i, j))),
+                            None => pixel(y, from_x),
                         };
-                        let value = from[x * channels + c];
                         let value = Pixels::normalise(value, pixels.mean[c], pixels.std[c]);
-                        *to = T::from_f64(f64::from(value));
+                        to[(c * height + y) * width + x] = T::from_f64(f64::from(value));
                     }
                 }
             }

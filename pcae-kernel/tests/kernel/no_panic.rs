@@ -3,10 +3,12 @@
 
 use pcae_kernel::backend::{
     Accum, AdamW, AttentionDims, Backend, Clip, DecoderDims, EmbedParams, Epilogue, Linear,
-    LinearDims, Norm, PatchDims, RowDims, Segment, Span, TokenDims, TrainBackend,
+    LinearDims, Norm, PatchDims, PixelDims, Pixels, RowDims, Segment, Span, TokenDims,
+    TrainBackend,
 };
 use pcae_kernel::error::Error;
 use pcae_kernel::reference::{Heap, Reference};
+use pcae_kernel::resize::Crop;
 use proptest::array::{uniform4, uniform6};
 use proptest::prelude::*;
 
@@ -501,4 +503,56 @@ fn embedding_backward_wants_the_prefix_that_the_forward_made() {
         Single::owned().embed_tokens_backward(dims, &mut d_x, &mut grads, &vec![1.0; 16], embed);
     assert!(matches!(result, Err(Error::Dimensions { found: 2, .. })));
     assert_eq!((d_x, grads), (vec![7.0; 8], vec![7.0; 8]));
+}
+
+/// Crops that are empty, too large or beyond the values, and too few of them.
+#[test]
+fn crops_that_do_not_fit_are_refused() {
+    let dims = PixelDims {
+        batch: 2,
+        channels: 1,
+        height: 3,
+        width: 5,
+    };
+    let crop = |start, height, width| Crop {
+        start,
+        height,
+        width,
+    };
+    let good = crop(0, 1, 2);
+    let most = usize::MAX;
+    let [found, needs] = [format!("found {most}"), format!("`values` needs {most}")];
+    let cases: [(&[Crop], &str); 8] = [
+        (&[good, crop(0, 0, 3)], "found 0"),
+        (&[good, crop(0, 3, 0)], "found 0"),
+        (&[good, crop(0, 13, 1)], "found 13"),
+        (&[crop(0, 1, 21), good], "found 21"),
+        (&[good, crop(0, 8, 8)], "found 64"),
+        (&[good, crop(0, most, 2)], &found),
+        (&[good, crop(most, 1, 1)], &needs),
+        (&[good], "`crops` needs 2 elements, has 1"),
+    ];
+    let write = |crops: &[Crop]| {
+        let mut to = vec![7.0; dims.len()];
+        let pixels = Pixels {
+            values: &[9; 60],
+            crops: Some(crops),
+            flips: None,
+            mean: &[0.5],
+            std: &[0.5],
+        };
+        let result = Single::owned().write_pixels(dims, &mut to, pixels);
+        (result, to)
+    };
+    for (crops, want) in cases {
+        let (result, to) = write(crops);
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+        assert_eq!(to, vec![7.0; dims.len()]);
+    }
+    // The last values there are, and as large as may be.
+    let (result, to) = write(&[crop(58, 1, 2), crop(0, 12, 5)]);
+    assert_eq!(result, Ok(()));
+    let value = (9.0 / 255.0 - 0.5) / 0.5;
+    assert_eq!(to, vec![value; dims.len()]);
 }

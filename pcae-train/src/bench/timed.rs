@@ -130,7 +130,7 @@ impl<B: TrainBackend> Backend for Timed<B> {
         to: &mut Self::Buf,
         pixels: Pixels<'_>,
     ) -> Result<(), Self::Error> {
-        self.timed(Op::Pixels(dims), |inner| {
+        self.timed(Op::pixels(dims, &pixels), |inner| {
             inner.write_pixels(dims, to, pixels)
         })
     }

@@ -355,6 +355,7 @@ impl<B: TrainBackend> Work<B> for Step<B> {
         self.state.begin_step(backend)?;
         let pixels = Pixels {
             values: &self.images,
+            crops: None,
             flips: None,
             mean: &self.mean,
             std: &self.std,

@@ -3,7 +3,7 @@
 use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
 use fast_image_resize::pixels::{U8, U8x3};
 use fast_image_resize::{FilterType, PixelTrait, ResizeAlg, ResizeOptions, Resizer};
-use pcae_kernel::backend::Pixels;
+use pcae_kernel::backend::{PixelDims, Pixels};
 use pcae_kernel::rng::{Purpose, Stream};
 use rayon::prelude::*;
 
@@ -120,6 +120,16 @@ impl Transform {
         self.channels * self.height * self.width
     }
 
+    /// One result.
+    pub(super) fn dims(&self) -> PixelDims {
+        PixelDims {
+            batch: 1,
+            channels: self.channels,
+            height: self.height,
+            width: self.width,
+        }
+    }
+
     /// Checks every field.
     ///
     /// # Errors
@@ -203,14 +213,8 @@ impl Transform {
         Ok(())
     }
 
-    /// The random part of [`Self::train`]: leaves the crop, resized, in `scratch`, and returns whether it is to be
-    /// mirrored.
-    pub(super) fn crop(
-        &self,
-        picture: &Picture,
-        stream: &mut Stream,
-        scratch: &mut Scratch,
-    ) -> Result<bool, DataError> {
+    /// The random part of [`Self::train`]: the crop, and whether it is to be mirrored.
+    pub(super) fn draw(&self, picture: &Picture, stream: &mut Stream) -> (CropBox, bool) {
         let crop = random_resized_crop(
             picture.width,
             picture.height,
@@ -218,7 +222,17 @@ impl Transform {
             self.ratio,
             stream,
         );
-        let flip = self.flip && stream.uniform() < 0.5;
+        (crop, self.flip && stream.uniform() < 0.5)
+    }
+
+    /// Leaves the crop, resized, in `scratch`, and returns whether it is to be mirrored.
+    pub(super) fn crop(
+        &self,
+        picture: &Picture,
+        stream: &mut Stream,
+        scratch: &mut Scratch,
+    ) -> Result<bool, DataError> {
+        let (crop, flip) = self.draw(picture, stream);
         self.resize(picture, crop, (self.width, self.height), scratch)?;
         Ok(flip)
     }
@@ -363,7 +377,7 @@ impl Transform {
     }
 
     /// Resizes the part `view` of `picture` into `scratch.resized`.
-    fn resize(
+    pub(super) fn resize(
         &self,
         picture: &Picture,
         view: CropBox,

@@ -3,29 +3,55 @@
 use std::borrow::Cow;
 
 use pcae_kernel::backend::{Backend, PixelDims, Pixels};
+use pcae_kernel::reference::Reference;
+use pcae_kernel::resize::{Crop, MAX_SHRINK};
 
 use super::augment::Transform;
 
 /// Pictures of a batch, all of one size.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Images {
-    /// Of 8 bits, which a backend mirrors and normalises itself.
+    /// Of 8 bits, which a backend mirrors and normalises itself, and resizes where they are crops.
     Bytes(Bytes),
     /// `[batch, channels, height, width]`, normalised: of pictures that are mixed, or have noise in them, there are no bytes.
     Values(Vec<f32>),
 }
 
+/// What pictures of a batch are made as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    /// [`Images::Values`]
+    Values,
+    /// [`Images::Bytes`]
+    Bytes,
+    /// Those too, of a picture's own size as long as they [fit](Crop::fits).
+    Crops,
+}
+
 /// Pictures of 8 bits.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Bytes {
-    /// Of one picture.
+    /// Of one picture, as a backend makes it.
     shape: PixelDims,
-    /// `[batch, height, width, channels]`
+    /// `[batch, room]`, a picture at the front of each room: `[height, width, channels]`.
     pub(super) values: Vec<u8>,
+    pub(super) room: usize,
+    /// `[batch]`: where a picture lies, and its size.
+    pub(super) crops: Vec<Crop>,
     /// `[batch]`: whether a picture is mirrored.
     pub(super) flips: Vec<bool>,
     mean: Vec<f32>,
     std: Vec<f32>,
+}
+
+impl PartialEq for Bytes {
+    /// What lies between pictures says nothing.
+    fn eq(&self, other: &Self) -> bool {
+        (self.shape, self.room) == (other.shape, other.room)
+            && (&self.crops, &self.flips) == (&other.crops, &other.flips)
+            && (&self.mean, &self.std) == (&other.mean, &other.std)
+            && self.pictures().eq(other.pictures())
+    }
 }
 
 impl Default for Images {
@@ -40,37 +66,37 @@ impl Images {
     /// # Shapes
     /// `values: [batch, height, width, channels]`.
     pub fn of_bytes(transform: &Transform, values: Vec<u8>) -> Self {
-        let flips = vec![false; values.len() / transform.output_len().max(1)];
-        Self::Bytes(Bytes {
-            shape: PixelDims {
-                batch: 1,
-                channels: transform.channels,
-                height: transform.height,
-                width: transform.width,
-            },
-            values,
-            flips,
-            mean: transform.mean.clone(),
-            std: transform.std.clone(),
-        })
+        let mut bytes = Bytes::new(transform, transform.output_len());
+        bytes.values = values;
+        bytes.lay_out(bytes.values.len() / bytes.room.max(1));
+        Self::Bytes(bytes)
     }
 
-    /// Makes room for `batch` pictures of `transform`, as values or as bytes, in the memory that is there already.
-    pub(super) fn prepare(&mut self, transform: &Transform, batch: usize, as_values: bool) {
-        let len = batch * transform.output_len();
-        if as_values {
-            if matches!(self, Self::Bytes(_)) {
-                *self = Self::default();
+    /// Makes room for `batch` pictures of `transform`, in the memory that is there already.
+    pub(super) fn prepare(&mut self, transform: &Transform, batch: usize, format: Format) {
+        let len = transform.output_len();
+        let room = match format {
+            Format::Values => {
+                if matches!(self, Self::Bytes(_)) {
+                    *self = Self::default();
+                }
+                if let Self::Values(values) = self {
+                    values.resize(batch * len, 0.0);
+                }
+                return;
             }
-        } else if matches!(self, Self::Values(_)) {
-            *self = Self::of_bytes(transform, Vec::new());
+            Format::Bytes => len,
+            Format::Crops => MAX_SHRINK * len,
+        };
+        if !matches!(self, Self::Bytes(bytes) if bytes.room == room) {
+            *self = Self::Bytes(Bytes::new(transform, room));
         }
-        match self {
-            Self::Values(values) => values.resize(len, 0.0),
-            Self::Bytes(bytes) => {
-                bytes.values.resize(len, 0);
-                bytes.flips.resize(batch, false);
+        if let Self::Bytes(bytes) = self {
+            if bytes.values.len() != batch * room {
+                // Room that no crop ever fills is never touched.
+                bytes.values = vec![0; batch * room];
             }
+            bytes.lay_out(batch);
         }
     }
 
@@ -87,11 +113,10 @@ impl Images {
     /// # Panics
     /// If `count` or `len` is 0.
     pub fn chunks(&self, count: usize, len: usize) -> impl Iterator<Item = View<'_>> {
-        let values = match self {
-            Self::Values(values) => values.len(),
-            Self::Bytes(bytes) => bytes.values.len(),
+        let batch = match self {
+            Self::Values(values) => values.len() / len,
+            Self::Bytes(bytes) => bytes.flips.len(),
         };
-        let batch = values / len;
         (0..batch).step_by(count).map(move |from| {
             let to = batch.min(from + count);
             match self {
@@ -109,38 +134,64 @@ impl Images {
         match self {
             Self::Values(values) => Cow::Borrowed(values),
             Self::Bytes(bytes) => {
-                let Bytes {
-                    shape, mean, std, ..
-                } = bytes;
-                let plane = shape.height * shape.width;
-                let pictures = bytes.values.chunks_exact(shape.len());
-                let mut values = Vec::with_capacity(bytes.values.len());
-                for (picture, flip) in pictures.zip(&bytes.flips) {
-                    for c in 0..shape.channels {
-                        let from = values.len();
-                        let plane = picture[c..].iter().step_by(shape.channels).take(plane);
-                        values.extend(plane.map(|&v| Pixels::normalise(v, mean[c], std[c])));
-                        if *flip {
-                            let rows = values[from..].chunks_exact_mut(shape.width);
-                            rows.for_each(<[f32]>::reverse);
-                        }
-                    }
+                let len = bytes.flips.len() * bytes.shape.len();
+                let (mut reference, mut values) = (Reference::<f32, _>::owned(), vec![0.0; len]);
+                match self.view().write(&mut reference, &mut values) {
+                    Ok(()) => Cow::Owned(values),
+                    Err(error) => unreachable!("pictures fit their rooms: {error}"),
                 }
-                Cow::Owned(values)
             }
         }
     }
 }
 
 impl Bytes {
+    fn new(transform: &Transform, room: usize) -> Self {
+        Self {
+            shape: transform.dims(),
+            values: Vec::new(),
+            room,
+            crops: Vec::new(),
+            flips: Vec::new(),
+            mean: transform.mean.clone(),
+            std: transform.std.clone(),
+        }
+    }
+
+    /// `batch` pictures, one at the front of each room, none of them mirrored.
+    fn lay_out(&mut self, batch: usize) {
+        let PixelDims { height, width, .. } = self.shape;
+        self.flips.clear();
+        self.flips.resize(batch, false);
+        self.crops.clear();
+        self.crops.extend((0..batch).map(|b| Crop {
+            start: b * self.room,
+            height,
+            width,
+        }));
+    }
+
+    fn pictures(&self) -> impl Iterator<Item = &[u8]> {
+        self.crops.iter().map(|crop| {
+            let len = crop.height * crop.width * self.shape.channels;
+            &self.values[crop.start..][..len]
+        })
+    }
+
     fn view(&self, from: usize, to: usize) -> View<'_> {
-        let len = self.shape.len();
         let dims = PixelDims {
             batch: to - from,
             ..self.shape
         };
+        let len = self.shape.len();
+        let (values, crops) = if self.room == len {
+            (&self.values[from * len..to * len], None)
+        } else {
+            (&self.values[..], Some(&self.crops[from..to]))
+        };
         let pixels = Pixels {
-            values: &self.values[from * len..to * len],
+            values,
+            crops,
             flips: Some(&self.flips[from..to]),
             mean: &self.mean,
             std: &self.std,

@@ -7,12 +7,13 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use pcae_kernel::resize::Crop;
 use pcae_kernel::rng::{Purpose, Stream};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::augment::{Scratch, Transform};
-use super::images::Images;
+use super::images::{Format, Images};
 use super::regularize::Augmentation;
 use super::{DataError, Dataset, MAX_SUBSTITUTIONS, Picture};
 
@@ -30,6 +31,8 @@ pub struct LoaderConfig {
     pub start: u64,
     /// Threads that prepare batches ahead; 0 prepares each in the caller's thread when it is asked for.
     pub workers: usize,
+    /// Whether crops are left to a backend to resize, as far as it can ([`Crop::fits`]) and nothing but a crop is to be done.
+    pub leaves_crops: bool,
 }
 
 /// Augmented pictures for one training step.
@@ -75,7 +78,7 @@ struct Prefetch {
     coordinator: Option<JoinHandle<()>>,
 }
 
-/// Bytes of all batches that exist at a time.
+/// Bytes of all batches that exist at a time, of which no crop is left to a backend.
 pub(crate) fn memory(augmentation: &Augmentation, batch_size: usize) -> usize {
     let element = match augmentation.makes_values() {
         true => size_of::<f32>(),
@@ -114,6 +117,11 @@ impl Loader {
                 .map(|_| Mutex::default())
                 .collect(),
             dataset,
+            format: match (augmentation.makes_values(), config.leaves_crops) {
+                (true, _) => Format::Values,
+                (false, true) if augmentation.is_crop_alone() => Format::Crops,
+                (false, _) => Format::Bytes,
+            },
             augmentation,
             batch_size: config.batch_size,
             seed: config.seed,
@@ -244,6 +252,7 @@ fn panic_message(panic: &(dyn Any + Send)) -> &str {
 struct Filler {
     dataset: Arc<Dataset>,
     augmentation: Augmentation,
+    format: Format,
     batch_size: usize,
     seed: u64,
     batches_per_epoch: u64,
@@ -296,8 +305,9 @@ impl Filler {
         batch.samples.clear();
         batch.samples.extend(samples.iter().map(|&i| i as u64));
         let Augmentation { transform, .. } = &self.augmentation;
-        let as_values = self.augmentation.makes_values();
-        batch.images.prepare(transform, self.batch_size, as_values);
+        batch
+            .images
+            .prepare(transform, self.batch_size, self.format);
         (batch.epoch, batch.index) = (epoch, index);
     }
 
@@ -311,11 +321,12 @@ impl Filler {
                 .try_for_each(|(out, sample)| self.fill_one(0, epoch, sample, Out::Values(out))),
             Images::Bytes(bytes) => bytes
                 .values
-                .chunks_exact_mut(len)
+                .chunks_exact_mut(bytes.room)
+                .zip(&mut bytes.crops)
                 .zip(&mut bytes.flips)
                 .zip(samples)
-                .try_for_each(|((out, flip), sample)| {
-                    self.fill_one(0, epoch, sample, Out::Bytes(out, flip))
+                .try_for_each(|(((out, crop), flip), sample)| {
+                    self.fill_one(0, epoch, sample, Out::Bytes(out, crop, flip))
                 }),
         }
     }
@@ -340,10 +351,13 @@ impl Filler {
                 .try_for_each(|(out, sample)| fill_one(sample, Out::Values(out))),
             Images::Bytes(bytes) => bytes
                 .values
-                .par_chunks_exact_mut(len)
+                .par_chunks_exact_mut(bytes.room)
+                .zip(&mut bytes.crops)
                 .zip(&mut bytes.flips)
                 .zip(samples)
-                .try_for_each(|((out, flip), sample)| fill_one(sample, Out::Bytes(out, flip))),
+                .try_for_each(|(((out, crop), flip), sample)| {
+                    fill_one(sample, Out::Bytes(out, crop, flip))
+                }),
         }
     }
 
@@ -365,8 +379,14 @@ impl Filler {
         let (augmentation, stream) = (&self.augmentation, &mut stream);
         match out {
             Out::Values(out) => augmentation.train(picture, stream, scratch, out),
-            Out::Bytes(out, flip) => {
-                *flip = augmentation.train_bytes(picture, stream, scratch, out)?;
+            Out::Bytes(out, crop, flip) => {
+                *flip = match self.format {
+                    Format::Crops => {
+                        let transform = &augmentation.transform;
+                        transform.cut(picture, stream, scratch, out, crop)?
+                    }
+                    _ => augmentation.train_bytes(picture, stream, scratch, out)?,
+                };
                 Ok(())
             }
         }
@@ -376,8 +396,8 @@ impl Filler {
 /// Where a picture goes.
 enum Out<'a> {
     Values(&'a mut [f32]),
-    /// With whether it is mirrored.
-    Bytes(&'a mut [u8], &'a mut bool),
+    /// With its size, and whether it is mirrored.
+    Bytes(&'a mut [u8], &'a mut Crop, &'a mut bool),
 }
 
 fn check(dataset: &Dataset, transform: &Transform) -> Result<(), DataError> {
@@ -546,6 +566,7 @@ mod tests {
             seed: 11,
             start,
             workers,
+            leaves_crops: false,
         }
     }
 

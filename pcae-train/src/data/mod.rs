@@ -5,6 +5,7 @@
 //! or on where a run was resumed.
 
 pub mod augment;
+mod crops;
 mod error;
 pub(crate) mod folder;
 pub mod idx;

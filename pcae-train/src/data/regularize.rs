@@ -42,6 +42,11 @@ impl Augmentation {
         self.mixes || self.erase_prob > 0.0
     }
 
+    /// Whether nothing follows the crop but what a backend can do.
+    pub(crate) fn is_crop_alone(&self) -> bool {
+        !self.makes_values() && self.rand_augment == 0.0
+    }
+
     /// Checks every field.
     ///
     /// # Errors

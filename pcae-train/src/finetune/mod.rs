@@ -185,8 +185,13 @@ fn planned_memory(settings: &FinetuneSettings, recipe: &FinetuneRecipe) -> Resul
     let evaluator = Evaluator::new(&mut sizing, &recipe.task, EVAL_BATCH, settings.seed);
     let mut evaluator = evaluator.map_err(failed)?;
     if !recipe.augmentation.makes_values() {
+        let has_crops = recipe.augmentation.is_crop_alone() && backends::resizes(&settings.machine);
+        let pixels = Pixels {
+            crops: has_crops.then_some(&[]),
+            ..Pixels::default()
+        };
         step.model
-            .load_pixels(&mut sizing, Pixels::default(), &[])
+            .load_pixels(&mut sizing, pixels, &[])
             .map_err(failed)?;
     }
     step.model
@@ -301,6 +306,7 @@ impl Job for Run {
             dataset: splits.train.clone(),
             augmentation: recipe.augmentation.clone(),
             workers: settings.machine.workers(),
+            resizes: backends::resizes(&settings.machine),
             out: settings.machine.out.clone(),
             resume,
         };

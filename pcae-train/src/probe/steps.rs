@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::linear::{Optimizer, Probe, Recipe};
 use super::scores::Scores;
 use super::{CHOOSE_EVERY, Part, Probing, Solved, Solver, hold_back, middle, named};
-use crate::backends::count;
+use crate::backends::{self, count};
 use crate::data::images::Images;
 use crate::data::loader::{Loader, LoaderConfig};
 use crate::error::Error;
@@ -230,6 +230,7 @@ impl Probing<'_> {
                 seed: plan.seed,
                 start: 0,
                 workers: plan.frozen.machine.workers(),
+                leaves_crops: backends::resizes(&plan.frozen.machine),
             };
             let transform = self.encoder.transform.clone();
             Some(Loader::new(dataset.clone(), transform, config)?)

@@ -119,6 +119,8 @@ pub(crate) struct Start {
     pub(crate) augmentation: Augmentation,
     /// Threads that prepare batches.
     pub(crate) workers: usize,
+    /// Whether the backend resizes crops.
+    pub(crate) resizes: bool,
     /// The run directory of a new run.
     pub(crate) out: PathBuf,
     /// The run to continue.
@@ -197,6 +199,7 @@ pub(crate) fn run<B: TrainBackend, T: Task<B>>(
         seed: plan.seed,
         start: position.batches,
         workers: start.workers,
+        leaves_crops: start.resizes,
     };
     let mut loader = Loader::new(start.dataset, start.augmentation, config)?;
     let mut first = if position.step < plan.steps {
