@@ -191,7 +191,7 @@ fn crops_are_planned() {
         let mut sizing = Sizing::default();
         let mut to = sizing.buf(dims.len()).unwrap();
         write(&mut sizing, &mut to, dims, &[], crops);
-        memory(&sizing, Precision::F32).scratch
+        memory(&sizing, Precision::F32, false).scratch
     };
     let mut cuda = Cuda::new(0, Precision::F32).unwrap();
     let mut to = cuda.buf(dims.len()).unwrap();
