@@ -177,8 +177,8 @@ impl Simd for Neon {
         };
         // SAFETY: there are the 4 elements that are read; `self` proves NEON.
         unsafe {
-            let halves = vld1_u16(from.cast());
-            vreinterpretq_f32_u32(vshll_n_u16::<16>(halves))
+            let words = vmovl_u16(vld1_u16(from.cast()));
+            vreinterpretq_f32_u32(vshlq_n_u32::<16>(words))
         }
     }
 
