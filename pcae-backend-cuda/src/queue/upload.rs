@@ -4,6 +4,12 @@
 //! copy and runs in the queue's stream, behind all that was queued; the next copy into the same stage waits for it. So a copy of one batch
 //! runs while the device works on the one before, and nobody waits on the host. Stages are no part of a tape: which of them it is
 //! changes from batch to batch, and a step stays one graph.
+//!
+//! Their pinned memory is the [ring](crate::ring) of all writes, whose parts are free again in the order in which they were handed out,
+//! on whichever stream. That can hold the host up, and neither the device nor itself for ever: a part that is not free yet belongs to a copy
+//! that was queued before, and such a copy waits for work alone that was queued before it, never for the host. A batch that fills the ring may
+//! so wait for the small writes of the batch before, which come when the step before that is done; by then that batch's own step is queued,
+//! and the device has it to do while the rest is copied.
 
 use std::sync::Arc;
 
