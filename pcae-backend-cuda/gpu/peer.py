@@ -208,24 +208,30 @@ def build(case):
     return call
 
 
-def limits():
-    """What a matrix product and a copy reach here, by PyTorch: the peaks that shares are given of."""
-    found = {}
+def limits(tiny):
+    """What a matrix product and a copy reach here, by PyTorch: the peaks that shares are given of. Or small ones on the CPU."""
+    found, device = {}, "cpu" if tiny else "cuda"
     for name, dtype in [("bf16", torch.bfloat16), ("f32", torch.float32)]:
         torch.backends.cuda.matmul.allow_tf32 = False
-        size = 8192 if name == "bf16" else 4096
-        a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
-        found[f"{name}_gflops"] = 2 * size ** 3 / best(lambda: a @ b) / 1e9
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        size = 64 if tiny else 8192 if name == "bf16" else 4096
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        found[f"{name}_gflops"] = 2 * size ** 3 / best(lambda: a @ b, device) / 1e9
+    source = torch.empty(1 << (20 if tiny else 30), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found["copy_gbytes_per_s"] = 2 * source.numel() / best(lambda: target.copy_(source)) / 1e9
+    found["copy_gbytes_per_s"] = 2 * source.numel() / best(lambda: target.copy_(source), device) / 1e9
     return found
 
 
-def best(call):
+def best(call, device):
     """Seconds of a call: the best of rounds of ten, after the clock has risen."""
     times = []
     for _ in range(10):
+        if device != "cuda":
+            began = time.perf_counter()
+            for _ in range(10):
+                call()
+            times.append((time.perf_counter() - began) / 10)
+            continue
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(10):
@@ -263,13 +269,14 @@ def main():
     p.add_argument("--check", metavar="FIXTURE", nargs="+", help="hold the modules and the step against golden fixtures")
     p.add_argument("--variant", choices=list(VARIANTS), default="eager", help="of --check [default: eager]")
     p.add_argument("--limits", action="store_true", help="what a matrix product and a copy reach, as JSON")
+    p.add_argument("--tiny", action="store_true", help="of --limits: small ones on the CPU, which say nothing")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = p.parse_args()
     if arguments.check:
         for path in arguments.check:
             check(path, arguments.variant)
     elif arguments.limits:
-        print(json.dumps(limits()))
+        print(json.dumps(limits(arguments.tiny)))
     elif arguments.worker:
         worker(json.loads(arguments.worker))
     else:

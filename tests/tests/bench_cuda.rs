@@ -193,9 +193,9 @@ fn algorithms_are_timed_where_that_is_asked_for() {
         let linear = linear.expect("linear layers");
         linear["seconds"].as_f64().expect("seconds") / linear["calls"].as_f64().expect("calls")
     };
-    // By the device's clock, to which the emulator adds a millisecond where the algorithm is not the fastest.
+    // By the device's clock, to which the emulator adds a tenth of a second where the algorithm is not the fastest.
     let (first, fastest) = (seconds(&[], false), seconds(&["--tune"], true));
-    assert!(first > fastest + 5e-4, "{first} {fastest}");
+    assert!(first > fastest + 5e-2, "{first} {fastest}");
 }
 
 #[test]

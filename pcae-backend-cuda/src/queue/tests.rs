@@ -223,6 +223,48 @@ fn many_short_writes_keep_their_order() {
     );
 }
 
+/// Uploads of pictures and small writes share a ring, on two streams that wait for each other. More of them than it has events for, and
+/// nobody waits in between.
+#[test]
+fn uploads_and_small_writes_never_wait_for_ever() {
+    use pcae_kernel::backend::{PixelDims, Pixels};
+    let Some(mut queue) = queue(Precision::F32) else {
+        return;
+    };
+    let dims = PixelDims {
+        batch: 2,
+        channels: 1,
+        height: 4,
+        width: 4,
+    };
+    let [images, sum, weight] = [32, 1, 1].map(|len| queue.allocate(4 * len).unwrap());
+    queue.write_f32(sum.at(), &[0.0]).unwrap();
+    let mut expected = 0.0;
+    for round in 0..400_u16 {
+        let pixel = (round % 7) as u8;
+        let pixels = Pixels {
+            values: &[pixel; 32],
+            flips: None,
+            mean: &[0.0],
+            std: &[1.0 / 255.0],
+        };
+        queue.write_pixels(dims, images.at(), pixels).unwrap();
+        let factor = f32::from(round % 5);
+        queue.write_f32(weight.at(), &[factor]).unwrap();
+        let last = images.at().plus(4 * 31);
+        add_product(&mut queue, sum.at(), last, weight.at());
+        queue.flush().unwrap();
+        expected += f32::from(pixel) * factor;
+    }
+    let mut found = [0.0];
+    queue.read_f32(&mut found, sum.at()).unwrap();
+    // A pixel over 255 times 255 may be off by a rounding.
+    assert!(
+        (found[0] / expected - 1.0).abs() < 1e-5,
+        "{found:?}, {expected}"
+    );
+}
+
 #[test]
 fn a_fault_is_returned_by_one_read() {
     let Some(mut queue) = queue(Precision::F32) else {

@@ -7,6 +7,12 @@
 //!
 //! Crops go to a place of their own first, and are resized into the stage, all in the stream of copies: beside the step, too. That stream
 //! alone orders what comes to that place, so there is only one.
+//!
+//! Their pinned memory is the [ring](crate::ring) of all writes, whose parts are free again in the order in which they were handed out,
+//! on whichever stream. That can hold the host up, and neither the device nor itself for ever: a part that is not free yet belongs to a copy
+//! that was queued before, and such a copy waits for work alone that was queued before it, never for the host. A batch that fills the ring may
+//! so wait for the small writes of the batch before, which come when the step before that is done; by then that batch's own step is queued,
+//! and the device has it to do while the rest is copied.
 
 use std::sync::Arc;
 

@@ -1,0 +1,194 @@
+"""What every part uses: commands with a time limit, results on disk, and where libraries and PyTorch are."""
+import ctypes
+import glob
+import json
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sysconfig
+import time
+
+from report import Report
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+class Failure(Exception):
+    """A part failed, or one of its commands."""
+
+
+def children(command, **settings):
+    # A group of its own, to be ended together with what it started.
+    return subprocess.Popen([str(word) for word in command], text=True, process_group=0, **settings)
+
+
+def end(process):
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def fixture_paths():
+    for folder in (HERE / "fixtures", HERE.parents[1] / "tests/fixtures"):
+        paths = sorted(folder.glob("*.safetensors"))
+        if paths:
+            return paths
+    raise Failure(f"no fixtures beside {HERE}; run bundle again")
+
+
+def driver_major():
+    """The newest CUDA that the driver knows, as 13; 13 where there is none to ask."""
+    number = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        pass
+    return number.value // 1000 or 13
+
+
+def library_folders(driver):
+    """Folders of NVRTC and cuBLASLt, of a toolkit or of PyTorch's wheels, and of the driver where ldconfig lacks it.
+
+    Of CUDA 13 where the driver is for that, else of CUDA 12: cuBLASLt needs a driver of its own version.
+    """
+    site = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    patterns = [f"{folder}/nvidia/*/lib" for folder in site if folder]
+    patterns += ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib", "/usr/local/nvidia/lib64"]
+    folders = sorted(path for pattern in patterns for path in glob.glob(pattern))
+    having = lambda name: [folder for folder in folders if os.path.exists(f"{folder}/{name}")]
+    found = []
+    for major in (13, 12):
+        nvrtc, cublas = having(f"libnvrtc.so.{major}"), having(f"libcublasLt.so.{major}")
+        if major <= driver and nvrtc and cublas:
+            found = nvrtc + cublas
+            break
+    return list(dict.fromkeys(found + having("libcuda.so.1")))
+
+
+class Session:
+    """One run of the script."""
+
+    def __init__(self, arguments, scratch):
+        self.args, self.scratch = arguments, scratch
+        commit = HERE / "commit"
+        self.commit = commit.read_text().strip() if commit.is_file() else None
+        self.report = Report(arguments.out, {"commit": self.commit, "rehearsal": bool(arguments.rehearse)}, arguments.add)
+        self.began, self.part_ends = time.monotonic(), 0.0
+        self.peaks, self.torch = None, None
+        before = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
+        found = [arguments.rehearse] if arguments.rehearse else []
+        self.env = os.environ | {"LD_LIBRARY_PATH": ":".join(found + before + library_folders(driver_major()))}
+        if arguments.rehearse:
+            # Its images are for one version of the emulator.
+            self.env["PCAE_CACHE"] = f"{arguments.rehearse}/images"
+
+    # ------------------------------------------------------------ commands
+
+    def left(self):
+        return self.part_ends - time.monotonic()
+
+    def command(self, command, env=None, accepts=(0,)):
+        """Standard output and error of a command, which has to end well before the part's time is over."""
+        words = " ".join(map(str, command))
+        began = time.monotonic()
+        process = children(command, env=env or self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
+        try:
+            output, _ = process.communicate(timeout=max(1.0, self.left()))
+            failed = None if process.returncode in accepts else f"exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            end(process)
+            output, _ = process.communicate()
+            failed = "no time left"
+        except BaseException:  # this script is ended: so is what it started
+            end(process)
+            raise
+        took = time.monotonic() - began
+        self.report.note(f"$ {words}\n{output.rstrip()}\n[{failed or 'passed'}, {took:.1f} s]\n")
+        if failed:
+            lines = [line for line in output.splitlines() if line.strip()]
+            raise Failure(f"{words}: {failed}" + (f": {lines[-1].strip()}" if lines else ""))
+        return output
+
+    def each(self, results, name, do):
+        """Does one thing of a part; what fails is noted and the rest goes on."""
+        began = time.monotonic()
+        if self.left() < 1:
+            result = {"status": "no time"}
+        else:
+            try:
+                result = {"status": "passed"} | (do() or {})
+            except Failure as failure:
+                result = {"status": "failed", "reason": str(failure)}
+        result["seconds"] = round(time.monotonic() - began, 2)
+        results[name] = result
+        self.report.say(f"  {name}: {result['status']} {result.get('says') or result.get('reason') or ''}"
+                        f" ({result['seconds']} s)")
+        self.report.save()
+        return result
+
+    def ours(self, *words):
+        return [HERE / "pcae" if self.args.pcae is None else self.args.pcae, *words]
+
+    # ------------------------------------------------------------ PyTorch
+
+    def has_torch(self):
+        if self.torch is None:
+            code = ("import json, torch; print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda, "
+                    "'device': torch.cuda.get_device_name(0) if torch.cuda.is_available() else None}))")
+            output = self.command([self.args.python, "-c", code], env=os.environ)
+            self.torch = json.loads(output.strip().splitlines()[-1])
+        if not (self.args.rehearse or self.torch["device"]):
+            raise Failure(f"PyTorch {self.torch['torch']} sees no CUDA device")
+        return self.torch
+
+    def limits(self):
+        if self.peaks is None:
+            tiny = ["--tiny"] if self.args.rehearse else []
+            output = self.command([self.args.python, HERE / "peer.py", "--limits", *tiny], env=os.environ)
+            self.peaks = json.loads(output.strip().splitlines()[-1])
+        return self.peaks
+
+    # ------------------------------------------------------------ parts
+
+    def run(self, parts):
+        """Runs the asked-for parts, `parts` being a weight and a function of each. The exit code."""
+        args, report = self.args, self.report
+        report.data |= {
+            "arguments": {name: str(value) if isinstance(value, pathlib.Path) else value
+                          for name, value in vars(args).items()},
+            "system": platform.platform(), "cpus": os.cpu_count(), "load": os.getloadavg(),
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        report.say(f"commit {self.commit}, {report.data['at']}"
+                   + (", a REHEARSAL on the emulator: no figure means anything" if args.rehearse else ""))
+        for number, part in enumerate(args.parts):
+            began = time.monotonic()
+            left = self.began + 60 * args.minutes - began
+            weights = [parts[name][0] for name in args.parts[number:]]
+            self.part_ends = began + left * weights[0] / sum(weights)
+            report.say(f"== {part}, at most {max(0.0, self.left()):.0f} s")
+            entry = {"status": "running", "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "results": {}}
+            report.data["parts"][part] = entry
+            try:
+                if self.left() < 1:
+                    raise Failure("no time left; give --parts and --minutes")
+                status = parts[part][1](self, entry["results"])
+            except Failure as failure:
+                status = "failed"
+                entry["reason"] = str(failure)
+            except Exception as error:  # a fault of this script must not cost the other parts
+                status = "failed"
+                entry["reason"] = f"{type(error).__name__}: {error}"
+            each = [one.get("status") for one in entry["results"].values()]
+            bad = any(one in ("failed", "no time") for one in each)
+            entry["status"] = "failed" if bad else status or "passed"
+            entry["seconds"] = round(time.monotonic() - began, 1)
+            report.say(f"== {part}: {entry['status']} {entry.get('reason', '')} ({entry['seconds']} s)")
+            report.save()
+        report.end()
+        return 1 if any(report.data["parts"][part]["status"] == "failed" for part in args.parts) else 0

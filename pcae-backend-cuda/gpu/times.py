@@ -1,0 +1,223 @@
+"""How fast is it: steps and forwards beside PyTorch, taking turns, and where the time goes."""
+import functools
+import json
+
+import contenders as race
+from contenders import Ours, fastest, peers, ratio
+from session import Failure
+
+# Width, blocks and heads of the decoders: the method's, as wide as the encoder, and MAE's.
+DECODERS = {"vit-micro": [96, 2, 3], "vit-b16": [768, 2, 12], "vit-l16": [1024, 2, 16], "vit-h14": [1280, 2, 16]}
+MAE_DECODER = [512, 8, 16]
+PCAE_MASK, MAE_MASK = 0.85, 0.75
+DROP_RATIOS = [0.0, 0.4]
+# Dense bf16 without sparsity, in GFLOP/s, by what a device's name has in it: NVIDIA's data sheets.
+NOMINAL = [("H100 PCIe", 756e3), ("H100", 989e3), ("H200", 989e3), ("A100", 312e3)]
+
+
+# ---------------------------------------------------------------- a step
+
+def step_contenders(run, batch):
+    """Ours, and PyTorch's variants, of a step of so many pictures."""
+    args = run.args
+    case = dict(what="step", model=args.model, batch=batch, precision=args.precision)
+    pcae = case | dict(method="pcae", mask_ratio=PCAE_MASK, decoder=DECODERS[args.model])
+    # MAE's own decoder, or for small pictures the method's.
+    decoder = DECODERS["vit-micro"] if args.model == "vit-micro" else MAE_DECODER
+    mae = case | dict(method="mae", mask_ratio=MAE_MASK, decoder=decoder)
+    ours = [Ours(run, name + label, one | more) for name, one in (("pcae", pcae), ("mae", mae))
+            for label, more in (("", {}), (" --tune", {"tune": True}))]
+    if has_fp8(run):
+        ours.append(Ours(run, "pcae, fp8 teacher", pcae | {"teacher": "fp8"}))
+    return ours + peers(run, [("", pcae)])
+
+
+@functools.cache
+def has_fp8(run):
+    """Whether this program knows such teachers."""
+    return "fp8" in run.command(run.ours("bench", "--help"))
+
+
+def step(run, results):
+    """Each contender once at every batch size, and then all rounds of each at its best."""
+    args, best = run.args, {}
+    try:
+        sizes = sorted(args.batch_size, key=lambda batch: abs(batch - 256))
+        last = 0.0
+        for batch in sizes:
+            if best and run.left() < 1.5 * last + args.rounds * 10 * args.seconds:
+                run.report.say(f"  batch {batch} is left out: no time")
+                continue
+            before = run.left()
+            run.report.say(f"  step, {args.model}, batch {batch}, {args.precision}, one round")
+            found = {}
+            ready = race.prepare(run, step_contenders(run, batch), found)
+            try:
+                race.take_turns(run, ready, found, 1)
+            except BaseException:
+                for one in ready:
+                    one.close()
+                raise
+            results |= {f"batch {batch}, {name}": one for name, one in found.items()}
+            for one in ready:
+                rate = found[one.name].get("images_per_s", {"median": 0.0})["median"]
+                if rate > best.get(one.name, (0.0, None))[0]:
+                    if one.name in best:
+                        best[one.name][1].close()
+                    best[one.name] = (rate, one)
+                else:
+                    one.close()
+            last = before - run.left()
+            run.report.save()
+        run.report.say(f"  step, {args.model}, {args.precision}, each at its best batch")
+        found = race.take_turns(run, [one for _, one in best.values()], {}, args.rounds)
+    finally:
+        for _, one in best.values():
+            one.close()
+    results |= {f"best, {name}": one for name, one in found.items()}
+    if not race.passed(found, "pcae"):
+        raise Failure("ours ran at no batch size")
+    step_targets(run, results, found)
+    graphs(run, results, found)
+    share_of_peak(run, results, found)
+
+
+def is_asked(run):
+    """Whether the targets are about this model and precision; a rehearsal fills them in all the same."""
+    return run.args.rehearse or (run.args.model, run.args.precision) == ("vit-b16", "bf16")
+
+
+def step_targets(run, results, found):
+    """Ours, tuned or not, over the fastest of PyTorch's and over our own MAE."""
+    ours = fastest({name: one for name, one in found.items() if "fp8" not in name}, "pcae")
+    for target, above, below, least in [
+            ("step over PyTorch", ours, fastest(found, "torch"), 1.5),
+            ("step over MAE", ours, fastest(found, "mae"), 2.0),
+            ("step with fp8 teacher over MAE", fastest(found, "pcae, fp8 teacher"), fastest(found, "mae"), 2.25)]:
+        compare(run, results, found, target, above, below, least)
+    if not has_fp8(run) and is_asked(run):
+        run.report.found("step with fp8 teacher over MAE", "this program has no fp8 teacher", False)
+
+
+def compare(run, results, found, target, above, below, least, label=""):
+    """The ratio of two contenders, and the target that is about it."""
+    if not (above and below):
+        return
+    value = ratio(found, above, below)
+    batches = [found[name]["case"]["batch"] for name in (above, below)]
+    says = (f"{value['median']:.2f} ({value['least']:.2f}-{value['greatest']:.2f}): {above}, batch {batches[0]}, over {below},"
+            f" batch {batches[1]}")
+    results[f"{label}{above} over {below}"] = {"status": "passed", "ratio": value, "says": says}
+    run.report.say(f"    {says}")
+    if target and is_asked(run):
+        run.report.at_least(target, least, value["median"], says)
+
+
+def graphs(run, results, found):
+    """Whether all of ours ran as graphs and by cuBLASLt."""
+    def check():
+        faults = [fault for name, one in found.items() if not name.startswith("torch") and one["status"] == "passed"
+                  for fault in race.launch_faults(name, one, run.args.model)]
+        earlier = run.report.data["targets"].get("graphs", {"met": True, "found": ""})
+        if faults:
+            run.report.found("graphs", "; ".join(faults), False)
+            raise Failure("; ".join(faults))
+        says = f"none of {len(found)} contenders"
+        if is_asked(run) and earlier["met"] is not False:
+            run.report.found("graphs", says, True)
+        return {"says": says}
+    run.each(results, "graphs and products", check)
+
+
+def share_of_peak(run, results, found):
+    """The share of the device's peak, of its data sheet where that is known, and of what PyTorch's matrix product reaches."""
+    def shares():
+        best = found[fastest(found, "pcae")]
+        gflops = best["images_per_s"]["median"] * best["gflop_per_image"]
+        measured = run.limits()[f"{run.args.precision}_gflops"]
+        name = run.has_torch()["device"] or ""
+        nominal = next((peak for part, peak in NOMINAL if part in name and run.args.precision == "bf16"), None)
+        says = f"{gflops:.0f} GFLOP/s, {100 * gflops / measured:.1f} % of PyTorch's matrix product"
+        if nominal:
+            says += f", {100 * gflops / nominal:.1f} % of the {nominal:.0f} of {name}'s data sheet"
+        if is_asked(run):
+            run.report.at_least("step of peak", 0.45, gflops / (nominal or measured), says)
+        return {"says": says, "gflops": gflops, "measured_peak": measured, "nominal_peak": nominal}
+    if run.args.variants:
+        run.each(results, "share of peak", shares)
+
+
+# ---------------------------------------------------------------- a forward
+
+def infer(run, results):
+    args = run.args
+    for batch in args.infer_batch:
+        cases = [(f" drop {drop_ratio}", dict(what="infer", model=args.model, batch=batch, precision=args.precision,
+                                              drop_ratio=drop_ratio)) for drop_ratio in DROP_RATIOS]
+        ours = [Ours(run, f"pcae{label}{tuned}", case | {"tune": bool(tuned)}) for label, case in cases
+                for tuned in ("", " --tune")]
+        run.report.say(f"  infer, {args.model}, batch {batch}, {args.precision}")
+        found, everyone = {}, ours + peers(run, cases)
+        try:
+            race.take_turns(run, race.prepare(run, everyone, found), found, args.rounds)
+        finally:
+            for one in everyone:
+                one.close()
+        results |= {f"batch {batch}, {name}": one for name, one in found.items()}
+        run.report.save()
+        # A rehearsal has small batches only.
+        size = batch if not args.rehearse else ([1, 256] + args.infer_batch)[args.infer_batch.index(batch)]
+        target = f"infer {size}" if size in (1, 256) else None
+        dense, less = (f"pcae{label}" for label, _ in cases)
+        label = f"batch {batch}, "
+        compare(run, results, found, target, fastest(found, less), fastest(found, dense), 1.75, label)
+        for these, goal in ((less, target and f"{target} over PyTorch"), (dense, None)):
+            torch = {name: one for name, one in found.items() if name.startswith("torch") and name.endswith(these[4:])}
+            compare(run, results, found, goal, fastest(found, these), fastest(torch, "torch"), 1.0, label)
+        batch_results = {}
+        graphs(run, batch_results, found)
+        results[f"{label}graphs and products"] = batch_results["graphs and products"]
+
+
+# ---------------------------------------------------------------- where the time goes
+
+def breakdown(run, results):
+    args, shares = run.args, {}
+    for what, batch in [("step", args.breakdown_batch), ("infer", args.infer_batch[-1])]:
+        def bench():
+            path = run.scratch / f"breakdown-{what}.json"
+            width, depth, heads = DECODERS[args.model]
+            decoder = [word for setting in (f"decoder_embed_dim={width}", f"decoder_depth={depth}", f"decoder_num_heads={heads}")
+                       for word in ("--set", setting)] if what == "step" else []
+            run.command(run.ours("bench", "--backend", "cuda", "--what", what, "--model", args.model, "--mask-ratio",
+                                 PCAE_MASK, *decoder, "--batch-size", batch, "--precision", args.precision, "--repeats",
+                                 args.rounds, "--breakdown", "--json", path))
+            report = json.loads(path.read_text())
+            for part in report["results"][0]["breakdown"]:
+                if part.get("share_of_bandwidth") is not None:
+                    shares[f"{part['operation']} ({what}, batch {batch})"] = part["share_of_bandwidth"]
+            if what == "step":
+                busy(run, report["results"][0])
+            return {"bench": report}
+        run.each(results, f"{what}, batch {batch}", bench)
+    if shares:
+        ordered = sorted(shares, key=shares.get)
+        for name in ordered:
+            run.report.say(f"    {100 * shares[name]:6.1f} % of a copy's bandwidth: {name}")
+        results["bandwidth"] = {"status": "passed", "shares": shares}
+        if is_asked(run):
+            slow = ", ".join(f"{name} {100 * shares[name]:.0f} %" for name in ordered if shares[name] < 0.8)
+            run.report.at_least("bandwidth", 0.8, shares[ordered[0]],
+                                f"{100 * shares[ordered[0]]:.0f} % {ordered[0]}" + (f"; below: {slow}" if slow else ""))
+
+
+def busy(run, result):
+    """A bound on how much of a step's time kernels run: the sum of all operations, each timed alone by the device's clock, over the time
+    of a step in a row of graphs by the host's. What crosses the bus is left out, as it goes on a stream of its own. Alone an operation
+    takes longer, by its launch and as it finds less in the cache. So less than the target is a miss, and more tells nothing."""
+    alone = sum(part["seconds"] for part in result["breakdown"] if part["operation"] != "transfer")
+    share = alone / result["seconds"]
+    says = f"at most {100 * min(1.0, share):.1f} % (operations alone {1e3 * alone:.2f} ms, a step {1e3 * result['seconds']:.2f} ms)"
+    run.report.say(f"    GPU busy: {says}")
+    if is_asked(run):
+        run.report.found("busy", says, False if share < 0.97 else None)
