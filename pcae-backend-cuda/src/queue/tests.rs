@@ -244,6 +244,7 @@ fn uploads_and_small_writes_never_wait_for_ever() {
         let pixel = (round % 7) as u8;
         let pixels = Pixels {
             values: &[pixel; 32],
+            crops: None,
             flips: None,
             mean: &[0.0],
             std: &[1.0 / 255.0],
