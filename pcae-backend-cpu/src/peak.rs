@@ -1,7 +1,8 @@
 //! The machine's own limit, to hold throughput against.
 
-use std::hint::black_box;
-use std::time::Instant;
+use std::hint::{black_box, spin_loop};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::Cpu;
 use crate::cpu::zeroed;
@@ -17,6 +18,8 @@ const CHAINS: usize = 12;
 const ROUNDS: usize = 1 << 16;
 /// The same of the units that multiply bf16, which take 16 to 64 cycles for a round.
 const BF16_ROUNDS: usize = 1 << 13;
+/// How long threads wait for each other, longer than one takes to wake.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 kernel! {
     /// `ROUNDS` dependent multiply-adds on each of `CHAINS` vectors; returns the floating-point operations.
@@ -48,10 +51,16 @@ impl Cpu {
     /// just before, leave. A processor under heavy vector load lowers its clock, and raises it again within a millisecond.
     pub fn spin_rate(&self) -> f64 {
         let count = self.threads.count();
-        let mut rates = vec![0.0; count];
+        let (ready, mut rates) = (AtomicUsize::new(0), vec![0.0; count]);
         let pieces = Pieces::new(&mut rates, 1);
         self.threads.for_each(count, usize::MAX, pieces, |_, rate| {
-            // Each thread by itself: one that slept comes late.
+            // All at once, as a product would: alone, a thread may have the clock of two. One that another program holds up
+            // is not waited for.
+            ready.fetch_add(1, Ordering::Relaxed);
+            let came = Instant::now();
+            while ready.load(Ordering::Relaxed) < count && came.elapsed() < PATIENCE {
+                spin_loop();
+            }
             let began = Instant::now();
             let flops = self.spin();
             rate[0] = flops as f64 / began.elapsed().as_secs_f64();

@@ -10,7 +10,7 @@ use crate::cpu::LINE;
 use crate::gemm::{Dims, Left, Precision, packed_len_bf16, scratch_len};
 use crate::isa::Isa;
 use crate::threads::Threads;
-use crate::train::{COLUMNS, INNER, PIECE};
+use crate::train::{COLUMNS, INNER, PIECE, layer_norm_sums};
 
 /// What the task that `sizing` has seen takes, from a backend with this instruction set, number of threads, and
 /// precisions of trained parameters and a teacher's.
@@ -120,9 +120,8 @@ fn scratch(ops: &[Op], isa: Isa, threads: usize, precisions: (Precision, Precisi
             Op::Loss(dims) => doubles = doubles.max(dims.rows),
             Op::Target(dims) => doubles = doubles.max(dims.dim.div_ceil(COLUMNS)),
             Op::Vector { elements } => doubles = doubles.max(elements.div_ceil(PIECE)),
-            // The sums of a layer norm's backward are a sixteenth of its rows, less than a product of them packs.
-            Op::LayerNormBackward(_)
-            | Op::LayerNorm(_)
+            Op::LayerNormBackward(dims) => floats = floats.max(layer_norm_sums(dims).1),
+            Op::LayerNorm(_)
             | Op::Tokens { .. }
             | Op::AdamW { .. }
             | Op::Transfer { .. }

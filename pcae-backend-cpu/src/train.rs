@@ -267,15 +267,13 @@ impl TrainBackend for Cpu {
         if dims.is_empty() {
             return Ok(());
         }
-        // Groups of rows, each with its own sums for the parameters, which are then added in order. The groups depend
-        // on the number of rows alone: at most 64, so that their sums stay small beside the rows.
-        let per_group = dims.rows.div_ceil(64).max(32);
+        let (per_group, len) = layer_norm_sums(dims);
         let groups = dims.rows.div_ceil(per_group);
         let d_x = match accum {
             Accum::Replace => d_x.overwrite(dims.len()),
             Accum::Add => d_x.add_to(dims.len()),
         };
-        let sums = self.scratch.floats(product(&[groups, 2, d]))?;
+        let sums = self.scratch.floats(len)?;
         let parts = (
             Pieces::new(d_x, per_group * d),
             Pieces::new(&mut *sums, 2 * d),
@@ -919,6 +917,16 @@ fn check_scale<'a>(
         .into());
     }
     scale.floats(op, "scale", rows / rows_per_scale)
+}
+
+/// Rows that share sums for the parameters of a layer norm, and the elements of all sums: groups depend on the number of rows alone,
+/// and there are at most 64, so that their sums stay small beside the rows. They are added in order.
+pub(crate) fn layer_norm_sums(dims: RowDims) -> (usize, usize) {
+    let per_group = dims.rows.div_ceil(64).max(32);
+    (
+        per_group,
+        product(&[dims.rows.div_ceil(per_group), 2, dims.dim]),
+    )
 }
 
 /// There is something to take the mean of, and room for the result.

@@ -57,6 +57,12 @@ const OLDEST: Version = Version {
     minor: 0,
 };
 
+/// The first NVRTC whose assembler rounds to e4m3 for sm_89, too.
+const OLDEST_NVRTC: Version = Version {
+    major: 12,
+    minor: 1,
+};
+
 /// From which on the driver has `cuEventElapsedTime_v2`.
 pub(crate) const CLOCK: Version = Version {
     major: 12,
@@ -100,16 +106,16 @@ impl Found {
                 advice,
             );
         }
-        for (what, package, version) in [
-            ("NVRTC", "nvidia-cuda-nvrtc", nvrtc),
-            ("cuBLASLt", "nvidia-cublas", cublas),
+        for (what, package, version, oldest) in [
+            ("NVRTC", "nvidia-cuda-nvrtc", nvrtc, OLDEST_NVRTC),
+            ("cuBLASLt", "nvidia-cublas", cublas, OLDEST),
         ] {
-            if version < OLDEST {
+            if version < oldest {
                 let advice = format!(
                     "let LD_LIBRARY_PATH lead to that of CUDA {} alone (of a toolkit, or of the wheel {package})",
                     driver.major
                 );
-                return fail(what, version, format!("at least {OLDEST}"), advice);
+                return fail(what, version, format!("at least {oldest}"), advice);
             }
         }
         for (what, version) in [("cuBLASLt", cublas), ("NVRTC", nvrtc)] {
@@ -175,11 +181,11 @@ mod tests {
             };
             found.check().map_err(|error| error.to_string())
         };
-        let [v11, v12, v12_4, v13, v13_1] =
-            [(11, 8), (12, 0), (12, 4), (13, 0), (13, 1)].map(|(a, b)| version(a, b));
+        let [v11, v12, v12_1, v12_4, v13, v13_1] =
+            [(11, 8), (12, 0), (12, 1), (12, 4), (13, 0), (13, 1)].map(|(a, b)| version(a, b));
         for (driver, nvrtc, cublas, needs_ptx) in [
             (v13, v13, v13, true),
-            (v13, v12, v12_4, true),
+            (v13, v12_1, v12, true),
             (v13, v13_1, v13_1, false),
             (v12, v12_4, v12_4, false),
         ] {
@@ -193,9 +199,10 @@ mod tests {
                 false,
                 ["the CUDA driver", "11.8", "at least 12.0"],
             ),
-            (v13, v11, v13, false, ["NVRTC", "11.8", "at least 12.0"]),
+            (v13, v11, v13, false, ["NVRTC", "11.8", "at least 12.1"]),
+            (v12_4, v12, v12, false, ["NVRTC", "12.0", "at least 12.1"]),
             (v13, v13, v11, false, ["cuBLASLt", "11.8", "at least 12.0"]),
-            (v12_4, v12, v13, false, ["cuBLASLt", "13.0", "CUDA 12.4"]),
+            (v12_4, v12_1, v13, false, ["cuBLASLt", "13.0", "CUDA 12.4"]),
             // Whether it knows the device or not.
             (v12_4, v13, v12, false, ["NVRTC", "13.0", "CUDA 12.4"]),
             (v12_4, v13, v12, true, ["NVRTC", "13.0", "CUDA 12.4"]),

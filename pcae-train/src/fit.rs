@@ -146,7 +146,7 @@ fn few_steps(batch_size: usize, accum: u64, pictures: usize) -> Option<String> {
             "--batch-size auto: {} of {} pictures are an epoch, and fewer than {FEW_STEPS} large steps may learn less than more \
              small ones would; a smaller --batch-size, as 64, or more --epochs may do better",
             backends::count(steps, "step"),
-            batch_size * usize::try_from(accum).unwrap_or(usize::MAX)
+            batch_size.saturating_mul(usize::try_from(accum).unwrap_or(usize::MAX))
         )
     })
 }

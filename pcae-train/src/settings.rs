@@ -186,8 +186,8 @@ pub enum Precision {
     F32,
     /// 64 bits, on the reference alone.
     F64,
-    /// 16 bits with the range of f32. On the CPU for the operands of linear layers, on a GPU for activations too: sums, norms,
-    /// softmax, loss, and the parameters that are trained stay f32.
+    /// 16 bits with the range of f32, for what linear layers and attention read: on the CPU but for the residual stream, on a GPU
+    /// with it. Sums, norms, softmax, loss, and the parameters that are trained stay f32.
     Bf16,
     /// 8 bits (e4m3), for the linear layers of a teacher on a GPU, beside a student in bf16.
     Fp8,

@@ -202,7 +202,7 @@ impl Product<'_> {
             "the operands of a product are as long as it says"
         );
         self.finish.check(m, n);
-        if m == 0 || n == 0 {
+        if m == 0 || n == 0 && self.finish.row_sums.is_none() {
             return Ok(());
         }
         let plan = |rows| {
@@ -899,7 +899,13 @@ mod tests {
         for isa in Isa::available() {
             let units = Bf16Unit::available(isa).map(Precision::Bf16);
             for precision in core::iter::once(Precision::F32).chain(units) {
-                for (m, n, inner) in [(131, 50, 300), (7, 5, 33), (64, 3, 32), (1, 1, 1)] {
+                for (m, n, inner) in [
+                    (131, 50, 300),
+                    (7, 5, 33),
+                    (64, 3, 32),
+                    (1, 1, 1),
+                    (9, 0, 4),
+                ] {
                     let dims = Dims { m, n, inner };
                     let (left_t, right) = (values(m * inner, 1), values(inner * n, 2));
                     let start = values(m, 3);

@@ -215,8 +215,12 @@ impl Kernel for Tile<'_> {
         let Strip { data, row, word } = self.left;
         let last = self.rows.saturating_sub(1) * row + self.inner.saturating_sub(1) * word;
         assert!(
-            (self.rows.min(self.inner) == 0 || data.len() > last)
-                && (row == 1 && word == self.rows || word == 1)
+            self.rows > 0
+                && (self.inner == 0 || data.len() > last)
+                && match row {
+                    1 => word == self.rows || self.inner <= 1,
+                    _ => word == 1,
+                }
                 && self.right.len() >= self.inner * S::VECTORS * S::LANES
                 && self.sums.len() >= self.rows * S::VECTORS * S::LANES,
             "the operands of a tile are as long as it says"

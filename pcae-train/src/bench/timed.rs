@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use pcae_kernel::backend::{
-    Accum, AdamW, AttentionDims, Backend, Clip, DecoderDims, EmbedParams, Epilogue, Linear,
-    LinearDims, Norm, PatchDims, PixelDims, Pixels, RowDims, Segment, Span, TokenDims,
-    TrainBackend,
+    Accum, AdamW, AttentionDims, Backend, BlockDims, Clip, DecoderDims, EmbedParams, Epilogue,
+    Linear, LinearDims, Norm, PatchDims, PixelDims, Pixels, RowDims, Segment, Span, TokenDims,
+    TrainBackend, block_by_layers,
 };
-use pcae_kernel::layout::Layout;
+use pcae_kernel::layout::{BlockParams, Layout};
 use pcae_kernel::op::{Op, OpKind};
 
 /// Passes everything on to `inner`, and keeps what each kind of operation took while it is [started](Timed::start).
@@ -231,6 +231,21 @@ impl<B: TrainBackend> Backend for Timed<B> {
         qkv: &Self::Buf,
     ) -> Result<(), Self::Error> {
         self.timed(Op::Attention(dims), |inner| inner.attention(dims, out, qkv))
+    }
+
+    fn block(
+        &mut self,
+        dims: BlockDims,
+        x: &mut Self::Buf,
+        scratch: [&mut Self::Buf; 2],
+        params: &Self::Params,
+        block: BlockParams,
+    ) -> Result<(), Self::Error> {
+        match self.runs {
+            // Layers that the backend runs as one cannot be timed each.
+            true => block_by_layers(self, dims, x, scratch, params, block),
+            false => self.inner.block(dims, x, scratch, params, block),
+        }
     }
 
     fn mean_similarity(
