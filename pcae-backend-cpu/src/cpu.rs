@@ -4,21 +4,19 @@ use core::cmp::Ordering;
 
 use pcae_kernel::backend::{
     AttentionDims, Backend, EmbedParams, Epilogue, Linear, LinearDims, NORM_EPS, Norm, PatchDims,
-    PixelDims, Pixels, RowDims, SCORE_EPS, Span, TokenDims,
+    PixelDims, Pixels, RowDims, SCORE_EPS, TokenDims,
 };
 use pcae_kernel::error::{Error as KernelError, expect_len, product};
-use pcae_kernel::layout::{Kind, Layout};
 
 use crate::attention::Attention;
 use crate::buf::{Buf, Floats, View, line_start};
+use crate::checks::{check_numbers, check_prefix, checked_ids, front, front_mut, operand};
 use crate::element::Element;
 use crate::error::Error;
-use crate::gemm::{
-    Dims, Finish, Left, Mode, Precision, Right, gemm, pack_weight, pack_weight_bf16,
-    packed_len_bf16,
-};
+use crate::gemm::{Dims, Finish, Left, Mode, Precision, Right, gemm};
 use crate::isa::Isa;
 use crate::memory;
+use crate::params::Params;
 use crate::pixels;
 use crate::rows;
 use crate::threads::{Pieces, Threads};
@@ -45,36 +43,6 @@ pub(crate) struct Scratch {
     floats: Vec<f32>,
     doubles: Vec<f64>,
     indices: Vec<u32>,
-}
-
-/// All parameters of a model.
-#[derive(Debug)]
-pub struct Params {
-    values: Floats,
-    /// Of the operands of linear layers.
-    pub(crate) precision: Precision,
-    /// Weights of linear layers as one instruction set wants them, if they are.
-    frozen: Option<Frozen>,
-}
-
-/// Packed weights: f32 in the place of the unpacked, or bf16 beside them.
-#[derive(Debug)]
-struct Frozen {
-    isa: Isa,
-    pairs: Floats,
-    /// By their first parameter.
-    places: Vec<Packed>,
-}
-
-/// A packed weight, `[n, inner]`.
-#[derive(Clone, Copy, Debug)]
-struct Packed {
-    /// Its first parameter.
-    start: usize,
-    n: usize,
-    inner: usize,
-    /// Where its pairs begin, of bf16.
-    at: usize,
 }
 
 impl Cpu {
@@ -165,7 +133,7 @@ impl Scratch {
 
 /// The front of `owned`, which is made anew where it is shorter: nothing is kept, so that old and new are never in memory
 /// together.
-fn grown<T: Clone + Default>(owned: &mut Vec<T>, len: usize) -> Result<&mut [T], Error> {
+pub(crate) fn grown<T: Clone + Default>(owned: &mut Vec<T>, len: usize) -> Result<&mut [T], Error> {
     if owned.len() < len {
         *owned = Vec::new();
         owned
@@ -182,197 +150,6 @@ pub(crate) fn zeroed<T: Clone + Default>(len: usize) -> Result<Vec<T>, Error> {
     let mut owned = Vec::new();
     grown(&mut owned, len)?;
     Ok(owned)
-}
-
-/// The first `len` elements.
-pub(crate) fn front<'a, T>(
-    op: &'static str,
-    what: &'static str,
-    x: &'a [T],
-    len: usize,
-) -> Result<&'a [T], KernelError> {
-    expect_len(op, what, x.len(), len)?;
-    Ok(&x[..len])
-}
-
-/// The first `len` elements.
-pub(crate) fn front_mut<'a, T>(
-    op: &'static str,
-    what: &'static str,
-    x: &'a mut [T],
-    len: usize,
-) -> Result<&'a mut [T], KernelError> {
-    expect_len(op, what, x.len(), len)?;
-    Ok(&mut x[..len])
-}
-
-/// Where the first `len` elements of `span` lie in a vector of `total`.
-pub(crate) fn check_span(
-    op: &'static str,
-    what: &'static str,
-    total: usize,
-    span: Span,
-    len: usize,
-) -> Result<core::ops::Range<usize>, KernelError> {
-    expect_len(op, what, span.len, len)?;
-    expect_len(op, what, total, span.end())?;
-    Ok(span.start..span.start + len)
-}
-
-impl Params {
-    /// `values` as they are.
-    pub(crate) fn new(values: &[f32], precision: Precision) -> Result<Self, Error> {
-        let mut all = Floats::zeros(values.len())?;
-        all.copy_from_slice(values);
-        Ok(Self {
-            values: all,
-            precision,
-            frozen: None,
-        })
-    }
-
-    /// Packs the weights of linear layers.
-    pub(crate) fn freeze(&mut self, isa: Isa, layout: &Layout) -> Result<(), Error> {
-        let mut weights = Vec::new();
-        layout.for_each(|tensor| {
-            if tensor.kind == Kind::Weight {
-                let n = tensor.shape().first().copied().unwrap_or(0);
-                weights.push((tensor.span, n, tensor.span.len / n.max(1)));
-            }
-        });
-        self.precision.check(isa)?;
-        let mut frozen = Frozen {
-            isa,
-            pairs: Floats::default(),
-            places: Vec::new(),
-        };
-        let len = |precision, n, inner| match precision {
-            Precision::F32 => 0,
-            Precision::Bf16(unit) => packed_len_bf16(isa, unit, n, inner),
-        };
-        let mut total = 0;
-        for &(span, n, inner) in &weights {
-            frozen.places.push(Packed {
-                start: span.start,
-                n,
-                inner,
-                at: total,
-            });
-            total += len(self.precision, n, inner);
-        }
-        frozen.places.sort_unstable_by_key(|packed| packed.start);
-        match self.precision {
-            Precision::F32 => {
-                let mut copy = Vec::new();
-                for (span, n, inner) in weights {
-                    let weight = &mut self.values[span.start..span.end()];
-                    pack_weight(isa, weight, grown(&mut copy, span.len)?, n, inner);
-                }
-            }
-            Precision::Bf16(unit) => {
-                frozen.pairs = Floats::zeros(total)?;
-                let mut rest = &mut *frozen.pairs;
-                for (span, n, inner) in weights {
-                    let (to, after) = rest.split_at_mut(len(self.precision, n, inner));
-                    let weight = &self.values[span.start..span.end()];
-                    pack_weight_bf16(isa, unit, to, weight, n, inner);
-                    rest = after;
-                }
-            }
-        }
-        self.frozen = Some(frozen);
-        Ok(())
-    }
-
-    /// The weight of a linear layer as the right operand of its forward.
-    fn weight(
-        &self,
-        op: &'static str,
-        isa: Isa,
-        span: Span,
-        dims: LinearDims,
-    ) -> Result<Right<'_>, Error> {
-        let weight = self.part(op, "weight", span, dims.weight_len())?;
-        let Some(frozen) = &self.frozen else {
-            return Ok(Right::Columns(weight));
-        };
-        let place = frozen
-            .places
-            .binary_search_by_key(&span.start, |packed| packed.start);
-        // In panels a weight has one shape only.
-        match place.map(|i| &frozen.places[i]) {
-            Ok(packed)
-                if frozen.isa == isa
-                    && (packed.n, packed.inner) == (dims.out_features, dims.in_features) =>
-            {
-                Ok(match self.precision {
-                    Precision::F32 => Right::Panels(weight),
-                    Precision::Bf16(_) => Right::Pairs(&frozen.pairs[packed.at..]),
-                })
-            }
-            _ => Err(Error::Frozen { op }),
-        }
-    }
-
-    pub(crate) fn values(&self) -> &[f32] {
-        &self.values
-    }
-
-    /// To read and write all of them, which frozen ones do not allow.
-    pub(crate) fn trainable(&mut self, op: &'static str) -> Result<&mut [f32], Error> {
-        self.check_trainable(op)?;
-        Ok(&mut self.values)
-    }
-
-    pub(crate) fn check_trainable(&self, op: &'static str) -> Result<(), Error> {
-        match self.frozen {
-            Some(_) => Err(Error::Frozen { op }),
-            None => Ok(()),
-        }
-    }
-
-    /// The first `len` parameters of `span`.
-    pub(crate) fn part(
-        &self,
-        op: &'static str,
-        what: &'static str,
-        span: Span,
-        len: usize,
-    ) -> Result<&[f32], KernelError> {
-        let values = self.values();
-        Ok(&values[check_span(op, what, values.len(), span, len)?])
-    }
-
-    /// The table of positions and how many patches have one; row 0 is the class token's.
-    pub(crate) fn positions(
-        &self,
-        op: &'static str,
-        span: Span,
-        dim: usize,
-    ) -> Result<(&[f32], usize), KernelError> {
-        let table = self.part(op, "pos_embed", span, span.len)?;
-        Ok((table, (table.len() / dim.max(1)).saturating_sub(1)))
-    }
-}
-
-/// The first `len` ids, all below `limit`.
-pub(crate) fn checked_ids<'a>(
-    op: &'static str,
-    what: &'static str,
-    ids: &'a [u32],
-    len: usize,
-    limit: usize,
-) -> Result<&'a [u32], KernelError> {
-    let ids = front(op, what, ids, len)?;
-    match ids.iter().find(|&&id| id as usize >= limit) {
-        Some(&id) => Err(KernelError::IndexOutOfRange {
-            op,
-            what,
-            limit,
-            found: id as usize,
-        }),
-        None => Ok(ids),
-    }
 }
 
 /// Calls `place(channel, row of the patch, pixels, piece of out)` for every row of pixels of every wanted patch.
@@ -425,20 +202,6 @@ pub(crate) fn linear_inputs<'a>(
     let weight = params.weight(op, isa, layer.weight, dims)?;
     let bias = params.part(op, "bias", layer.bias, dims.out_features)?;
     Ok((Left::Rows(x), weight, bias))
-}
-
-/// The first `len` elements of `x`, as products of `precision` take them.
-pub(crate) fn operand<'a>(
-    op: &'static str,
-    what: &'static str,
-    x: &'a Buf,
-    len: usize,
-    precision: Precision,
-) -> Result<View<'a>, Error> {
-    match precision {
-        Precision::F32 => x.floats(op, what, len).map(View::F32),
-        Precision::Bf16(_) => x.view(op, what, len),
-    }
 }
 
 /// Of the product `x @ weight^T`.
@@ -910,34 +673,6 @@ impl Backend for Cpu {
                 }
             });
         Ok(())
-    }
-}
-
-/// The prefix is 1 with a class token and 0 without.
-pub(crate) fn check_prefix(
-    op: &'static str,
-    dims: TokenDims,
-    embed: EmbedParams,
-) -> Result<(), KernelError> {
-    if dims.prefix == usize::from(embed.cls_token.is_some()) {
-        return Ok(());
-    }
-    Err(KernelError::Dimensions {
-        op,
-        expected: "a prefix of 1 with a class token, of 0 without",
-        found: dims.prefix,
-    })
-}
-
-/// No element is NaN.
-pub(crate) fn check_numbers(
-    op: &'static str,
-    what: &'static str,
-    x: &[f32],
-) -> Result<(), KernelError> {
-    match x.iter().position(|x| x.is_nan()) {
-        Some(at) => Err(KernelError::NotANumber { op, what, at }),
-        None => Ok(()),
     }
 }
 

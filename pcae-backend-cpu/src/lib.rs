@@ -38,6 +38,7 @@
 
 mod attention;
 mod buf;
+mod checks;
 mod cpu;
 mod element;
 mod error;
@@ -45,6 +46,7 @@ mod gemm;
 mod isa;
 mod math;
 mod memory;
+mod params;
 mod peak;
 mod pixels;
 mod plan;
@@ -54,9 +56,10 @@ mod threads;
 mod train;
 
 pub use buf::{Buf, Floats};
-pub use cpu::{Cpu, Params};
+pub use cpu::Cpu;
 pub use error::Error;
 pub use gemm::{Bf16Unit, Precision};
 pub use isa::Isa;
+pub use params::Params;
 pub use peak::Bandwidth;
 pub use plan::memory;

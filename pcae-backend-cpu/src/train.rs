@@ -9,13 +9,15 @@ use pcae_kernel::layout::Layout;
 
 use crate::attention::Attention;
 use crate::buf::{Buf, Floats, View};
-use crate::cpu::{
-    Cpu, Params, check_numbers, check_prefix, check_span, checked_ids, copy_patches, forward_dims,
-    front, front_mut, linear_inputs, operand, patch_tokens,
+use crate::checks::{
+    check_loss, check_numbers, check_prefix, check_scale, check_span, checked_ids, front,
+    front_mut, operand,
 };
+use crate::cpu::{Cpu, copy_patches, forward_dims, linear_inputs, patch_tokens};
 use crate::element::Element;
 use crate::error::Error;
 use crate::gemm::{Dims, Finish, Left, Mode, Out, Precision, Right};
+use crate::params::Params;
 use crate::rows::{self, AdamWConstants};
 use crate::threads::Pieces;
 
@@ -901,24 +903,6 @@ impl Cpu {
     }
 }
 
-/// The scales of groups of `rows_per_scale` rows, which divides `rows`.
-fn check_scale<'a>(
-    op: &'static str,
-    rows: usize,
-    scale: &'a Buf,
-    rows_per_scale: usize,
-) -> Result<&'a [f32], Error> {
-    if rows_per_scale == 0 || !rows.is_multiple_of(rows_per_scale) {
-        return Err(KernelError::Dimensions {
-            op,
-            expected: "rows that `rows_per_scale` divides",
-            found: rows_per_scale,
-        }
-        .into());
-    }
-    scale.floats(op, "scale", rows / rows_per_scale)
-}
-
 /// Rows that share sums for the parameters of a layer norm, and the elements of all sums: groups depend on the number of rows alone,
 /// and there are at most 64, so that their sums stay small beside the rows. They are added in order.
 pub(crate) fn layer_norm_sums(dims: RowDims) -> (usize, usize) {
@@ -927,21 +911,4 @@ pub(crate) fn layer_norm_sums(dims: RowDims) -> (usize, usize) {
         per_group,
         product(&[dims.rows.div_ceil(per_group), 2, dims.dim]),
     )
-}
-
-/// There is something to take the mean of, and room for the result.
-fn check_loss(
-    op: &'static str,
-    dims: RowDims,
-    losses: &[f32],
-    at: usize,
-) -> Result<(), KernelError> {
-    if dims.is_empty() {
-        return Err(KernelError::Dimensions {
-            op,
-            expected: "at least one row and column",
-            found: 0,
-        });
-    }
-    expect_len(op, "losses", losses.len(), at.saturating_add(1))
 }
