@@ -413,7 +413,8 @@ struct Products<B: TrainBackend> {
     grads: B::Vector,
     x: B::Buf,
     y: B::Buf,
-    third: B::Buf,
+    pre_gelu: B::Buf,
+    residual: B::Buf,
     block: usize,
 }
 
@@ -473,7 +474,7 @@ impl<B: TrainBackend> Products<B> {
             backend.write(&mut buf, &host.normal(widest))?;
             Ok::<_, B::Error>(buf)
         };
-        let (x, y, third) = (filled()?, filled()?, filled()?);
+        let (x, y, pre_gelu, residual) = (filled()?, filled()?, filled()?, filled()?);
         Ok(Self {
             tracks,
             calls,
@@ -483,7 +484,8 @@ impl<B: TrainBackend> Products<B> {
             layout,
             x,
             y,
-            third,
+            pre_gelu,
+            residual,
             block: 0,
         })
     }
@@ -525,7 +527,8 @@ impl<B: TrainBackend> Work<B> for Products<B> {
             grads,
             x,
             y,
-            third,
+            pre_gelu,
+            residual,
             ..
         } = self;
         match (pass, epilogue) {
@@ -534,14 +537,14 @@ impl<B: TrainBackend> Work<B> for Products<B> {
                 backend.linear(dims, y, x, params, linear, epilogue)
             }
             (Pass::TrainingForward, Epilogue::BiasGelu) => {
-                backend.linear_gelu_saving(dims, y, third, x, params, linear)
+                backend.linear_gelu_saving(dims, y, pre_gelu, x, params, linear)
             }
             (Pass::TrainingForward, Epilogue::BiasResidual) => {
-                backend.linear_residual(dims, y, third, x, params, linear, None)
+                backend.linear_residual(dims, y, residual, x, params, linear, None)
             }
             (Pass::InputGradient, _) => {
                 // The input of the MLP's second layer comes out of a GELU.
-                let pre_gelu = (layer == 4).then_some(&*third);
+                let pre_gelu = (layer == 4).then_some(&*pre_gelu);
                 backend.linear_backward_input(dims, y, x, params, linear, pre_gelu)
             }
             (Pass::ParamsGradient, _) => backend.linear_backward_params(dims, grads, linear, y, x),
