@@ -98,3 +98,25 @@ fn scratch(ops: &[Op], precision: Precision, fp8_teacher: bool) -> usize {
         .saturating_add(gemm::WORKSPACE)
         .saturating_add(queue::OWN)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pcae_kernel::backend::LinearDims;
+
+    /// What the GELU before a teacher's layer hands it, a byte an element, and nothing where there is no such teacher.
+    #[test]
+    fn a_teacher_in_fp8_takes_room_for_its_largest_input() {
+        let layer = |in_features, out_features| {
+            Op::Linear(LinearDims {
+                rows: 1000,
+                in_features,
+                out_features,
+            })
+        };
+        let ops = [layer(48, 144), layer(192, 48), layer(48, 192)];
+        let without = scratch(&ops, Precision::Bf16, false);
+        let with = scratch(&ops, Precision::Bf16, true);
+        assert_eq!(with - without, 1000 * 192);
+    }
+}

@@ -37,14 +37,14 @@ fn device() -> Option<Cuda> {
 const DIM: usize = 48;
 const HIDDEN: usize = 80;
 
-/// One block, which is the teacher's.
+/// Two blocks, whose products have the same sizes and other scales.
 fn layout(num_heads: usize) -> Layout {
     Layout::encoder(&VitConfig {
         img_size: [8, 12],
         in_chans: 1,
         patch_size: 4,
         embed_dim: DIM,
-        depth: 1,
+        depth: 2,
         num_heads,
         mlp_ratio: HIDDEN as f64 / DIM as f64,
     })
@@ -117,21 +117,16 @@ fn linear(
     download(cuda, &out, dims.out_len())
 }
 
-fn layers() -> [(LinearDims, Linear); 4] {
-    let block = layout(3).encoder.blocks.block(0);
-    let dims = |in_features, out_features| LinearDims {
+fn layers() -> Vec<(LinearDims, Linear)> {
+    let sizes = [(DIM, 3 * DIM), (DIM, DIM), (DIM, HIDDEN), (HIDDEN, DIM)];
+    let blocks = layout(3).encoder.blocks;
+    let linears = (0..blocks.depth).flat_map(|index| blocks.block(index).linears());
+    let dims = sizes.iter().map(|(in_features, out_features)| LinearDims {
         rows: 0,
-        in_features,
-        out_features,
-    };
-    let all = [
-        dims(DIM, 3 * DIM),
-        dims(DIM, DIM),
-        dims(DIM, HIDDEN),
-        dims(HIDDEN, DIM),
-    ];
-    let [qkv, proj, fc1, fc2] = block.linears();
-    [(all[0], qkv), (all[1], proj), (all[2], fc1), (all[3], fc2)]
+        in_features: *in_features,
+        out_features: *out_features,
+    });
+    dims.cycle().zip(linears).collect()
 }
 
 /// A product with the unit matrix is the weight, as it is multiplied.
@@ -142,15 +137,15 @@ fn weights(cuda: &mut Cuda, params: &Params) -> Vec<Vec<f32>> {
         let dims = LinearDims { rows: n, ..dims };
         linear(cuda, dims, &unit, params, layer)
     };
-    layers().map(weight).into()
+    layers().into_iter().map(weight).collect()
 }
 
 /// No bias, and weights of sizes that are far apart.
 fn parameters() -> Vec<f32> {
     let mut values = noise(layout(3).len(), 1);
-    for (i, (_, layer)) in layers().iter().enumerate() {
+    let factors = [1.0, 1e-4, 700.0, 0.0, 3e4, 0.02, 1e-12, 5.0];
+    for ((_, layer), factor) in layers().iter().zip(factors) {
         values[layer.bias.start..layer.bias.end()].fill(0.0);
-        let factor = [1.0, 1e-4, 700.0, 0.0][i];
         values[layer.weight.start..layer.weight.end()]
             .iter_mut()
             .for_each(|w| *w *= factor);
