@@ -31,12 +31,12 @@ use crate::Precision;
 use crate::compile::Compiler;
 use crate::driver::{
     Block, Context, DevicePtr, Event, Function, Graph, Heap, MAX_ARGS, Memory, Module, Pinned,
-    Plain, Stream,
+    Stream,
 };
 use crate::error::Error;
 use crate::gemm::{Gemm, Matmul};
 use crate::kernels::{File, KERNELS, Kernel};
-use crate::ring::{PIECE, Ring, to_bf16};
+use crate::ring::{PIECE, Ring};
 use crate::sums::ColumnSums;
 use crate::versions::{self, Version};
 use crate::warnings::Warnings;

@@ -144,7 +144,7 @@ impl Queue {
 }
 
 /// Puts the pieces of `tape` into a stream.
-fn issue(
+pub(super) fn issue(
     stream: &Stream,
     functions: &[Loaded],
     gemm: &mut Gemm,
