@@ -34,8 +34,8 @@ def step_contenders(run, batch):
 
 @functools.cache
 def has_fp8(run):
-    """Whether this program knows such teachers."""
-    return "fp8" in run.command(run.ours("bench", "--help"))
+    """Whether this program knows such teachers, which go beside bf16."""
+    return run.args.precision == "bf16" and "fp8" in run.command(run.ours("bench", "--help"))
 
 
 def step(run, results):
@@ -87,9 +87,14 @@ def is_asked(run):
     return run.args.rehearse or (run.args.model, run.args.precision) == ("vit-b16", "bf16")
 
 
+def all_in_one_format(found):
+    """Without those whose teacher has a format of its own."""
+    return {name: one for name, one in found.items() if "teacher" not in name}
+
+
 def step_targets(run, results, found):
     """Ours, tuned or not, over the fastest of PyTorch's and over our own MAE."""
-    ours = fastest({name: one for name, one in found.items() if "fp8" not in name}, "pcae")
+    ours = fastest(all_in_one_format(found), "pcae")
     for target, above, below, least in [
             ("step over PyTorch", ours, fastest(found, "torch"), 1.5),
             ("step over MAE", ours, fastest(found, "mae"), 2.0),
@@ -132,7 +137,7 @@ def graphs(run, results, found):
 def share_of_peak(run, results, found):
     """The share of the device's peak, of its data sheet where that is known, and of what PyTorch's matrix product reaches."""
     def shares():
-        best = found[fastest(found, "pcae")]
+        best = found[fastest(all_in_one_format(found), "pcae")]
         gflops = best["images_per_s"]["median"] * best["gflop_per_image"]
         measured = run.limits()[f"{run.args.precision}_gflops"]
         name = run.has_torch()["device"] or ""

@@ -20,7 +20,8 @@ use pcae_kernel::backend::{PixelDims, Pixels};
 use pcae_kernel::error::product;
 use pcae_kernel::resize::{MAX_SHRINK, MAX_TAPS};
 
-use super::{Queue, Shape, issue};
+use super::running::issue;
+use super::{Queue, Shape};
 use crate::checks::small;
 use crate::driver::{Context, DevicePtr, Event, GRAIN, Memory, Stream};
 use crate::error::Error;
