@@ -89,6 +89,17 @@ class Targets(Quiet):
             report(self.folder.name, commit="another", add=True)
         self.assertEqual(report(self.folder.name).data["parts"], {})
 
+    def test_a_part_that_was_ended_stays_as_ended(self):
+        self.report.data["parts"] |= {"step": {"status": "running", "results": {}},
+                                      "parity": {"status": "passed", "results": {}, "seconds": 1}}
+        self.report.save()
+        more = report(self.folder.name, add=True)
+        more.say = more.note
+        more.end()
+        lines = [line.split() for line in self.text().splitlines()]
+        self.assertIn("step ended - s 0 of 0 passed".split(), lines)
+        self.assertIn("parity passed 1 s 0 of 0 passed".split(), lines)
+
     def test_a_rehearsal_meets_and_misses_nothing(self):
         rehearsal = report(self.folder.name, rehearsal=True)
         rehearsal.at_least("step over MAE", 2.0, 1.0)
