@@ -9,6 +9,7 @@ import unittest
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "gpu"))
 
+import checks
 import contenders
 import times
 from report import TARGETS, Report
@@ -153,6 +154,36 @@ class Race(Quiet):
         self.assertTrue(rows["step over PyTorch"]["found"].startswith("4.00 "), rows)
         self.assertEqual(rows["step with fp8 teacher over MAE"]["met"], False)
         self.assertEqual(rows["graphs"]["met"], True)
+
+
+class Parity(Quiet):
+    def parity(self, says):
+        """Results of fixtures that are replayed by a program that says so, a failure or not, of its fp8."""
+        run, results, asked = self.run_of(), {}, []
+        run.ours = lambda *words: list(map(str, words))
+
+        def command(words):
+            if "--teacher-precision" not in words:
+                return "parity: 3 tensors\n"
+            asked.append(pathlib.Path(words[1]).stem)
+            if isinstance(said := says(asked[-1]), Failure):
+                raise said
+            return said
+        run.command = command
+        checks.parity(run, results)
+        self.assertEqual(asked, [path.stem for path in checks.fixture_paths() if path.stem.startswith("pcae")])
+        return {name.split()[0]: one["status"] for name, one in results.items() if name.endswith("bf16, fp8 teacher")}
+
+    def test_fixtures_with_a_teacher_in_fp8_where_that_can_be(self):
+        narrow = Failure("parity: exit code 1: teacher_params: expected widths of multiples of 16, for a teacher in fp8, found 24")
+        old = Failure("parity: exit code 2: expected compute capability 8.9 (Ada, Hopper) or newer, found 8.0")
+        wrong = Failure("parity: exit code 1: expect.target is off")
+        for says, status in [("parity: 3 tensors\n", "passed"), (old, "not available"), (wrong, "failed")]:
+            found = self.parity(lambda name: narrow if name == "pcae_small" else says)
+            self.assertEqual(found, {"pcae_gray_rect": status, "pcae_small": "not available"})
+        count = len(checks.fixture_paths())
+        row = self.report.rows()["parity bf16"]
+        self.assertEqual((row["found"], row["met"]), (f"{count} of {count} pass", True))
 
 
 class Launches(Quiet):
