@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 
-from session import HERE, Failure, children, end
+from session import HERE, NO_FP8, Failure, children, end
 
 VARIANTS = ["eager", "compile", "graphs", "autotune"]
 
@@ -64,12 +64,14 @@ class Peer:
         with self.errors.open("w") as errors:
             self.process = children(command, env=os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
         self.lines = queue.Queue()
-        threading.Thread(target=self.read, daemon=True).start()
+        # What a process says that was closed is not taken for what the next one says.
+        threading.Thread(target=self.read, args=(self.process.stdout, self.lines), daemon=True).start()
 
-    def read(self):
-        for line in self.process.stdout:
-            self.lines.put(line.strip())
-        self.lines.put(None)
+    @staticmethod
+    def read(pipe, lines):
+        for line in pipe:
+            lines.put(line.strip())
+        lines.put(None)
 
     def answer(self):
         try:
@@ -104,6 +106,7 @@ class Peer:
                     pipe.close()
                 except (BrokenPipeError, ValueError):
                     pass
+            self.process = None
 
 
 def spread(values):
@@ -126,11 +129,14 @@ def peers(run, cases):
 
 
 def failed(run, one, failure):
-    """The result of a contender that failed; one that has no room is no failure of ours."""
+    """The result of a contender that failed; one that has no room, or is not for this device, is no failure of ours."""
     run.report.say(f"    {one.name}, batch {one.case['batch']}: {failure}")
-    text = str(failure)
-    has_room = not any(words in text for words in ("no memory on the device", "out of memory", "OutOfMemory"))
-    return {"status": "failed" if has_room else "no memory", "reason": text, "case": one.case}
+    text, status = str(failure), "failed"
+    if any(words in text for words in ("no memory on the device", "out of memory", "OutOfMemory")):
+        status = "no memory"
+    elif NO_FP8 in text:
+        status = "not available"
+    return {"status": status, "reason": text, "case": one.case}
 
 
 def prepare(run, contenders, results):
@@ -173,6 +179,16 @@ def take_turns(run, running, results, rounds):
         run.report.say(f"    {one.name:<24} batch {one.case['batch']:<4} {rate['median']:>11.2f} images/s"
                        f" ({rate['least']:.2f}-{rate['greatest']:.2f}, {len(rates[one.name])} rounds)")
     return results
+
+
+def race(run, contenders, rounds):
+    """Starts all, lets those that are ready take turns, and ends all, whatever happens. A result for each."""
+    results = {}
+    try:
+        return take_turns(run, prepare(run, contenders, results), results, rounds)
+    finally:
+        for one in contenders:
+            one.close()
 
 
 def passed(results, prefix):

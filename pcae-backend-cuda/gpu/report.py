@@ -35,6 +35,9 @@ class Report:
             if any(earlier.get(name) != value for name, value in identity.items()):
                 raise SystemExit(f"error: --add: expected a report of {identity}, found one of commit {earlier.get('commit')} in {folder}")
             self.data |= {name: earlier[name] for name in ("parts", "targets")}
+            for entry in self.data["parts"].values():
+                if entry["status"] == "running":
+                    entry["status"] = "ended"
         else:
             self.text.write_text("")
 
@@ -68,7 +71,7 @@ class Report:
         self.say("\nsummary")
         for part, entry in self.data["parts"].items():
             counts = [one.get("status") for one in entry["results"].values()]
-            self.say(f"  {part:<10} {entry['status']:<8} {entry['seconds']:>6} s  {counts.count('passed')} of {len(counts)}"
+            self.say(f"  {part:<10} {entry['status']:<8} {entry.get('seconds', '-'):>6} s  {counts.count('passed')} of {len(counts)}"
                      f" passed {entry.get('reason', '')}")
         self.say("\ntarget: expected / found / met?")
         for row in self.rows().values():

@@ -13,19 +13,20 @@ failed, whether targets are met or not.
 | part | what |
 |---|---|
 | device | what the driver, the sanitizer and PyTorch are; what PyTorch's matrix product and copy reach |
-| parity | every golden fixture in f32 and bf16 |
+| parity | every golden fixture in f32 and bf16, those of PCAE in bf16 with a teacher in fp8 too |
 | tests | the backend's test programs |
-| sanitizer | compute-sanitizer's memcheck, racecheck and synccheck over the small fixtures, uploads and graphs |
+| sanitizer | compute-sanitizer's memcheck, racecheck and synccheck over the small fixtures, uploads, graphs and a teacher in fp8 |
 | breakdown | where the time of a step and of a forward goes, as `pcae bench --breakdown` tells: bandwidths, how busy the GPU is |
 | infer | a forward dense and with drop ratio 0.4, tuned or not, and PyTorch's variants, taking turns |
-| step | a PCAE step, an MAE step, tuned or not, and PyTorch's variants (`peer.py`): each at every batch size, then at its best |
+| step | PCAE and MAE steps, tuned or not, PCAE with an fp8 teacher, and PyTorch's variants (`peer.py`): at every batch size, then at the best |
 | curve | losses of 500 steps in bf16 beside f32 |
 | large | 200 steps of ViT-L/16 and ViT-H/14 on generated pictures |
 
 How it times. In every round each contender gives one sample, one after the other, the order turned by one each round. Ours is
 `pcae bench` in a fresh process; PyTorch's variants each keep a process, which waits for its turn. A sample is an untimed call and
 then the median of as many as fit into `--seconds`. Figures are medians over the rounds, with the least and the greatest; a ratio is
-that of the medians, with the least and the greatest of any one round. A contender that has no memory for a batch size is left out there.
+that of the medians, with the least and the greatest of any one round. A contender that has no memory for a batch size is left out there,
+and so are teachers in fp8 where the device's compute capability is below 8.9. Between batch sizes no process of PyTorch's stays alive.
 A graph that was refused, or a product of a ViT-B/16 that our plain kernel did, fails the part.
 """
 import argparse

@@ -13,6 +13,8 @@ import time
 from report import Report
 
 HERE = pathlib.Path(__file__).resolve().parent
+# Of what our program says on a device that is too old for a teacher in fp8.
+NO_FP8 = "compute capability 8.9"
 
 
 class Failure(Exception):
