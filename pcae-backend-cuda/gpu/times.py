@@ -26,8 +26,7 @@ def step_contenders(run, batch):
     mae = case | dict(method="mae", mask_ratio=MAE_MASK, decoder=decoder)
     ours = [Ours(run, name + label, one | more) for name, one in (("pcae", pcae), ("mae", mae))
             for label, more in (("", {}), (" --tune", {"tune": True}))]
-    # Beside a student in bf16 alone.
-    if args.precision == "bf16" and has_fp8(run):
+    if has_fp8(run):
         ours.append(Ours(run, "pcae, fp8 teacher", pcae | {"teacher": "fp8"}))
     return ours + peers(run, [("", pcae)])
 
