@@ -72,7 +72,7 @@ def parse():
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("."), help="folder of report.json and report.log [default: .]")
     p.add_argument("--add", action="store_true", help="keep what an earlier run of the same program has found there")
     p.add_argument("--parts", type=some(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)} [default: all]")
-    p.add_argument("--minutes", type=float, default=30, help="for all parts together, shared by their weights [default: 30]")
+    p.add_argument("--minutes", type=float, help="for all parts together, shared by their weights [default: 30]")
     p.add_argument("--model", choices=list(DECODERS), help="of step, infer and breakdown [default: vit-b16]")
     p.add_argument("--precision", choices=["f32", "bf16"], default="bf16", help="of step, infer, breakdown and large [default: bf16]")
     p.add_argument("--batch-size", type=separated(int), help="of step, those near 256 first [default: 64,128,256,512]")
@@ -93,10 +93,10 @@ def parse():
     p.add_argument("--test-programs", type=pathlib.Path, metavar="DIR", help="[default: tests, beside this script]")
     p.add_argument("--rehearse", metavar="DIR", help="everything tiny, on the emulator in this folder, PyTorch on the CPU if it is there")
     args = p.parse_args()
-    usual = dict(model="vit-b16", batch_size=[64, 128, 256, 512], breakdown_batch=256, infer_batch=[1, 256],
+    usual = dict(minutes=30, model="vit-b16", batch_size=[64, 128, 256, 512], breakdown_batch=256, infer_batch=[1, 256],
                  variants=["eager", "compile", "graphs"], rounds=5, seconds=1.0, curve_steps=500, curve_batch=64,
                  large=["vit-l16", "vit-h14"], large_steps=200, large_batch=64, pictures=256)
-    tiny = dict(model="vit-micro", batch_size=[2, 3], breakdown_batch=2, infer_batch=[1, 2], variants=["eager"], rounds=2,
+    tiny = dict(minutes=240, model="vit-micro", batch_size=[2, 3], breakdown_batch=2, infer_batch=[1, 2], variants=["eager"], rounds=2,
                 seconds=0.0, curve_steps=2, curve_batch=2, large=["vit-micro"], large_steps=2, large_batch=2, pictures=8)
     for name, value in (tiny if args.rehearse else usual).items():
         if getattr(args, name) is None:
