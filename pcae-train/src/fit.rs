@@ -278,7 +278,7 @@ mod tests {
     #[test]
     fn few_steps_an_epoch_are_said() {
         assert_eq!(few_steps(10, 1, 100), None);
-        assert_eq!(few_steps(10, 2, 181), None);
+        assert_eq!(few_steps(10, 2, 190), None);
         let said = few_steps(11, 1, 100).unwrap();
         assert!(said.contains("9 steps of 11 pictures"), "{said}");
         let said = few_steps(11, 9, 100).unwrap();
