@@ -207,12 +207,12 @@ impl Cuda {
         self.attention_forward("attention", dims, y, None, qkv, whole)?;
         match whole {
             true => Ok(y.at(0)),
-            false => self.to_e4m3(dims.out_len(), y.at(0)),
+            false => self.round_to_e4m3(dims.out_len(), y.at(0)),
         }
     }
 
     /// Activations in e4m3, in the workspace. Their number is a multiple of 16.
-    pub(crate) fn to_e4m3(&mut self, len: usize, x: DevicePtr) -> Result<DevicePtr, Error> {
+    pub(crate) fn round_to_e4m3(&mut self, len: usize, x: DevicePtr) -> Result<DevicePtr, Error> {
         let room = self.queue.workspace(len)?;
         let shape = self.queue.elements(len);
         let args = [room.into(), x.into(), (len as u64).into()];

@@ -61,7 +61,7 @@ impl Cuda {
         expect_len(op, "x", x.len, dims.in_len())?;
         check_layer(op, params.len, layer, dims)?;
         if params.e4m3(layer).is_some() {
-            let x = self.to_e4m3(dims.in_len(), x.at(0))?;
+            let x = self.round_to_e4m3(dims.in_len(), x.at(0))?;
             return self.fp8_product(op, dims, out.at(0), x, params, layer, add);
         }
         let (mut a, mut b) = (x.at(0), params.product(layer.weight.start));
