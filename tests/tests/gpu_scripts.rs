@@ -2,7 +2,6 @@
 //! Python 3.11.
 
 #![cfg(all(target_os = "linux", target_pointer_width = "64"))]
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::path::Path;
