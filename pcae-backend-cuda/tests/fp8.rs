@@ -347,7 +347,7 @@ fn a_teacher_of_other_widths_or_in_f32_is_refused() {
 
 /// In a process of its own, whose cuBLASLt has nothing for fp8.
 #[test]
-#[ignore = "run by the test below"]
+#[ignore = "a child process: the test below runs it, and says so where it cannot"]
 fn what_is_said() {
     match Cuda::new(0, Precision::Bf16).unwrap().with_fp8_teacher() {
         Ok(cuda) => println!("works: {}", cuda.has_fp8_teacher()),

@@ -22,7 +22,7 @@ fn what_is_there_goes_together() {
 
 /// In a process of its own, whose libraries say what the variables of the test below tell them.
 #[test]
-#[ignore = "run by the test below"]
+#[ignore = "a child process: the test below runs it, and says so where it cannot"]
 fn what_is_said() {
     match Cuda::new(0, Precision::F32) {
         Ok(mut cuda) => {
