@@ -371,7 +371,8 @@ fn mistakes_of_kernels_are_found() {
         ("some_miss_the_barrier", 0, 0, &[1, 32, 63][..]),
         ("two_barriers", 0, 64, &[1, 32]),
         ("some_miss_the_shuffle", 0, 64, &[1, 33]),
-        ("writes", 0, 64 * 2 - 1, &[64 * 2, 64 * 2 + 50, 5000]),
+        // No further than the page without access behind each block: beyond it may be what another test's thread has.
+        ("writes", 0, 64 * 2 - 1, &[64 * 2, 64 * 2 + 50, 1000]),
         ("writes_dynamic_shared", 400, 99, &[100, 127, 200]),
         ("writes_static_shared", 0, 0, &[1, 64]),
         ("misaligned", 0, 4, &[1, 2, 3]),
