@@ -46,6 +46,7 @@ mod gemm;
 mod isa;
 mod math;
 mod memory;
+mod optimizer;
 mod params;
 mod peak;
 mod pixels;

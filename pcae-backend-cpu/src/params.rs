@@ -1,14 +1,17 @@
 //! Parameters as the backend keeps them.
 
+use core::ops::Range;
+
 use pcae_kernel::backend::{LinearDims, Span};
 use pcae_kernel::error::Error as KernelError;
 use pcae_kernel::layout::{Kind, Layout};
+use pcae_kernel::sizing::Role;
 
 use crate::buf::Floats;
 use crate::checks::check_span;
 use crate::cpu::grown;
 use crate::error::Error;
-use crate::gemm::{Precision, Right, pack_weight, pack_weight_bf16, packed_len_bf16};
+use crate::gemm::{Bf16Unit, PairsLen, Precision, Right, WeightPairs, pack_weight, pairs_len};
 use crate::isa::Isa;
 
 /// All parameters of a model.
@@ -18,92 +21,75 @@ pub struct Params {
     /// Of the operands of linear layers.
     pub(crate) precision: Precision,
     /// Weights of linear layers as one instruction set wants them, if they are.
-    frozen: Option<Frozen>,
+    packed: Option<Packed>,
 }
 
 /// Packed weights: f32 in the place of the unpacked, or bf16 beside them.
 #[derive(Debug)]
-struct Frozen {
+pub(crate) struct Packed {
     isa: Isa,
-    pairs: Floats,
+    role: Role,
     /// By their first parameter.
-    places: Vec<Packed>,
+    weights: Vec<Weight>,
+    /// Of bf16.
+    pairs: Floats,
 }
 
 /// A packed weight, `[n, inner]`.
 #[derive(Clone, Copy, Debug)]
-struct Packed {
+pub(crate) struct Weight {
     /// Its first parameter.
     start: usize,
     n: usize,
     inner: usize,
-    /// Where its pairs begin, of bf16.
+    /// Where its pairs are, of bf16.
     at: usize,
+    len: PairsLen,
+    /// Whether its values have changed since.
+    is_stale: bool,
+}
+
+impl Weight {
+    /// Its parameters.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.start..self.start + self.n * self.inner
+    }
+
+    /// Elements of a row.
+    pub(crate) fn inner(&self) -> usize {
+        self.inner
+    }
+}
+
+/// Parameters to be updated.
+pub(crate) struct Trainable<'a> {
+    pub(crate) values: &'a mut [f32],
+    /// Pairs to be packed anew with them, and their unit.
+    pub(crate) packed: Option<(Bf16Unit, &'a mut Packed)>,
 }
 
 impl Params {
-    /// `values` as they are.
-    pub(crate) fn new(values: &[f32], precision: Precision) -> Result<Self, Error> {
+    /// `values` as they are, and what products read beside them or in their place. What is trained or a teacher's is packed in
+    /// bf16 alone; see [`crate::gemm`].
+    pub(crate) fn new(
+        values: &[f32],
+        precision: Precision,
+        isa: Isa,
+        layout: &Layout,
+        role: Role,
+    ) -> Result<Self, Error> {
+        precision.check(isa)?;
         let mut all = Floats::zeros(values.len())?;
         all.copy_from_slice(values);
+        let mut packed = None;
+        if role == Role::Frozen || precision != Precision::F32 {
+            packed = Some(Packed::new(&mut all, precision, isa, layout, role)?);
+        }
         Ok(Self {
             values: all,
             precision,
-            frozen: None,
+            packed,
         })
-    }
-
-    /// Packs the weights of linear layers.
-    pub(crate) fn freeze(&mut self, isa: Isa, layout: &Layout) -> Result<(), Error> {
-        let mut weights = Vec::new();
-        layout.for_each(|tensor| {
-            if tensor.kind == Kind::Weight {
-                let n = tensor.shape().first().copied().unwrap_or(0);
-                weights.push((tensor.span, n, tensor.span.len / n.max(1)));
-            }
-        });
-        self.precision.check(isa)?;
-        let mut frozen = Frozen {
-            isa,
-            pairs: Floats::default(),
-            places: Vec::new(),
-        };
-        let len = |precision, n, inner| match precision {
-            Precision::F32 => 0,
-            Precision::Bf16(unit) => packed_len_bf16(isa, unit, n, inner),
-        };
-        let mut total = 0;
-        for &(span, n, inner) in &weights {
-            frozen.places.push(Packed {
-                start: span.start,
-                n,
-                inner,
-                at: total,
-            });
-            total += len(self.precision, n, inner);
-        }
-        frozen.places.sort_unstable_by_key(|packed| packed.start);
-        match self.precision {
-            Precision::F32 => {
-                let mut copy = Vec::new();
-                for (span, n, inner) in weights {
-                    let weight = &mut self.values[span.start..span.end()];
-                    pack_weight(isa, weight, grown(&mut copy, span.len)?, n, inner);
-                }
-            }
-            Precision::Bf16(unit) => {
-                frozen.pairs = Floats::zeros(total)?;
-                let mut rest = &mut *frozen.pairs;
-                for (span, n, inner) in weights {
-                    let (to, after) = rest.split_at_mut(len(self.precision, n, inner));
-                    let weight = &self.values[span.start..span.end()];
-                    pack_weight_bf16(isa, unit, to, weight, n, inner);
-                    rest = after;
-                }
-            }
-        }
-        self.frozen = Some(frozen);
-        Ok(())
     }
 
     /// The weight of a linear layer as the right operand of its forward.
@@ -115,25 +101,43 @@ impl Params {
         dims: LinearDims,
     ) -> Result<Right<'_>, Error> {
         let weight = self.part(op, "weight", span, dims.weight_len())?;
-        let Some(frozen) = &self.frozen else {
-            return Ok(Right::Columns(weight));
-        };
-        let place = frozen
-            .places
-            .binary_search_by_key(&span.start, |packed| packed.start);
-        // In panels a weight has one shape only.
-        match place.map(|i| &frozen.places[i]) {
-            Ok(packed)
-                if frozen.isa == isa
-                    && (packed.n, packed.inner) == (dims.out_features, dims.in_features) =>
-            {
-                Ok(match self.precision {
-                    Precision::F32 => Right::Panels(weight),
-                    Precision::Bf16(_) => Right::Pairs(&frozen.pairs[packed.at..]),
-                })
-            }
-            _ => Err(Error::Frozen { op }),
+        match self.packed_weight(isa, span, dims) {
+            Some((packed, place)) => Ok(match self.precision {
+                Precision::F32 => Right::Panels(weight),
+                Precision::Bf16(_) => Right::Pairs(&packed.pairs[place.at..][..place.len.forward]),
+            }),
+            // In panels a weight has one shape only.
+            None => match self.is_frozen() {
+                true => Err(Error::Frozen { op }),
+                false => Ok(Right::Columns(weight)),
+            },
         }
+    }
+
+    /// The weight of a linear layer as the right operand of its input's gradient.
+    pub(crate) fn weight_backward(
+        &self,
+        op: &'static str,
+        isa: Isa,
+        span: Span,
+        dims: LinearDims,
+    ) -> Result<Right<'_>, Error> {
+        self.check_trainable(op)?;
+        let weight = self.part(op, "weight", span, dims.weight_len())?;
+        Ok(match self.packed_weight(isa, span, dims) {
+            Some((packed, place)) if place.len.backward > 0 => {
+                let at = place.at + place.len.forward;
+                Right::Pairs(&packed.pairs[at..][..place.len.backward])
+            }
+            _ => Right::Rows(weight),
+        })
+    }
+
+    fn packed_weight(&self, isa: Isa, span: Span, dims: LinearDims) -> Option<(&Packed, Weight)> {
+        let packed = self.packed.as_ref().filter(|packed| packed.isa == isa)?;
+        let weight = packed.weights[packed.position(span.start)?];
+        ((weight.n, weight.inner) == (dims.out_features, dims.in_features))
+            .then_some((packed, weight))
     }
 
     pub(crate) fn values(&self) -> &[f32] {
@@ -141,16 +145,26 @@ impl Params {
     }
 
     /// To read and write all of them, which frozen ones do not allow.
-    pub(crate) fn trainable(&mut self, op: &'static str) -> Result<&mut [f32], Error> {
+    pub(crate) fn trainable(&mut self, op: &'static str) -> Result<Trainable<'_>, Error> {
         self.check_trainable(op)?;
-        Ok(&mut self.values)
+        Ok(Trainable {
+            values: &mut self.values,
+            packed: match self.precision {
+                Precision::F32 => None,
+                Precision::Bf16(unit) => self.packed.as_mut().map(|packed| (unit, packed)),
+            },
+        })
     }
 
     pub(crate) fn check_trainable(&self, op: &'static str) -> Result<(), Error> {
-        match self.frozen {
-            Some(_) => Err(Error::Frozen { op }),
-            None => Ok(()),
+        match self.is_frozen() {
+            true => Err(Error::Frozen { op }),
+            false => Ok(()),
         }
+    }
+
+    fn is_frozen(&self) -> bool {
+        (self.packed.as_ref()).is_some_and(|packed| packed.role == Role::Frozen)
     }
 
     /// The first `len` parameters of `span`.
@@ -174,5 +188,112 @@ impl Params {
     ) -> Result<(&[f32], usize), KernelError> {
         let table = self.part(op, "pos_embed", span, span.len)?;
         Ok((table, (table.len() / dim.max(1)).saturating_sub(1)))
+    }
+}
+
+impl Packed {
+    fn new(
+        values: &mut [f32],
+        precision: Precision,
+        isa: Isa,
+        layout: &Layout,
+        role: Role,
+    ) -> Result<Self, Error> {
+        let mut weights = Vec::new();
+        let mut at = 0_usize;
+        layout.for_each(|tensor| {
+            if tensor.kind == Kind::Weight {
+                let n = tensor.shape().first().copied().unwrap_or(0);
+                let inner = tensor.span.len / n.max(1);
+                let len = match precision {
+                    Precision::F32 => PairsLen::default(),
+                    Precision::Bf16(unit) => pairs_len(isa, unit, n, inner, role),
+                };
+                let start = tensor.span.start;
+                weights.push(Weight {
+                    start,
+                    n,
+                    inner,
+                    at,
+                    len,
+                    is_stale: false,
+                });
+                at = at.saturating_add(len.total());
+            }
+        });
+        weights.sort_unstable_by_key(|weight| weight.start);
+        let mut packed = Self {
+            isa,
+            role,
+            weights,
+            pairs: Floats::zeros(at)?,
+        };
+        let mut copy = Vec::new();
+        for i in 0..packed.weights.len() {
+            let weight = packed.weights[i];
+            match precision {
+                Precision::F32 => {
+                    let values = &mut values[weight.range()];
+                    let copy = grown(&mut copy, values.len())?;
+                    pack_weight(isa, values, copy, weight.n, weight.inner);
+                }
+                Precision::Bf16(unit) => packed.repack(unit, weight, values),
+            }
+        }
+        Ok(packed)
+    }
+
+    /// All that are packed, by their first parameter.
+    pub(crate) fn weights(&self) -> &[Weight] {
+        &self.weights
+    }
+
+    /// Of the weight with this first parameter.
+    fn position(&self, start: usize) -> Option<usize> {
+        let found = self
+            .weights
+            .binary_search_by_key(&start, |weight| weight.start);
+        found.ok()
+    }
+
+    /// The place of the pairs of the same weight as another's, if it has them, for all of them to be written.
+    pub(crate) fn pairs(&mut self, unit: Bf16Unit, like: &Weight) -> Option<WeightPairs<'_>> {
+        let i = self.position(like.start)?;
+        let weight = &mut self.weights[i];
+        if (weight.n, weight.inner) != (like.n, like.inner) {
+            return None;
+        }
+        weight.is_stale = false;
+        let to = &mut self.pairs[weight.at..][..weight.len.total()];
+        let dims = [weight.n, weight.inner];
+        Some(WeightPairs::new(self.isa, unit, dims, self.role, to))
+    }
+
+    /// Says that these parameters change.
+    pub(crate) fn mark_stale(&mut self, range: Range<usize>) {
+        let first = self
+            .weights
+            .partition_point(|w| w.range().end <= range.start);
+        let rest = self.weights[first..].iter_mut();
+        for weight in rest.take_while(|w| w.start < range.end) {
+            weight.is_stale = true;
+        }
+    }
+
+    /// Packs anew what has changed and was not packed since.
+    pub(crate) fn repack_stale(&mut self, unit: Bf16Unit, values: &[f32]) {
+        for i in 0..self.weights.len() {
+            if self.weights[i].is_stale {
+                self.repack(unit, self.weights[i], values);
+            }
+        }
+    }
+
+    /// Packs one of the weights.
+    fn repack(&mut self, unit: Bf16Unit, weight: Weight, values: &[f32]) {
+        if let Some(pairs) = self.pairs(unit, &weight) {
+            // SAFETY: there is no other thread.
+            unsafe { pairs.pack(0, &values[weight.range()]) };
+        }
     }
 }

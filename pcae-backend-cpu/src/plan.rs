@@ -3,11 +3,11 @@
 use pcae_kernel::backend::{AttentionDims, LinearDims};
 use pcae_kernel::error::product;
 use pcae_kernel::op::Op;
-use pcae_kernel::sizing::{Memory, Sizing};
+use pcae_kernel::sizing::{Memory, Role, Sizing};
 
 use crate::attention::Attention;
 use crate::cpu::LINE;
-use crate::gemm::{Dims, Left, Precision, packed_len_bf16, scratch_len};
+use crate::gemm::{Dims, Left, Precision, pairs_len, scratch_len};
 use crate::isa::Isa;
 use crate::threads::Threads;
 use crate::train::{COLUMNS, INNER, PIECE, layer_norm_sums};
@@ -21,20 +21,25 @@ pub fn memory(
     precisions: (Precision, Precision),
 ) -> Memory {
     let sizes = &sizing.sizes;
-    // Frozen weights in bf16, two to an element, lie beside those in f32.
-    let pairs = sizing
-        .frozen_weights()
-        .iter()
-        .map(|&[n, inner]| match precisions.0 {
+    // Weights in bf16, two to an element, lie beside those in f32.
+    let packed = sizing.weights().iter().map(|weight| {
+        let precision = match weight.role {
+            Role::Trained | Role::Frozen => precisions.0,
+            Role::Teacher => precisions.1,
+        };
+        let (n, inner) = (weight.out_features, weight.in_features);
+        match precision {
             Precision::F32 => 0,
-            Precision::Bf16(unit) => packed_len_bf16(isa, unit, n, inner),
-        });
-    let frozen = bytes::<f32>(sizes.frozen.saturating_add(pairs.sum()));
+            Precision::Bf16(unit) => pairs_len(isa, unit, n, inner, weight.role).total(),
+        }
+    });
+    let parameters = sizes.params.saturating_add(sizes.frozen);
     Memory {
         activations: bytes::<f32>(sizes.bufs)
             .saturating_add(bytes::<f32>(sizes.scores))
             .saturating_add(bytes::<u32>(sizes.ids)),
-        state: bytes::<f32>(sizes.vectors.saturating_add(sizes.params)).saturating_add(frozen),
+        state: bytes::<f32>(sizes.vectors.saturating_add(parameters))
+            .saturating_add(bytes::<f32>(packed.sum())),
         scratch: scratch(sizing.ops(), isa, threads, precisions),
     }
 }

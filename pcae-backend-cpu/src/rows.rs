@@ -87,19 +87,23 @@ pub(crate) fn exp_row<S: Simd>(s: S, x: &mut [f32], count: usize, scale: f32) ->
     }
     let max = s.max_lane(max);
     let (slope, shift) = (s.splat(scale * core::f32::consts::LOG2_E), s.splat(max));
-    // Beside the sum, which is 1 at least, this is nothing, whereas a subnormal number costs some processors a hundred
-    // cycles. NaN is the second operand, and so passes.
-    let least = s.splat(-125.0);
-    // The difference first: it is 0 at the maximum however large that is.
-    let e = |x| exp2(s, s.max(least, s.mul(s.sub(x, shift), slope)));
-    let mut total = e(s.min(s.load(tail), cap));
+    let mut total = exp_from(s, s.min(s.load(tail), cap), shift, slope);
     s.store(tail, total);
     for x in body.chunks_exact_mut(S::LANES) {
-        let e = e(s.load(x));
+        let e = exp_from(s, s.load(x), shift, slope);
         total = s.add(total, e);
         s.store(x, e);
     }
     (max * scale, s.sum(total))
+}
+
+/// `2^(slope * (x - shift))`, at least `2^-125`. Not a closure: those are inlined as the compiler likes, and outside of the function
+/// that enables the instructions each of them is a call.
+#[inline(always)]
+fn exp_from<S: Simd>(s: S, x: S::V, shift: S::V, slope: S::V) -> S::V {
+    // Beside the sum, which is 1 at least, less is nothing, whereas a subnormal number costs some processors a hundred
+    // cycles. NaN is the second operand, and so passes. The difference first: it is 0 at the maximum however large that is.
+    exp2(s, s.max(s.splat(-125.0), s.mul(s.sub(x, shift), slope)))
 }
 
 /// `p = exp(scale * p - lse)`, the softmax again from its log-sum-exp, and `d_p = scale * p * (d_p - delta)`, its backward.

@@ -6,6 +6,7 @@ use pcae_kernel::backend::{
 };
 use pcae_kernel::error::{Error as KernelError, expect_len, product};
 use pcae_kernel::layout::Layout;
+use pcae_kernel::sizing::Role;
 
 use crate::attention::Attention;
 use crate::buf::{Buf, Floats, View};
@@ -18,7 +19,7 @@ use crate::element::Element;
 use crate::error::Error;
 use crate::gemm::{Dims, Finish, Left, Mode, Out, Precision, Right};
 use crate::params::Params;
-use crate::rows::{self, AdamWConstants};
+use crate::rows;
 use crate::threads::Pieces;
 
 /// Elements of a piece of a flat vector.
@@ -50,18 +51,18 @@ impl TrainBackend for Cpu {
 
     fn params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
         let values = front("params", "values", values, layout.len())?;
-        Params::new(values, self.precision)
+        Params::new(values, self.precision, self.isa, layout, Role::Trained)
     }
 
     fn teacher_params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
         let values = front("teacher_params", "values", values, layout.len())?;
-        Params::new(values, self.teacher_precision)
+        let precision = self.teacher_precision;
+        Params::new(values, precision, self.isa, layout, Role::Teacher)
     }
 
     fn frozen_params(&mut self, layout: &Layout, values: &[f32]) -> Result<Params, Error> {
-        let mut params = self.params(layout, values)?;
-        params.freeze(self.isa, layout)?;
-        Ok(params)
+        let values = front("frozen_params", "values", values, layout.len())?;
+        Params::new(values, self.precision, self.isa, layout, Role::Frozen)
     }
 
     fn read_params(&mut self, to: &mut [f32], from: &Params, span: Span) -> Result<(), Error> {
@@ -155,10 +156,9 @@ impl TrainBackend for Cpu {
         pre_gelu: Option<&Buf>,
     ) -> Result<(), Error> {
         const OP: &str = "linear_backward_input";
-        params.check_trainable(OP)?;
         d_x.check(OP, "d_x", dims.in_len())?;
         let d_y = operand(OP, "d_y", d_y, dims.out_len(), params.precision)?;
-        let weight = params.part(OP, "weight", layer.weight, dims.weight_len())?;
+        let weight = params.weight_backward(OP, self.isa, layer.weight, dims)?;
         let pre_gelu = match pre_gelu {
             Some(pre_gelu) => Some(pre_gelu.view(OP, "pre_gelu", dims.in_len())?),
             None => None,
@@ -178,13 +178,7 @@ impl TrainBackend for Cpu {
             inner: dims.out_features,
         };
         let finish = Finish::to(d_x, dims.in_features, &[], mode);
-        self.product(
-            params.precision,
-            product,
-            Left::Rows(d_y),
-            Right::Rows(weight),
-            &finish,
-        )
+        self.product(params.precision, product, Left::Rows(d_y), weight, &finish)
     }
 
     fn linear_backward_params(
@@ -746,85 +740,8 @@ impl TrainBackend for Cpu {
         step: &AdamW,
         clip: Option<Clip<'_, Floats>>,
     ) -> Result<(), Error> {
-        const OP: &str = "adamw_ema";
-        let student = student.trainable(OP)?;
-        let mut teacher = match teacher {
-            Some(teacher) => Some(teacher.trainable(OP)?),
-            None => None,
-        };
-        for Segment { span, ema, .. } in segments {
-            for (what, len) in [
-                ("student", student.len()),
-                ("grads", grads.len()),
-                ("exp_avg", exp_avg.len()),
-                ("exp_avg_sq", exp_avg_sq.len()),
-            ] {
-                expect_len(OP, what, len, span.end())?;
-            }
-            if let Some(teacher) = &teacher
-                && *ema
-            {
-                expect_len(OP, "teacher", teacher.len(), span.end())?;
-            }
-        }
-        let mut factor = 1.0;
-        if let Some(clip) = clip {
-            expect_len(OP, "norms", clip.norms.len(), clip.at.saturating_add(1))?;
-            let norm = f64::from(clip.norms[clip.at]);
-            if norm > clip.max_norm {
-                factor = clip.max_norm / norm;
-            }
-        }
-        let count = step.step as f64;
-        for segment in segments {
-            let lr = step.lr * segment.lr_scale;
-            let constants = AdamWConstants {
-                beta1: step.beta1,
-                beta2: step.beta2,
-                eps: step.eps,
-                clip: factor,
-                decay: lr * segment.weight_decay,
-                step: lr / (1.0 - step.beta1.powf(count)),
-                unbias2: 1.0 / (1.0 - step.beta2.powf(count)),
-                one_minus_momentum: 1.0 - step.momentum,
-            };
-            let range = segment.span.start..segment.span.end();
-            let teacher = teacher.as_mut().filter(|_| segment.ema);
-            let pieces = |vector| Pieces::new(vector, PIECE);
-            let parts = (
-                (
-                    pieces(&mut student[range.clone()]),
-                    teacher.map(|teacher| pieces(&mut teacher[range.clone()])),
-                ),
-                (
-                    pieces(&mut grads[range.clone()]),
-                    (
-                        pieces(&mut exp_avg[range.clone()]),
-                        pieces(&mut exp_avg_sq[range]),
-                    ),
-                ),
-            );
-            self.threads.for_each(
-                segment.span.len.div_ceil(PIECE),
-                5 * PIECE,
-                parts,
-                |_, ((student, teacher), (grads, (exp_avg, exp_avg_sq)))| {
-                    rows::adamw(
-                        self.isa, student, teacher, grads, exp_avg, exp_avg_sq, constants,
-                    );
-                },
-            );
-        }
-        // The kernel has zeroed the gradients of the segments; what lies between them is left.
-        let mut at = 0;
-        for Segment { span, .. } in segments {
-            if span.start > at {
-                self.zero_all(&mut grads[at..span.start]);
-            }
-            at = at.max(span.end());
-        }
-        self.zero_all(&mut grads[at..]);
-        Ok(())
+        let moments = [exp_avg, exp_avg_sq];
+        self.update(student, teacher, grads, moments, segments, step, clip)
     }
 }
 
@@ -846,12 +763,6 @@ impl Cpu {
             Out::Bf16(d_qkv) => attention.backward(d_qkv, d_out, out, lse, scratch),
         }
         Ok(())
-    }
-
-    fn zero_all(&self, x: &mut [f32]) {
-        let pieces = x.len().div_ceil(PIECE);
-        self.threads
-            .for_each(pieces, PIECE, Pieces::new(x, PIECE), |_, x| x.fill(0.0));
     }
 
     /// Calls `work(b, prefix, patch tokens)` for every sequence of `d_x`.

@@ -32,7 +32,29 @@ pub struct Sizing {
     /// Elements so far.
     pub sizes: Sizes,
     ops: Vec<Op>,
-    frozen_weights: Vec<[usize; 2]>,
+    weights: Vec<Weight>,
+}
+
+/// A weight of a linear layer, of which a backend may keep copies in orders of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Weight {
+    /// Its rows.
+    pub out_features: usize,
+    /// Its columns.
+    pub in_features: usize,
+    /// Whose it is.
+    pub role: Role,
+}
+
+/// What parameters are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Training: forward and backward.
+    Trained,
+    /// A teacher: forwards, and its moving average.
+    Teacher,
+    /// Forwards alone.
+    Frozen,
 }
 
 /// Elements that were asked for.
@@ -80,9 +102,22 @@ impl Sizing {
         &self.ops
     }
 
-    /// `[out_features, in_features]` of each weight for forwards alone, which a backend may keep in an order of its own.
-    pub fn frozen_weights(&self) -> &[[usize; 2]] {
-        &self.frozen_weights
+    /// The weights of linear layers among all parameters.
+    pub fn weights(&self) -> &[Weight] {
+        &self.weights
+    }
+
+    fn note_weights(&mut self, layout: &Layout, role: Role) {
+        layout.for_each(|tensor| {
+            if tensor.kind == Kind::Weight {
+                let out_features = tensor.shape().first().copied().unwrap_or(0);
+                self.weights.push(Weight {
+                    out_features,
+                    in_features: tensor.span.len / out_features.max(1),
+                    role,
+                });
+            }
+        });
     }
 
     fn note(&mut self, op: Op) -> Result<(), Error> {
@@ -278,27 +313,23 @@ impl TrainBackend for Sizing {
     }
 
     fn params(&mut self, layout: &Layout, _values: &[f32]) -> Result<Sized, Error> {
+        self.note_weights(layout, Role::Trained);
         add(&mut self.sizes.params, layout.len())
     }
 
-    fn teacher_params(&mut self, layout: &Layout, values: &[f32]) -> Result<Sized, Error> {
+    fn teacher_params(&mut self, layout: &Layout, _values: &[f32]) -> Result<Sized, Error> {
         let blocks = layout.encoder.blocks;
         for index in 0..blocks.depth {
             for layer in blocks.block(index).linears() {
                 add(&mut self.sizes.teacher_weights, layer.weight.len)?;
             }
         }
-        self.params(layout, values)
+        self.note_weights(layout, Role::Teacher);
+        add(&mut self.sizes.params, layout.len())
     }
 
     fn frozen_params(&mut self, layout: &Layout, _values: &[f32]) -> Result<Sized, Error> {
-        layout.for_each(|tensor| {
-            if tensor.kind == Kind::Weight {
-                let rows = tensor.shape().first().copied().unwrap_or(0);
-                self.frozen_weights
-                    .push([rows, tensor.span.len / rows.max(1)]);
-            }
-        });
+        self.note_weights(layout, Role::Frozen);
         add(&mut self.sizes.frozen, layout.len())
     }
 

@@ -3,8 +3,8 @@
 //! A product is cut into tiles of a few rows by [`Simd::VECTORS`](crate::simd::Simd::VECTORS) vectors, whose sums stay
 //! in registers. Both operands are read in the order of a tile's needs, without gaps: the right one in *panels*, one
 //! column of tiles each, `[inner, width of a tile]`; the left one in rows of tiles, `[inner, height of a tile]`. Weights
-//! come in panels already ([`pack_weight`]) or are packed by the thread that needs them, just before: a training step
-//! uses each weight once forward and once backward, so packing them all beforehand would only add a trip through memory.
+//! come in panels already ([`pack_weight`], [`WeightPairs`]) or, of f32 in training, are packed by the thread that needs them, just
+//! before: a step uses each weight once forward and once backward, so packing them all beforehand would only add a trip through memory.
 //!
 //! A tile reads its operands from the level-2 cache, and so the product is also cut where that would overflow: a thread
 //! works on a *group* of panels, for some of the rows of tiles at a time, in *chunks* of the inner dimension. Between
@@ -36,7 +36,7 @@ pub use bf16::Bf16Unit;
 #[cfg(test)]
 pub(crate) use bf16::{narrowed, rounded};
 pub(crate) use finish::{Finish, Mode, Out};
-pub(crate) use pack::{pack_weight, pack_weight_bf16, packed_len_bf16};
+pub(crate) use pack::{PairsLen, WeightPairs, pack_weight, pairs_len};
 pub(crate) use small::{Ready, SmallProduct};
 
 use bf16::{PackRight, TilePairs, Turned, Unit};
@@ -102,7 +102,7 @@ pub(crate) enum Right<'a> {
     Columns(&'a [f32]),
     /// In panels: the work of [`pack_weight`].
     Panels(&'a [f32]),
-    /// In panels of pairs: the work of [`pack_weight_bf16`].
+    /// In panels of pairs: the work of [`WeightPairs`].
     Pairs(&'a [f32]),
 }
 

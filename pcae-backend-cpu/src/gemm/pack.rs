@@ -3,11 +3,13 @@
 use core::ops::Range;
 
 use pcae_kernel::error::product;
+use pcae_kernel::sizing::Role;
 
 use crate::cpu::LINE;
 use crate::element::Element;
 use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
+use crate::threads::Shared;
 
 use super::bf16::{Bf16Unit, PackRight, Turned};
 use super::tile::{Shape, Strips};
@@ -32,33 +34,124 @@ pub(crate) fn pack_weight(isa: Isa, weight: &mut [f32], copy: &mut [f32], n: usi
     }
 }
 
-/// Elements that [`pack_weight_bf16`] writes.
-pub(crate) fn packed_len_bf16(isa: Isa, unit: Bf16Unit, n: usize, inner: usize) -> usize {
-    let shape = Shape::of(isa, Precision::Bf16(unit), inner);
-    product(&[n.div_ceil(shape.width), shape.panel()])
+/// Elements of a weight's pairs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PairsLen {
+    /// Of the forward's panels, `x @ weight^T`.
+    pub(crate) forward: usize,
+    /// Of the backward's, `d_y @ weight`: none but of what is trained.
+    pub(crate) backward: usize,
 }
 
-/// A weight, `[n, inner]`, in panels of pairs: whole ones, filled up with zeros.
-pub(crate) fn pack_weight_bf16(
+impl PairsLen {
+    pub(crate) fn total(self) -> usize {
+        self.forward.saturating_add(self.backward)
+    }
+}
+
+/// Elements that [`WeightPairs`] writes of a weight, `[n, inner]`.
+pub(crate) fn pairs_len(isa: Isa, unit: Bf16Unit, n: usize, inner: usize, role: Role) -> PairsLen {
+    let len = |n: usize, inner| {
+        let shape = Shape::of(isa, Precision::Bf16(unit), inner);
+        product(&[n.div_ceil(shape.width), shape.panel()])
+    };
+    PairsLen {
+        forward: len(n, inner),
+        backward: match role {
+            Role::Trained => len(inner, n),
+            Role::Teacher | Role::Frozen => 0,
+        },
+    }
+}
+
+/// The place of a weight, `[n, inner]`, in pairs: whole panels, filled up with zeros, of the product of its forward, and behind
+/// them, if there is room, of the one of its backward. Written some rows at a time.
+pub(crate) struct WeightPairs<'a> {
     isa: Isa,
-    unit: Bf16Unit,
-    to: &mut [f32],
-    weight: &[f32],
     n: usize,
     inner: usize,
-) {
-    let shape = Shape::of(isa, Precision::Bf16(unit), inner);
-    for (i, to) in to.chunks_exact_mut(shape.panel().max(1)).enumerate() {
-        let col = i * shape.width;
-        isa.run(PackRight {
-            to,
-            step: shape.width,
-            words: shape.words,
-            data: Turned::Columns(&weight[col * inner..]),
-            stride: inner,
-            width: shape.width.min(n - col),
+    forward: Shape,
+    backward: Shape,
+    len: PairsLen,
+    to: Shared<'a>,
+}
+
+impl<'a> WeightPairs<'a> {
+    /// In the front of `to`.
+    pub(crate) fn new(
+        isa: Isa,
+        unit: Bf16Unit,
+        [n, inner]: [usize; 2],
+        role: Role,
+        to: &'a mut [f32],
+    ) -> Self {
+        let precision = Precision::Bf16(unit);
+        Self {
+            isa,
+            n,
             inner,
-        });
+            forward: Shape::of(isa, precision, inner),
+            backward: Shape::of(isa, precision, n),
+            len: pairs_len(isa, unit, n, inner, role),
+            to: Shared::new(to),
+        }
+    }
+
+    /// What the first of some rows is a multiple of.
+    pub(crate) fn step(&self) -> usize {
+        self.forward.width
+    }
+
+    /// Packs the rows `rows` from row `first` on, a multiple of [`step`](Self::step), as is their number unless they are the last.
+    ///
+    /// # Safety
+    /// No other thread packs one of them meanwhile.
+    pub(crate) unsafe fn pack(&self, first: usize, rows: &[f32]) {
+        let Self { isa, inner, .. } = *self;
+        let shape = &self.forward;
+        let count = rows.len() / inner.max(1);
+        for row in (0..count).step_by(shape.width) {
+            // SAFETY: the panel of these rows, by contract.
+            let to = unsafe {
+                let at = (first + row) / shape.width * shape.panel();
+                self.to.part(at, shape.panel())
+            };
+            isa.run(PackRight {
+                to,
+                step: shape.width,
+                words: shape.words,
+                data: Turned::Columns(&rows[row * inner..]),
+                stride: inner,
+                width: shape.width.min(count - row),
+                inner,
+            });
+        }
+        if self.len.backward == 0 {
+            return;
+        }
+        let shape = &self.backward;
+        // The width of a panel is even in every instruction set, so that no word belongs to two units of rows.
+        let start = first / 2;
+        let words = match first + count == self.n {
+            true => shape.words - start,
+            false => count / 2,
+        };
+        for (panel, col) in (0..inner).step_by(shape.width).enumerate() {
+            // SAFETY: these rows' words of a panel, by contract.
+            let to = unsafe {
+                let at = self.len.forward + panel * shape.panel() + start * shape.width;
+                self.to.part(at, words * shape.width)
+            };
+            isa.run(PackRight {
+                to,
+                step: shape.width,
+                words,
+                data: Turned::Rows(&rows[col..]),
+                stride: inner,
+                width: shape.width.min(inner - col),
+                inner: count,
+            });
+        }
     }
 }
 

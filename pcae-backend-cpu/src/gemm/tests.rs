@@ -1,4 +1,5 @@
 use super::*;
+use pcae_kernel::sizing::Role;
 use proptest::prelude::*;
 
 fn values(len: usize, seed: u64) -> Vec<f32> {
@@ -119,8 +120,24 @@ fn check_bf16(isa: Isa, unit: Bf16Unit, pools: &[Threads], dims: Dims) -> Vec<u3
     let Dims { m, n, inner } = dims;
     let (left, right) = (values(m * inner, 1), values(inner * n, 2));
     let (left_t, right_t) = (transposed(&left, m, inner), transposed(&right, inner, n));
-    let mut packed = vec![f32::NAN; packed_len_bf16(isa, unit, n, inner)];
-    pack_weight_bf16(isa, unit, &mut packed, &right_t, n, inner);
+    let len = pairs_len(isa, unit, n, inner, Role::Trained);
+    let mut packed = vec![f32::NAN; len.total()];
+    let pairs = WeightPairs::new(isa, unit, [n, inner], Role::Trained, &mut packed);
+    assert!(pairs.step().is_multiple_of(2), "{isa} {unit}");
+    // The last rows first.
+    let whole = (n.div_ceil(2)).next_multiple_of(pairs.step()).min(n);
+    for (first, rows) in [(whole, whole..n), (0, 0..whole)] {
+        // SAFETY: there is no other thread.
+        unsafe { pairs.pack(first, &right_t[rows.start * inner..rows.end * inner]) };
+    }
+    // Those of the backward are those of the forward of the transposed weight.
+    let len_turned = pairs_len(isa, unit, inner, n, Role::Frozen);
+    let mut turned = vec![f32::NAN; len_turned.total()];
+    let pairs = WeightPairs::new(isa, unit, [inner, n], Role::Frozen, &mut turned);
+    // SAFETY: as above.
+    unsafe { pairs.pack(0, &right) };
+    assert_eq!(packed[len.forward..], turned, "{isa} {unit} {dims:?}");
+    let packed = &packed[..len.forward];
     let (narrow, narrow_t) = (narrowed(&left), narrowed(&left_t));
     let narrow_right = narrowed(&right);
     // Rounded as it is packed, and before.
@@ -144,7 +161,7 @@ fn check_bf16(isa: Isa, unit: Bf16Unit, pools: &[Threads], dims: Dims) -> Vec<u3
                 Right::Rows(&right),
                 Right::NarrowRows(&narrow_right),
                 Right::Columns(&right_t),
-                Right::Pairs(&packed),
+                Right::Pairs(packed),
             ] {
                 let mut out = vec![f32::NAN; m * n];
                 let finish = Finish::new(&mut out, n, &[], Mode::Store);
