@@ -69,7 +69,7 @@ fn a_teacher_in_bf16_conforms() {
             if let Err(failure) = result {
                 panic!("{isa}, {unit}: {failure}");
             }
-            assert!(outputs >= 72);
+            assert!(outputs >= 30);
             // It is not the student's precision.
             assert!(run_teacher(&mut cpu, Tolerance::F32, |_| ()).is_err());
         }

@@ -268,35 +268,39 @@ pub(super) fn teachers() -> [Layout; 2] {
 /// All calls on a teacher of `layout`.
 pub(super) fn of_teacher(layout: &Layout) -> Vec<Op> {
     let mut ops = Vec::new();
-    let sizes = [(1, 1), (3, 5), (1, 37), (5, 21), (2, 0), (0, 7)];
+    let sizes = [(1, 1), (3, 5), (1, 37), (5, 21), (0, 7)];
     blocks(&mut ops, layout.encoder.blocks, &[Of::Teacher], &sizes);
     ops
 }
 
-/// Each block, with each kind of parameters, on each `(batch, tokens)`.
+/// The last block, with each kind of parameters, on each `(batch, tokens)`.
 fn blocks(ops: &mut Vec<Op>, blocks: Blocks, kinds: &[Of], sizes: &[(usize, usize)]) {
-    for index in 0..blocks.depth {
-        for &of in kinds {
-            for &(batch, tokens) in sizes {
-                ops.push(Op::Block {
-                    dims: BlockDims {
-                        attention: AttentionDims {
-                            batch,
-                            tokens,
-                            num_heads: blocks.num_heads,
-                            head_dim: blocks.dim / blocks.num_heads,
-                        },
-                        hidden: blocks.hidden,
+    for &of in kinds {
+        for &(batch, tokens) in sizes {
+            ops.push(Op::Block {
+                dims: BlockDims {
+                    attention: AttentionDims {
+                        batch,
+                        tokens,
+                        num_heads: blocks.num_heads,
+                        head_dim: blocks.dim / blocks.num_heads,
                     },
-                    block: blocks.block(index),
-                    of,
-                });
-            }
+                    hidden: blocks.hidden,
+                },
+                block: blocks.block(blocks.depth - 1),
+                of,
+            });
         }
     }
 }
 
-pub(super) fn is_large(layout: &Layout) -> bool {
+/// Whether it is told by others of the same kind what is refused: that does not depend on the size.
+pub(super) fn is_large(layout: &Layout, op: &Op) -> bool {
+    let is_long = matches!(op, Op::Block { dims, .. } if dims.rows().rows > 15);
+    is_long || is_wide(layout)
+}
+
+fn is_wide(layout: &Layout) -> bool {
     layout.vit.embed_dim > 100
 }
 
@@ -310,7 +314,7 @@ pub(super) fn all(layout: &Layout) -> Vec<Op> {
     let (d, e) = (vit.embed_dim, decoder.blocks.dim);
     let block = layout.encoder.blocks.block(0);
     let hidden = vit.mlp_hidden();
-    let small = !is_large(layout);
+    let small = !is_wide(layout);
     ops.push(Op::ReadParams {
         span: block.fc1.weight,
     });
