@@ -11,6 +11,7 @@ use crate::isa::{Isa, Kernel};
 use crate::simd::Simd;
 
 use super::Left;
+use super::finish::put;
 use super::pack::RowSums;
 use super::tile::Strips;
 #[cfg(target_arch = "x86_64")]
@@ -179,6 +180,8 @@ pub(super) struct PackRight<'a, T = f32> {
     pub(super) stride: usize,
     pub(super) width: usize,
     pub(super) inner: usize,
+    /// Past the caches: of what is read much later.
+    pub(super) streamed: bool,
 }
 
 impl<T: Element> Kernel for PackRight<'_, T> {
@@ -203,20 +206,20 @@ impl<T: Element> PackRight<'_, T> {
             stride,
             width,
             inner,
+            streamed,
             ..
         } = self;
-        let mut square = [0.0; SQUARE * SQUARE];
+        let (mut square, mut out) = ([0.0; SQUARE * SQUARE], [0.0; SQUARE * SQUARE]);
         for col in (0..step).step_by(SQUARE) {
             let rows = width.saturating_sub(col).min(SQUARE);
             let data = &data[(col * stride).min(data.len())..];
             for word in (0..words).step_by(SQUARE) {
                 gather(s, &mut square, data, stride, inner, rows, word);
                 let to = &mut to[word * step..];
-                if words - word >= SQUARE && step - col >= SQUARE {
+                if words - word >= SQUARE && step - col >= SQUARE && !streamed {
                     transpose(s, to, step, col, &square);
                     continue;
                 }
-                let mut out = [0.0; SQUARE * SQUARE];
                 transpose(s, &mut out, SQUARE, 0, &square);
                 let len = SQUARE.min(step - col);
                 for (to, row) in to
@@ -224,7 +227,10 @@ impl<T: Element> PackRight<'_, T> {
                     .take(words - word)
                     .zip(out.chunks(SQUARE))
                 {
-                    to[col..][..len].copy_from_slice(&row[..len]);
+                    let row = row[..len].chunks(S::LANES);
+                    for (to, row) in to[col..][..len].chunks_mut(S::LANES).zip(row) {
+                        put(s, streamed, to, s.load(row));
+                    }
                 }
             }
         }
@@ -239,6 +245,7 @@ impl<T: Element> PackRight<'_, T> {
             stride,
             width,
             inner,
+            streamed,
             ..
         } = self;
         for (word, to) in to.chunks_exact_mut(step).take(words).enumerate() {
@@ -246,17 +253,17 @@ impl<T: Element> PackRight<'_, T> {
                 true => &data[i * stride..][..width],
                 false => &[],
             };
-            pair_lines(s, to, row(2 * word), row(2 * word + 1));
+            pair_lines(s, to, row(2 * word), row(2 * word + 1), streamed);
         }
     }
 }
 
 /// `to = words of each element of lower and upper`, zeros beyond the end of either.
 #[inline(always)]
-fn pair_lines<S: Simd, T: Element>(s: S, to: &mut [f32], lower: &[T], upper: &[T]) {
+fn pair_lines<S: Simd, T: Element>(s: S, to: &mut [f32], lower: &[T], upper: &[T], streamed: bool) {
     for (i, to) in to.chunks_mut(S::LANES).enumerate() {
         let load = |line: &[T]| T::load(s, &line[(i * S::LANES).min(line.len())..]);
-        s.store(to, s.pair_bf16(load(lower), load(upper)));
+        put(s, streamed, to, s.pair_bf16(load(lower), load(upper)));
     }
 }
 
@@ -384,7 +391,8 @@ fn turn<S: Simd, T: Element>(
             true => &data[i * stride..][..height],
             false => &[],
         };
-        pair_lines(s, to, line(2 * (word + i)), line(2 * (word + i) + 1));
+        let (lower, upper) = (line(2 * (word + i)), line(2 * (word + i) + 1));
+        pair_lines(s, to, lower, upper, false);
     }
 }
 

@@ -296,7 +296,7 @@ impl FinishTile<'_, '_> {
 
 /// Stores a vector, past the caches if so asked.
 #[inline(always)]
-fn put<S: Simd, T: Element>(s: S, streamed: bool, to: &mut [T], v: S::V) {
+pub(super) fn put<S: Simd, T: Element>(s: S, streamed: bool, to: &mut [T], v: S::V) {
     match streamed {
         true => T::stream(s, to, v),
         false => T::store(s, to, v),

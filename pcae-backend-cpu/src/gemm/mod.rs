@@ -555,6 +555,7 @@ impl Product<'_> {
                             stride: n,
                             width,
                             inner: inner_left,
+                            streamed: false,
                         });
                     }
                     Right::Columns(data) => {
@@ -573,6 +574,7 @@ impl Product<'_> {
                     stride,
                     width,
                     inner: inner_left,
+                    streamed: false,
                 });
             }
         }

@@ -12,6 +12,7 @@ use crate::simd::Simd;
 use crate::threads::Shared;
 
 use super::bf16::{Bf16Unit, PackRight, Turned};
+use super::finish::Flush;
 use super::tile::{Shape, Strips};
 use super::{Left, PACKED_ROWS, Precision};
 
@@ -124,9 +125,11 @@ impl<'a> WeightPairs<'a> {
                 stride: inner,
                 width: shape.width.min(count - row),
                 inner,
+                streamed: true,
             });
         }
         if self.len.backward == 0 {
+            isa.run(Flush);
             return;
         }
         let shape = &self.backward;
@@ -150,8 +153,10 @@ impl<'a> WeightPairs<'a> {
                 stride: inner,
                 width: shape.width.min(inner - col),
                 inner: count,
+                streamed: true,
             });
         }
+        isa.run(Flush);
     }
 }
 

@@ -126,6 +126,7 @@ impl SmallProduct {
                 stride,
                 width: columns.len(),
                 inner: self.inner,
+                streamed: false,
             });
         }
     }
