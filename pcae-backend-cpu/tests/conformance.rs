@@ -1,7 +1,7 @@
 //! The kernel's conformance suite on every instruction set and several numbers of threads.
 
 use pcae_backend_cpu::{Bf16Unit, Cpu, Error, Isa, Precision};
-use pcae_kernel::conformance::{Tolerance, run};
+use pcae_kernel::conformance::{Tolerance, run, run_teacher};
 
 /// The bits of every output.
 fn outputs(isa: Isa, precision: Precision, threads: usize) -> Vec<(String, Vec<u32>)> {
@@ -48,6 +48,30 @@ fn conforms_with_the_same_bits_for_any_number_of_threads() {
                     assert!(*a == b, "{with}: {name} differs on {threads} threads");
                 }
             }
+        }
+    }
+}
+
+/// A teacher's blocks in bf16 beside a student in f32.
+#[test]
+fn a_teacher_in_bf16_conforms() {
+    for isa in Isa::available() {
+        for unit in Bf16Unit::available(isa) {
+            let mut cpu = Cpu::with(isa, 1)
+                .unwrap()
+                .teacher_precision(Precision::Bf16(unit));
+            let (mut outputs, mut worst) = (0, 0.0_f64);
+            let result = run_teacher(&mut cpu, Tolerance::BF16, |compared| {
+                outputs += 1;
+                worst = worst.max(compared.worst);
+            });
+            println!("{isa}, {unit}: {outputs} outputs, worst {worst}");
+            if let Err(failure) = result {
+                panic!("{isa}, {unit}: {failure}");
+            }
+            assert!(outputs >= 30);
+            // It is not the student's precision.
+            assert!(run_teacher(&mut cpu, Tolerance::F32, |_| ()).is_err());
         }
     }
 }

@@ -136,7 +136,7 @@ kernels! {
     PIXEL_TARGETS = Patches "pixel_targets" (args 11, threads 256, registers 80, shared 0);
     NORMALISE_PIXELS = Patches "normalise_pixels" (args 6, threads 256, registers 64, shared 3072);
     CROP_TAPS = Patches "crop_taps" (args 4, threads 256, registers 64, shared 128);
-    RESIZE_CROPS = Patches "resize_crops" (args 8, threads 256, registers 40, shared 3840);
+    RESIZE_CROPS = Patches "resize_crops" (args 8, threads 256, registers 48, shared 3840);
     EMBED_TOKENS = Tokens "embed_tokens" (args 11, threads 256, registers 64, shared 0);
     DECODER_TOKENS = Tokens "decoder_tokens" (args 14, threads 256, registers 64, shared 0);
     SHIFT_TOKENS = Tokens "shift_tokens" (args 8, threads 256, registers 64, shared 0);

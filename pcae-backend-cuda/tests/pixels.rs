@@ -233,3 +233,42 @@ fn crops_may_lie_in_several_copies() {
     cuda.read(&mut values, &buf).unwrap();
     assert!(values == expected(dims, Many, 3, Precision::F32));
 }
+
+/// The largest crop there is, whose last row begins in the midst of a word and ends with the memory of crops: 1280 bytes, 5 of the grains in which it is
+/// handed out. The emulator has a page behind it that cannot be touched.
+#[test]
+fn no_word_behind_the_last_crop_is_read() {
+    if !emulated::has_device() {
+        return;
+    }
+    let dims = PixelDims {
+        batch: 1,
+        channels: 1,
+        height: 8,
+        width: 11,
+    };
+    let (height, width) = (2 * dims.height, 2 * dims.width);
+    let values: Vec<u8> = (0..height * width).map(|i| (i * 37 % 256) as u8).collect();
+    let start = 0;
+    let crops = [Crop {
+        start,
+        height,
+        width,
+    }];
+    let pixels = Pixels {
+        values: &values,
+        crops: Some(&crops),
+        flips: None,
+        mean: &[0.5],
+        std: &[0.25],
+    };
+    let mut cuda = Cuda::new(0, Precision::F32).unwrap();
+    let mut reference = Reference::<f32, _>::owned();
+    let mut buf = cuda.buf(dims.len()).unwrap();
+    let mut want = reference.buf(dims.len()).unwrap();
+    cuda.write_pixels(dims, &mut buf, pixels).unwrap();
+    reference.write_pixels(dims, &mut want, pixels).unwrap();
+    let mut values = vec![0.0; dims.len()];
+    cuda.read(&mut values, &buf).unwrap();
+    assert!(values == want);
+}

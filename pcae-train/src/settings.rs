@@ -622,7 +622,7 @@ impl Settings {
 const DEFAULT_EPOCHS: u64 = 24;
 /// Of the paper's family of methods, for ViT-Ti and larger on photographs.
 const PAPER_BLR: f64 = 1.5e-4;
-const PAPER_CROP_SCALE: [f64; 2] = [0.2, 1.0];
+pub(crate) const PAPER_CROP_SCALE: [f64; 2] = [0.2, 1.0];
 /// Encoders narrower than this, ViT-Ti's width, are for small pictures.
 pub(crate) const SMALL_BELOW: usize = 192;
 /// For those, chosen by trial on the embedded set.

@@ -272,7 +272,7 @@ impl Queue {
             &[taps.into(), at.into(), height.into(), width.into()],
         )?;
         let columns = MAX_SHRINK as u32 * width.min(TILE_COLUMNS) + MAX_TAPS as u32;
-        let line = columns.saturating_mul(channels);
+        let line = columns.saturating_mul(channels).saturating_add(3) / 4 * 4;
         self.launch(
             RESIZE_CROPS,
             Shape {

@@ -229,7 +229,7 @@ pub trait Backend {
     /// With D and H the widths of stream and MLP, `x, y: [rows, D]`, `wide: [rows, max(3 D, H)]`.
     ///
     /// # Errors
-    /// If a buffer or span is too short.
+    /// If a buffer or span is too short. `x` then holds anything: layers before the one that is wrong may have run.
     fn block(
         &mut self,
         dims: BlockDims,

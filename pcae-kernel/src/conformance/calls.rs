@@ -4,13 +4,13 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use super::FailureKind;
-use super::cases::{Op, QrInput, Scores};
-use super::stage::{Stage, buffer_error};
+use super::cases::{Of, Op, QrInput, Scores};
+use super::stage::{Stage, buffer_error, held};
 use crate::backend::{
-    AdamW, AttentionDims, Backend, Clip, EmbedParams, Linear, PatchDims, PixelDims, Pixels,
-    RowDims, Segment, Span, TokenDims, TrainBackend,
+    AdamW, AttentionDims, Backend, BlockDims, Clip, EmbedParams, Linear, PatchDims, PixelDims,
+    Pixels, RowDims, Segment, Span, TokenDims, TrainBackend,
 };
-use crate::layout::{Kind, Layout};
+use crate::layout::{BlockParams, Kind, Layout};
 use crate::reference::Reference;
 use crate::resize::Crop;
 
@@ -42,6 +42,7 @@ impl<B: TrainBackend> Stage<'_, B> {
             Op::Attention { .. } | Op::AttentionSaving { .. } | Op::AttentionBackward { .. } => {
                 self.attentions(op)
             }
+            Op::Block { dims, block, of } => self.block(dims, block, of),
             Op::GatherPatches { .. }
             | Op::PixelTargets { .. }
             | Op::EmbedTokens { .. }
@@ -405,6 +406,66 @@ impl<B: TrainBackend> Stage<'_, B> {
             }
             _ => Ok(()),
         }
+    }
+
+    fn block(&mut self, dims: BlockDims, block: BlockParams, of: Of) -> Result<(), FailureKind> {
+        let values = self.block_values(block);
+        let params = match of {
+            Of::Student => self.backend.params(self.layout, &values),
+            Of::Teacher => self.backend.teacher_params(self.layout, &values),
+            Of::Frozen => self.backend.frozen_params(self.layout, &values),
+        };
+        let params = params.map_err(buffer_error)?;
+        let block = BlockParams {
+            norm1: self.norm(block.norm1),
+            qkv: self.linear(block.qkv),
+            proj: self.linear(block.proj),
+            norm2: self.norm(block.norm2),
+            fc1: self.linear(block.fc1),
+            fc2: self.linear(block.fc2),
+        };
+        let rows = dims.rows();
+        let widest = dims.hidden.max(3 * rows.dim);
+        let mut x = self.output("x", rows.len())?;
+        let (y_len, wide_len) = (rows.len(), rows.rows * widest);
+        let mut y = self.output("y", y_len)?;
+        let mut wide = self.output("wide", wide_len)?;
+        let result = self
+            .backend
+            .block(dims, &mut x, [&mut y, &mut wide], &params, block);
+        self.done(result);
+        // Layers before the one that found what is wrong have run.
+        self.is_undefined = self.error.is_some();
+        self.read(&x)?;
+        self.read_beyond(&y, y_len)?;
+        self.read_beyond(&wide, wide_len)
+    }
+
+    /// Parameters of all sizes that blocks have in a trained network: what a layer adds to the stream is about half as large as the stream, and
+    /// attention neither averages nor picks a single token.
+    fn block_values(&mut self, block: BlockParams) -> Vec<f32> {
+        let mut values = self.noise(self.layout.len());
+        let mut change = |span: Span, change: &dyn Fn(f32) -> f32| {
+            for value in &mut values[span.start..span.end()] {
+                *value = held(change(*value), self.coarse);
+            }
+        };
+        for norm in [block.norm1, block.norm2] {
+            change(norm.weight, &|x| 1.0 + 0.25 * x);
+            change(norm.bias, &|x| 0.25 * x);
+        }
+        for (layer, gain) in [
+            (block.qkv, 1.0),
+            (block.proj, 0.75),
+            (block.fc1, 1.0),
+            (block.fc2, 0.75),
+        ] {
+            let in_features = layer.weight.len / layer.bias.len;
+            let scale = gain / libm::sqrtf(in_features as f32);
+            change(layer.weight, &|x| scale * x);
+            change(layer.bias, &|x| 0.5 * x);
+        }
+        values
     }
 
     fn embeddings(&mut self, op: Op) -> Result<(), FailureKind> {

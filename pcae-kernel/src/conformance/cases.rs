@@ -4,11 +4,11 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use crate::backend::{
-    Accum, AttentionDims, DecoderDims, EmbedParams, Epilogue, Linear, LinearDims, Norm, PatchDims,
-    PixelDims, RowDims, Span, TokenDims,
+    Accum, AttentionDims, BlockDims, DecoderDims, EmbedParams, Epilogue, Linear, LinearDims, Norm,
+    PatchDims, PixelDims, RowDims, Span, TokenDims,
 };
 use crate::config::{DecoderConfig, VitConfig};
-use crate::layout::{Layout, Tail};
+use crate::layout::{BlockParams, Blocks, Layout, Tail};
 
 /// One call. `Display` is its name in reports.
 #[derive(Clone, Copy, Debug)]
@@ -106,6 +106,11 @@ pub(super) enum Op {
     AttentionBackward {
         dims: AttentionDims,
     },
+    Block {
+        dims: BlockDims,
+        block: BlockParams,
+        of: Of,
+    },
     MeanSimilarity {
         dims: TokenDims,
     },
@@ -187,6 +192,14 @@ pub(super) enum Op {
     },
 }
 
+/// Whose parameters a block has.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Of {
+    Student,
+    Teacher,
+    Frozen,
+}
+
 /// Scores to select from.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Scores {
@@ -236,7 +249,58 @@ pub(super) fn layouts() -> [Layout; 2] {
     )
 }
 
-pub(super) fn is_large(layout: &Layout) -> bool {
+/// Teachers. Widths are multiples of 16, as backends may ask for whose teachers multiply in fp8. Heads are 16 and 12 wide, the MLP is
+/// narrower and wider than queries, keys and values.
+pub(super) fn teachers() -> [Layout; 2] {
+    [(3, 80.0), (4, 160.0)].map(|(num_heads, hidden)| {
+        Layout::encoder(&VitConfig {
+            img_size: [8, 12],
+            patch_size: 4,
+            in_chans: 1,
+            embed_dim: 48,
+            depth: 2,
+            num_heads,
+            mlp_ratio: hidden / 48.0,
+        })
+    })
+}
+
+/// All calls on a teacher of `layout`.
+pub(super) fn of_teacher(layout: &Layout) -> Vec<Op> {
+    let mut ops = Vec::new();
+    let sizes = [(1, 1), (3, 5), (1, 37), (5, 21), (0, 7)];
+    blocks(&mut ops, layout.encoder.blocks, &[Of::Teacher], &sizes);
+    ops
+}
+
+/// The last block, with each kind of parameters, on each `(batch, tokens)`.
+fn blocks(ops: &mut Vec<Op>, blocks: Blocks, kinds: &[Of], sizes: &[(usize, usize)]) {
+    for &of in kinds {
+        for &(batch, tokens) in sizes {
+            ops.push(Op::Block {
+                dims: BlockDims {
+                    attention: AttentionDims {
+                        batch,
+                        tokens,
+                        num_heads: blocks.num_heads,
+                        head_dim: blocks.dim / blocks.num_heads,
+                    },
+                    hidden: blocks.hidden,
+                },
+                block: blocks.block(blocks.depth - 1),
+                of,
+            });
+        }
+    }
+}
+
+/// Whether it is told by others of the same kind what is refused: that does not depend on the size.
+pub(super) fn is_large(layout: &Layout, op: &Op) -> bool {
+    let is_long = matches!(op, Op::Block { dims, .. } if dims.rows().rows > 15);
+    is_long || is_wide(layout)
+}
+
+fn is_wide(layout: &Layout) -> bool {
     layout.vit.embed_dim > 100
 }
 
@@ -250,7 +314,7 @@ pub(super) fn all(layout: &Layout) -> Vec<Op> {
     let (d, e) = (vit.embed_dim, decoder.blocks.dim);
     let block = layout.encoder.blocks.block(0);
     let hidden = vit.mlp_hidden();
-    let small = !is_large(layout);
+    let small = !is_wide(layout);
     ops.push(Op::ReadParams {
         span: block.fc1.weight,
     });
@@ -296,6 +360,14 @@ pub(super) fn all(layout: &Layout) -> Vec<Op> {
             }
             ops.push(Op::LinearBackwardParams { dims, layer });
         }
+    }
+
+    let sizes: &[(usize, usize)] = match small {
+        true => &[(1, 1), (3, 5), (2, 0), (0, 7)],
+        false => &[(1, 33), (3, 7)],
+    };
+    for stack in [layout.encoder.blocks, decoder.blocks] {
+        blocks(&mut ops, stack, &[Of::Student, Of::Frozen], sizes);
     }
 
     let norms = [(block.norm1, d), (decoder.norm, e)];

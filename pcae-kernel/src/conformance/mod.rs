@@ -6,6 +6,9 @@
 //! 2. on the backend once per argument with that argument spoiled (a buffer or span one element short, an index out of
 //!    range), which must be refused with every output as it was, or at the latest by the next read.
 //!
+//! A block is an operation, too: a backend may run its layers as one. It is called with parameters of each kind there is, of which a teacher's
+//! may be of a lower precision. What it has added to the stream before it refuses something is not looked at.
+//!
 //! Outputs start from noise, so that what is added to something and what is overwritten differ. Sizes are small, odd and
 //! pairwise different, so that swapped dimensions show.
 
@@ -19,6 +22,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use crate::backend::TrainBackend;
+use crate::layout::Layout;
 use crate::reference::Reference;
 
 /// How far an output may be from the reference: `atol + rtol * |expected|`.
@@ -159,34 +163,72 @@ pub fn run<B: TrainBackend>(
     tolerance: Tolerance,
     mut report: impl FnMut(Compared<'_>),
 ) -> Result<(), Failure> {
+    for layout in cases::layouts() {
+        run_cases(
+            backend,
+            &layout,
+            &cases::all(&layout),
+            tolerance,
+            &mut report,
+        )?;
+    }
+    run_teacher(backend, tolerance, report)
+}
+
+/// Runs the cases of a teacher's block alone, as [`run`]: for a backend whose teacher multiplies in a lower precision than the rest.
+///
+/// Widths of these teachers are multiples of 16.
+///
+/// # Errors
+/// The first [`Failure`].
+pub fn run_teacher<B: TrainBackend>(
+    backend: &mut B,
+    tolerance: Tolerance,
+    mut report: impl FnMut(Compared<'_>),
+) -> Result<(), Failure> {
+    for layout in cases::teachers() {
+        run_cases(
+            backend,
+            &layout,
+            &cases::of_teacher(&layout),
+            tolerance,
+            &mut report,
+        )?;
+    }
+    Ok(())
+}
+
+fn run_cases<B: TrainBackend>(
+    backend: &mut B,
+    layout: &Layout,
+    ops: &[cases::Op],
+    tolerance: Tolerance,
+    report: &mut impl FnMut(Compared<'_>),
+) -> Result<(), Failure> {
     let mut reference = Reference::<f64, _>::owned();
     let coarse = stage::is_narrow(backend).map_err(|kind| Failure {
         case: "Write, Read".to_string(),
         kind,
     })?;
-    for layout in cases::layouts() {
-        for op in cases::all(&layout) {
-            let case = op.to_string();
-            let fail = |kind| Failure {
-                case: case.clone(),
-                kind,
-            };
-            let want = stage::call(&mut reference, &layout, &op, None, coarse).map_err(fail)?;
-            let got = stage::call(backend, &layout, &op, None, coarse).map_err(fail)?;
-            compare(&case, &got, &want, tolerance, &mut report).map_err(fail)?;
-            if want.error.is_some() {
-                unchanged(&got, None).map_err(fail)?;
-                continue;
-            }
-            // Refusals do not depend on the size.
-            if cases::is_large(&layout) {
-                continue;
-            }
-            for fault in 0..got.arguments.len() {
-                let spoiled =
-                    stage::call(backend, &layout, &op, Some(fault), coarse).map_err(fail)?;
-                unchanged(&spoiled, got.arguments.get(fault).copied()).map_err(fail)?;
-            }
+    for op in ops {
+        let case = op.to_string();
+        let fail = |kind| Failure {
+            case: case.clone(),
+            kind,
+        };
+        let want = stage::call(&mut reference, layout, op, None, coarse).map_err(fail)?;
+        let got = stage::call(backend, layout, op, None, coarse).map_err(fail)?;
+        compare(&case, &got, &want, tolerance, report).map_err(fail)?;
+        if want.error.is_some() {
+            unchanged(&got, None).map_err(fail)?;
+            continue;
+        }
+        if cases::is_large(layout, op) {
+            continue;
+        }
+        for fault in 0..got.arguments.len() {
+            let spoiled = stage::call(backend, layout, op, Some(fault), coarse).map_err(fail)?;
+            unchanged(&spoiled, got.arguments.get(fault).copied()).map_err(fail)?;
         }
     }
     Ok(())
@@ -196,8 +238,8 @@ pub fn run<B: TrainBackend>(
 struct Outcome {
     /// Why it was refused.
     error: Option<String>,
-    /// Whether that came with the first read after it: outputs are undefined then.
-    late: bool,
+    /// Whether outputs are undefined then: it came with the first read after the call, or in the midst of a block.
+    is_undefined: bool,
     /// Each output before and after.
     outputs: Vec<(Vec<f32>, Vec<f32>)>,
     /// Arguments that can be spoiled.
@@ -218,7 +260,7 @@ fn compare(
             });
         }
         (None, Some(_)) => return Err(FailureKind::Accepted { argument: None }),
-        (Some(_), Some(_)) if got.late => return Ok(()),
+        (Some(_), Some(_)) if got.is_undefined => return Ok(()),
         _ => {}
     }
     for (output, ((_, got), (_, want))) in got.outputs.iter().zip(&want.outputs).enumerate() {
@@ -252,7 +294,7 @@ fn unchanged(outcome: &Outcome, argument: Option<&'static str>) -> Result<(), Fa
     if outcome.error.is_none() {
         return Err(FailureKind::Accepted { argument });
     }
-    if outcome.late {
+    if outcome.is_undefined {
         return Ok(());
     }
     match outcome

@@ -20,8 +20,8 @@ pub(super) struct Stage<'a, B: TrainBackend> {
     pub(super) before: Vec<Vec<f32>>,
     pub(super) after: Vec<Vec<f32>>,
     pub(super) error: Option<String>,
-    /// Whether the error came with a read after the call.
-    pub(super) late: bool,
+    /// Whether outputs are anything: the error came with a read after the call, or in the midst of a block.
+    pub(super) is_undefined: bool,
     pub(super) made: u64,
     /// Whether numbers have 8 significant bits, which any format holds.
     pub(super) coarse: bool,
@@ -42,7 +42,7 @@ pub(super) fn is_narrow<B: TrainBackend>(backend: &mut B) -> Result<bool, Failur
 pub(super) const BEYOND: usize = 3;
 
 /// `x`, or what its first 8 significant bits are.
-fn held(x: f32, coarse: bool) -> f32 {
+pub(super) fn held(x: f32, coarse: bool) -> f32 {
     match coarse {
         true => f32::from_bits(x.to_bits() & 0xffff_0000),
         false => x,
@@ -296,7 +296,7 @@ impl<B: TrainBackend> Stage<'_, B> {
         match read(self.backend) {
             Err(error) if self.error.is_none() => {
                 self.error = Some(error.to_string());
-                self.late = true;
+                self.is_undefined = true;
                 read(self.backend).map_err(buffer_error)
             }
             done => done.map_err(buffer_error),
@@ -308,6 +308,18 @@ impl<B: TrainBackend> Stage<'_, B> {
         let mut values = self.blank();
         self.reading(|backend| backend.read(&mut values, buf))?;
         self.after.push(values);
+        Ok(())
+    }
+
+    /// [`Stage::read`] of working memory, of which elements from `len` on alone are compared.
+    pub(super) fn read_beyond(&mut self, buf: &B::Buf, len: usize) -> Result<(), FailureKind> {
+        let at = self.after.len();
+        self.read(buf)?;
+        for values in [&mut self.before, &mut self.after] {
+            if let Some(values) = values.get_mut(at) {
+                values.drain(..len.min(values.len()));
+            }
+        }
         Ok(())
     }
 
@@ -375,14 +387,14 @@ pub(super) fn call<B: TrainBackend>(
         before: Vec::new(),
         after: Vec::new(),
         error: None,
-        late: false,
+        is_undefined: false,
         made: 0,
         coarse,
     };
     stage.call(*op)?;
     Ok(Outcome {
         error: stage.error,
-        late: stage.late,
+        is_undefined: stage.is_undefined,
         outputs: stage.before.into_iter().zip(stage.after).collect(),
         arguments: stage.arguments,
     })

@@ -47,7 +47,7 @@ pub enum What {
     Block,
     /// A classifier's forward, or the one of a given network.
     Infer,
-    /// A pre-training step: teacher, student, decoder, backward, AdamW, moving average.
+    /// A pre-training step: pictures copied (on CUDA crops, resized there), teacher, student, decoder, backward, AdamW, moving average.
     Step,
 }
 
@@ -559,6 +559,7 @@ impl Case {
             task,
             batch: self.batch,
             values: self.values.clone(),
+            crops: backends::resizes(&self.settings.machine),
             bytes: backends::bytes(&self.settings.machine),
         }
     }
@@ -882,5 +883,48 @@ impl Timing {
             });
         }
         parts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pcae_kernel::op::Op;
+
+    use super::*;
+
+    /// A step is timed with crops where training leaves them to the backend, and has room for them there, and with whole pictures elsewhere.
+    #[test]
+    fn a_step_passes_crops_where_training_does() {
+        for backend in [BackendKind::Cpu, BackendKind::Reference, BackendKind::Cuda] {
+            let mut settings = Settings::default();
+            settings.model = "vit-micro".to_owned();
+            settings.machine.backend = backend;
+            let plan = Plan {
+                settings: vec![settings],
+                what: vec![What::Step],
+                batch_sizes: vec![3],
+                threads: vec![1],
+                precisions: vec![Precision::F32],
+                trained: None,
+                accuracy: None,
+                drop_ratios: Vec::new(),
+                repeats: 1,
+                breakdown: false,
+                bandwidth: false,
+            };
+            let cases = cases(&plan, 1).unwrap();
+            let [case] = &cases[..] else {
+                panic!("{} cases", cases.len())
+            };
+            let sizing = case.make().sizing().unwrap();
+            let dims = case.task.vit.pixels(3);
+            let expected = match backend {
+                BackendKind::Cuda => Op::Crops(dims),
+                _ => Op::Pixels(dims),
+            };
+            let is_load = |op: &&Op| matches!(op, Op::Pixels(_) | Op::Crops(_));
+            let loads: Vec<&Op> = sizing.ops().iter().filter(is_load).collect();
+            assert_eq!(loads, [&expected], "{backend:?}");
+        }
     }
 }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use pcae_backend_cuda::Cuda;
 use pcae_kernel::backend::{
-    AdamW, AttentionDims, Backend, Epilogue, Linear, LinearDims, Pixels, RowDims, TrainBackend,
+    AdamW, AttentionDims, Backend, Epilogue, Linear, LinearDims, PixelDims, Pixels, RowDims,
+    TrainBackend,
 };
 use pcae_kernel::config::{PretrainConfig, Target, VitConfig};
 use pcae_kernel::flops;
@@ -13,6 +14,7 @@ use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
 use pcae_kernel::model::{MeanSimilarity, Pretrainer, TrainState};
 use pcae_kernel::op::{Op, OpKind};
+use pcae_kernel::resize::Crop;
 use pcae_kernel::rng::{Purpose, Stream};
 use pcae_kernel::schedule::random_masking;
 use pcae_kernel::sizing::Sizing;
@@ -20,8 +22,10 @@ use pcae_kernel::sizing::Sizing;
 use super::Launches;
 use super::timed::{Tally, Timed};
 use crate::backends::Build;
+use crate::data::augment::random_resized_crop;
 use crate::error::Error;
 use crate::network::{Network, Runner};
+use crate::settings::PAPER_CROP_SCALE;
 
 /// What to make, for `batch` pictures.
 #[derive(Clone, Copy)]
@@ -82,6 +86,8 @@ pub(super) struct Make {
     pub(super) batch: usize,
     /// Parameters of a trained network, in place of initial values.
     pub(super) values: Option<Arc<[f32]>>,
+    /// Whether a step's pictures are crops that the backend resizes, as they are in training.
+    pub(super) crops: bool,
     /// What an operation reads and writes.
     pub(super) bytes: fn(&Op) -> u64,
 }
@@ -114,7 +120,7 @@ impl Make {
                 let values = self.values.as_deref();
                 Box::new(Infer::new(backend, host, network, values, batch)?)
             }
-            Task::Step(config) => Box::new(Step::new(backend, host, config, batch)?),
+            Task::Step(config) => Box::new(Step::new(backend, host, config, batch, self.crops)?),
         })
     }
 }
@@ -279,15 +285,77 @@ impl<B: TrainBackend> Work<B> for Infer<B> {
     }
 }
 
+/// Pictures of noise, as a loader hands them over.
+struct Pictures {
+    values: Vec<u8>,
+    crops: Option<Vec<Crop>>,
+    flips: Option<Vec<bool>>,
+    /// Of every channel: values of mean 0 and variance 1.
+    mean: Vec<f32>,
+    std: Vec<f32>,
+}
+
+/// Height and width of the photographs that crops are cut out of, for a network that sees `PHOTO_SEEN` pixels square: the commonest of
+/// ImageNet. For others photographs are larger or smaller by the same factor.
+const PHOTO: [usize; 2] = [375, 500];
+const PHOTO_SEEN: usize = 224;
+
+impl Pictures {
+    /// With `crops` each picture is a random crop of a photograph, drawn and mirrored as pre-training on photographs does without
+    /// other settings: on average 1.9 times the pixels of the result, each of another size.
+    fn new(host: Host, dims: PixelDims, crops: bool) -> Self {
+        let mean = vec![0.5; dims.channels];
+        let std = vec![1.0 / 12_f32.sqrt(); dims.channels];
+        if !crops {
+            return Self {
+                values: host.bytes(dims.len()),
+                crops: None,
+                flips: None,
+                mean,
+                std,
+            };
+        }
+        let photo = |side: usize, seen: usize| (side * seen / PHOTO_SEEN).max(1);
+        let (height, width) = (photo(PHOTO[0], dims.height), photo(PHOTO[1], dims.width));
+        let scale = (PAPER_CROP_SCALE[0], PAPER_CROP_SCALE[1]);
+        let (mut places, mut flips, mut start) = (Vec::new(), Vec::new(), 0);
+        for sample in 0..dims.batch {
+            let mut stream = Stream::new(0, 0, sample as u64, Purpose::Augment);
+            let cut = random_resized_crop(width, height, scale, (0.75, 4.0 / 3.0), &mut stream);
+            places.push(Crop {
+                start,
+                height: cut.height,
+                width: cut.width,
+            });
+            flips.push(stream.uniform() < 0.5);
+            start += cut.height * cut.width * dims.channels;
+        }
+        Self {
+            values: host.bytes(start),
+            crops: Some(places),
+            flips: Some(flips),
+            mean,
+            std,
+        }
+    }
+
+    fn pixels(&self) -> Pixels<'_> {
+        Pixels {
+            values: &self.values,
+            crops: self.crops.as_deref(),
+            flips: self.flips.as_deref(),
+            mean: &self.mean,
+            std: &self.std,
+        }
+    }
+}
+
 /// A pre-training step as the training loop does it: its loss read, or kept on a device that is not waited for.
 struct Step<B: TrainBackend> {
     track: Track,
     state: TrainState<Timed<B>>,
     model: Pretrainer<Timed<B>>,
-    images: Vec<u8>,
-    /// Of every channel: values of mean 0 and variance 1.
-    mean: Vec<f32>,
-    std: Vec<f32>,
+    pictures: Pictures,
     keep: Vec<u32>,
     remove: Vec<u32>,
     adamw: AdamW,
@@ -299,6 +367,7 @@ impl<B: TrainBackend> Step<B> {
         host: Host,
         config: &PretrainConfig,
         batch: usize,
+        crops: bool,
     ) -> Result<Self, B::Error> {
         let layout = Layout::pretrain(config);
         let values = host.params(&layout)?;
@@ -328,9 +397,7 @@ impl<B: TrainBackend> Step<B> {
             },
             model: Pretrainer::new(backend, config, batch, false)?,
             state: TrainState::with_params(backend, layout, student, teacher, 0.05)?,
-            images: host.bytes(config.vit.pixels(batch).len()),
-            mean: vec![0.5; config.vit.in_chans],
-            std: vec![1.0 / 12_f32.sqrt(); config.vit.in_chans],
+            pictures: Pictures::new(host, config.vit.pixels(batch), crops),
             keep,
             remove,
             adamw: AdamW {
@@ -353,15 +420,8 @@ impl<B: TrainBackend> Work<B> for Step<B> {
     fn run(&mut self, backend: &mut Timed<B>, _track: usize) -> Result<(), B::Error> {
         self.adamw.step += 1;
         self.state.begin_step(backend)?;
-        let pixels = Pixels {
-            values: &self.images,
-            crops: None,
-            flips: None,
-            mean: &self.mean,
-            std: &self.std,
-        };
         self.model
-            .load_pixels(backend, pixels, &self.keep, &self.remove)?;
+            .load_pixels(backend, self.pictures.pixels(), &self.keep, &self.remove)?;
         self.model
             .accumulate(backend, &mut self.state, 1.0, &mut MeanSimilarity)?;
         self.state.update(backend, &self.adamw, None)?;
@@ -642,5 +702,43 @@ impl<B: TrainBackend> Work<B> for Block<B> {
         let gelu = Epilogue::BiasGelu;
         backend.linear(linear(d, hidden), wide, y, params, block.fc1, gelu)?;
         backend.linear(linear(hidden, d), x, wide, params, block.fc2, residual)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crops_are_those_of_photographs() {
+        for (height, width, channels, expected) in [
+            (224, 224, 3, 1.86),
+            (384, 384, 3, 1.86),
+            (28, 28, 1, 1.8),
+            (64, 128, 3, 1.26),
+        ] {
+            let dims = PixelDims {
+                batch: 500,
+                channels,
+                height,
+                width,
+            };
+            let pictures = Pictures::new(Host { empty: false }, dims, true);
+            let pixels = pictures.pixels();
+            pixels.check("test", dims).unwrap();
+            let crops = pixels.crops.unwrap();
+            let end = |crop: &Crop| crop.start + crop.height * crop.width * channels;
+            let starts = crops.windows(2).map(|pair| (end(&pair[0]), pair[1].start));
+            assert!(starts.into_iter().all(|(end, start)| end == start));
+            assert_eq!(crops.last().map(end), Some(pixels.values.len()));
+            // Of 1.67 x 2.23 times the pixels of the result, 0.2 to 1: large parts fit less often, of broad pictures least.
+            let mean = pixels.values.len() as f64 / dims.len() as f64;
+            assert!((mean - expected).abs() < 0.1, "{mean} of {dims:?}");
+            let sizes: std::collections::BTreeSet<_> =
+                crops.iter().map(|crop| (crop.height, crop.width)).collect();
+            assert!(sizes.len() > 100, "{}", sizes.len());
+            let flipped = (0..500).filter(|b| pixels.is_flipped(*b)).count();
+            assert!((200..300).contains(&flipped), "{flipped}");
+        }
     }
 }
