@@ -296,6 +296,13 @@ class Launches(Quiet):
             if fails:
                 self.assertIn("because", found["reason"])
 
+    def test_where_nothing_of_ours_ran_nothing_is_found_of_its_graphs(self):
+        self.report.data["parts"]["step"] = entry = {"results": {}}
+        found = {"pcae": {"status": "failed", "reason": "no driver"}, "torch eager": {"status": "passed"}}
+        times.graphs(self.run_of(), entry["results"], found)
+        self.assertEqual(entry["results"], {})
+        self.assertIsNone(self.report.rows()["graphs"]["met"])
+
     def test_another_part_does_not_make_up_for_one_with_faults_but_its_rerun_does(self):
         parts, run = self.report.data["parts"], self.run_of()
 
