@@ -62,7 +62,59 @@ pub(crate) fn resize(
 
 #[cfg(test)]
 mod tests {
+    use pcae_kernel::resize::Crop;
+
     use super::*;
+
+    /// In as many steps as the width takes, and from as many columns as may count for one of them, pixels are those of the formula.
+    #[test]
+    fn wide_pictures_are_resized_as_narrow_ones() {
+        for (width, crop_width) in [
+            (1, 1),
+            (COLUMNS, 90),
+            (COLUMNS + 1, 40),
+            (3 * COLUMNS - 2, 760),
+        ] {
+            let dims = PixelDims {
+                batch: 1,
+                channels: 2,
+                height: 3,
+                width,
+            };
+            let crop = Crop {
+                start: 5,
+                height: 3,
+                width: crop_width,
+            };
+            assert!(crop.fits(dims));
+            let values: Vec<u8> = (0..5 + 6 * crop_width)
+                .map(|i| (i * i * 37 % 251) as u8)
+                .collect();
+            let pixels = Pixels {
+                values: &values,
+                crops: Some(&[crop]),
+                flips: None,
+                mean: &[0.5, 0.4],
+                std: &[0.2, 0.3],
+            };
+            let columns = Axis::new(crop_width, width);
+            for channel in 0..2 {
+                let mut to = vec![f32::NAN; 3 * width];
+                resize(&mut to, dims, pixels, 0, channel);
+                for (i, to) in to.iter().enumerate() {
+                    let (y, x) = (i / width, i % width);
+                    let pixel = |j: usize| values[5 + 2 * (y * crop_width + j) + channel];
+                    let value = columns.taps(x).blend(pixel);
+                    let want = Pixels::normalise(value, pixels.mean[channel], pixels.std[channel]);
+                    assert_eq!(
+                        to.to_bits(),
+                        want.to_bits(),
+                        "{y}, {x} of {crop_width} to {width}"
+                    );
+                }
+            }
+        }
+    }
 
     /// Looked up or computed, at any stride, and no further than the values go.
     #[test]

@@ -496,6 +496,27 @@ mod tests {
         }
     }
 
+    /// Units come to other threads one by one: one that lasts keeps back nothing of its part, the first thread's or the last's.
+    #[test]
+    fn who_is_done_takes_from_the_parts_of_others() {
+        for pool in pools().iter().filter(|pool| pool.count() > 1) {
+            let units = 8 * pool.count();
+            for lasting in [0, units - 8] {
+                let (done, began) = (AtomicUsize::new(0), Instant::now());
+                let others = || done.load(Ordering::SeqCst);
+                pool.for_each(units, usize::MAX, (), |i, ()| {
+                    if i == lasting {
+                        while others() < units - 1 && began.elapsed() < Duration::from_secs(10) {
+                            std::thread::yield_now();
+                        }
+                        assert_eq!(others(), units - 1, "unit {i} of {units}");
+                    }
+                    done.fetch_add(1, Ordering::SeqCst);
+                });
+            }
+        }
+    }
+
     #[test]
     fn sleeping_threads_wake() {
         for pool in pools() {

@@ -436,6 +436,8 @@ fn backwards_read_bf16_as_the_same_numbers_in_f32() {
                 ] {
                     let mut held = vec![0.0; ROWS * len];
                     cpu.read(&mut held, saved).unwrap();
+                    let is_narrow = held.iter().all(|x| x.to_bits() & 0xffff == 0);
+                    assert!(is_narrow, "{isa} {unit}, saved");
                     cpu.write(saved, &held).unwrap();
                 }
             }

@@ -91,6 +91,72 @@ fn backends() -> Vec<Cpu> {
     all
 }
 
+/// A segment that ends within a weight or begins there, by one parameter at least, changes what is packed of it.
+#[test]
+fn a_single_parameter_of_a_weight_is_packed_anew() {
+    let layout = Layout::encoder(&tiny());
+    let (len, layer) = (layout.len(), layout.encoder.blocks.block(0).fc1);
+    let layers = [(layer, layer.bias.len)];
+    let Span { start, .. } = layer.weight;
+    let last = layer.weight.end() - 1;
+    let values = wave(len, 0.013);
+    let step = AdamW {
+        lr: 0.5,
+        momentum: 0.5,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        step: 1,
+    };
+    for mut cpu in backends() {
+        // The parameter before and the first; the first alone; the last alone; the last and the one behind.
+        for (at, count) in [(start - 1, 2), (start, 1), (last, 1), (last, 2)] {
+            let mut student = cpu.params(&layout, &values).unwrap();
+            let mut teacher = cpu.teacher_params(&layout, &values).unwrap();
+            let before =
+                [&student, &teacher].map(|params| results(&mut cpu, params, &layers, false));
+            let [mut grads, mut m, mut v] = [(); 3].map(|()| cpu.vector(len).unwrap());
+            cpu.write_vector(&mut grads, 0, &vec![1.0; len]).unwrap();
+            let segments = [Segment {
+                span: Span {
+                    start: at,
+                    len: count,
+                },
+                weight_decay: 0.0,
+                lr_scale: 1.0,
+                ema: true,
+            }];
+            cpu.adamw_ema(
+                &mut student,
+                Some(&mut teacher),
+                &mut grads,
+                &mut m,
+                &mut v,
+                &segments,
+                &step,
+                None,
+            )
+            .unwrap();
+            let new = values_of(&mut cpu, &student, len);
+            let fresh = cpu.params(&layout, &new).unwrap();
+            let [got, want] =
+                [&student, &fresh].map(|params| results(&mut cpu, params, &layers, true));
+            assert!(got == want, "{cpu:?}, student, {count} from {at}");
+            let new = values_of(&mut cpu, &teacher, len);
+            let fresh = cpu.teacher_params(&layout, &new).unwrap();
+            let [got, want] =
+                [&teacher, &fresh].map(|params| results(&mut cpu, params, &layers, false));
+            assert!(got == want, "{cpu:?}, teacher, {count} from {at}");
+            let after =
+                [&student, &teacher].map(|params| results(&mut cpu, params, &layers, false));
+            assert!(
+                before[0] != after[0] && before[1] != after[1],
+                "{cpu:?}, {at}"
+            );
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
 

@@ -291,6 +291,28 @@ fn sums_of_rows_are_added_as_the_left_operand_is_packed() {
     }
 }
 
+/// Rows that are read where they lie take no room, long ones and columns do.
+#[test]
+fn an_operand_that_is_read_in_place_takes_no_scratch() {
+    for isa in Isa::available() {
+        let [short, long] = [IN_PLACE, IN_PLACE + 1].map(|inner| {
+            let dims = Dims {
+                m: 640,
+                n: 70,
+                inner,
+            };
+            let len = |left| scratch_len(isa, Precision::F32, 2, dims, left);
+            let (rows, columns) = (len(Left::Rows(())), len(Left::Columns(())));
+            assert!(columns >= dims.m * inner, "{isa} {inner}");
+            (rows, dims.m * inner)
+        });
+        assert!(
+            short.0 < short.1 / 2 && long.0 >= long.1,
+            "{isa}: {short:?} {long:?}"
+        );
+    }
+}
+
 fn pools() -> Vec<Threads> {
     let counts: &[usize] = if cfg!(feature = "threads") {
         &[1, 2, 3]

@@ -160,7 +160,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
             Epilogue::BiasGelu,
             Epilogue::BiasResidual,
         ];
-        be.linear(c.linear(), a, b, p, c.layer(), epilogues[c.at % 3])
+        be.linear(c.linear(), a, b, p, c.layer(), epilogues[c.at % 4])
     }),
     ("layer_norm", |be, c, m| {
         let [a, b, p, ..] = &mut m.floats;
