@@ -896,8 +896,10 @@ mod tests {
     #[test]
     fn a_step_passes_crops_where_training_does() {
         for backend in [BackendKind::Cpu, BackendKind::Reference, BackendKind::Cuda] {
-            let mut settings = Settings::default();
-            settings.model = "vit-micro".to_owned();
+            let mut settings = Settings {
+                model: "vit-micro".to_owned(),
+                ..Settings::default()
+            };
             settings.machine.backend = backend;
             let plan = Plan {
                 settings: vec![settings],
