@@ -19,7 +19,7 @@ failed, whether targets are met or not.
 | breakdown | where the time of a step and of a forward goes, as `pcae bench --breakdown` tells: bandwidths, how busy the GPU is |
 | infer | a forward dense and with drop ratio 0.4, tuned or not, and PyTorch's variants, taking turns |
 | step | PCAE and MAE steps, tuned or not, PCAE with an fp8 teacher, and PyTorch's variants (`peer.py`): at every batch size, then at the best |
-| curve | losses of 500 steps in bf16 beside f32 |
+| curve | mean loss of 500 steps in bf16 beside f32 |
 | large | 200 steps of ViT-L/16 and ViT-H/14 on generated pictures |
 
 How it times. In every round each contender gives one sample, one after the other, the order turned by one each round. Ours is
