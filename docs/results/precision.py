@@ -17,12 +17,18 @@ FORMATS = {
 SEEDS, STEPS, WINDOW = range(1, 7), 500, 50
 
 
+def read(metrics):
+    return [json.loads(line) for line in metrics.open()] if metrics.is_file() else []
+
+
 def train(pcae, out, flags):
     """Means of the loss over `WINDOW` steps each, and the kNN accuracy at the end; a run that has been made is not made again."""
     metrics = out / "metrics.jsonl"
-    if not metrics.is_file() or sum('"loss"' in line for line in metrics.open()) < STEPS:
-        subprocess.run([pcae, "pretrain", "--steps", str(STEPS), "--out", str(out), *flags], check=True, stdout=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in metrics.open()]
+    rows = read(metrics)
+    if len(rows) < STEPS or "knn_top1" not in rows[-1]:
+        begin = ["--resume", str(out)] if (out / "config.toml").is_file() else ["--steps", str(STEPS), "--out", str(out), *flags]
+        subprocess.run([pcae, "pretrain", *begin], check=True, stdout=subprocess.DEVNULL)
+        rows = read(metrics)
     losses = [row["loss"] for row in rows if "loss" in row]
     accuracy = [row["knn_top1"] for row in rows if "knn_top1" in row][-1]
     return [statistics.mean(losses[at:at + WINDOW]) for at in range(0, STEPS, WINDOW)], accuracy

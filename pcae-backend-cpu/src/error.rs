@@ -2,7 +2,8 @@
 
 use core::fmt;
 
-/// A refused operation or constructor. Nothing was written when it is returned.
+/// A refused operation or constructor. Nothing was written when it is returned, but by the layers of a `block` before the one that
+/// was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {

@@ -26,6 +26,12 @@ pub(crate) fn prefer_huge_pages<T>(spare: &mut [MaybeUninit<T>]) {
     let _ = spare;
 }
 
+/// Whether so many bytes are written past the caches, if they are read later: more than three level-2 caches. What is smaller is better
+/// read back from the level-3 cache, whose share of one core nobody tells.
+pub(crate) fn is_streamed(bytes: usize) -> bool {
+    bytes > 3 * level2_cache()
+}
+
 /// Bytes of a core's level-2 cache; 512 KiB where the processor does not say.
 pub(crate) fn level2_cache() -> usize {
     const UNKNOWN: usize = 512 * 1024;

@@ -13,6 +13,7 @@ use crate::cpu::grown;
 use crate::error::Error;
 use crate::gemm::{Bf16Unit, PairsLen, Precision, Right, WeightPairs, pack_weight, pairs_len};
 use crate::isa::Isa;
+use crate::memory;
 
 /// All parameters of a model.
 #[derive(Debug)]
@@ -264,9 +265,11 @@ impl Packed {
             return None;
         }
         weight.is_stale = false;
+        let streamed = memory::is_streamed(size_of_val::<[f32]>(&self.pairs));
         let to = &mut self.pairs[weight.at..][..weight.len.total()];
         let dims = [weight.n, weight.inner];
-        Some(WeightPairs::new(self.isa, unit, dims, self.role, to))
+        let (isa, role) = (self.isa, self.role);
+        Some(WeightPairs::new(isa, unit, dims, role, streamed, to))
     }
 
     /// Says that these parameters change.

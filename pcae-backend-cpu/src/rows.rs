@@ -106,7 +106,8 @@ fn exp_from<S: Simd>(s: S, x: S::V, shift: S::V, slope: S::V) -> S::V {
     exp2(s, s.max(s.splat(-125.0), s.mul(s.sub(x, shift), slope)))
 }
 
-/// `p = exp(scale * p - lse)`, the softmax again from its log-sum-exp, and `d_p = scale * p * (d_p - delta)`, its backward.
+/// `p = exp(scale * p - lse)`, the softmax again from its log-sum-exp, and `d_p = scale * p * (d_p - delta)`, its backward. Held by the
+/// conformance suite within that of attention.
 #[inline(always)]
 pub(crate) fn softmax_backward_row<S: Simd>(
     s: S,
@@ -153,7 +154,7 @@ kernel! {
     }
 
     /// Gradients of layer norm for one row: `d_x` is overwritten, or added to where `add` is set; `d_weight` and
-    /// `d_bias` are added to.
+    /// `d_bias` are added to. Held by the conformance suite within the tolerance of that operation.
     fn layer_norm_backward<'a, S>(
         s;
         d_x: &'a mut [f32], add: bool, d_weight: &'a mut [f32], d_bias: &'a mut [f32],

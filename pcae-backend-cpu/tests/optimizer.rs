@@ -158,7 +158,7 @@ fn a_single_parameter_of_a_weight_is_packed_anew() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(12))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(12) })]
 
     #[test]
     fn packed_weights_follow_their_values(
@@ -211,7 +211,11 @@ proptest! {
             let fresh = cpu.teacher_params(&layout, &new).unwrap();
             let [got, want] = [&teacher, &fresh].map(|params| results(&mut cpu, params, &layers, false));
             prop_assert!(got == want, "{cpu:?}, teacher");
-            prop_assert_eq!(got != before, segments.iter().any(|s| s.ema && s.span.len > 0));
+            // Norms, the embedding and the class token are not among the layers.
+            let is_read = |span: Span| layers.iter().any(|(layer, _)| {
+                [layer.weight, layer.bias].into_iter().any(|read| span.start < read.end() && read.start < span.end())
+            });
+            prop_assert_eq!(got != before, segments.iter().any(|s| s.ema && is_read(s.span)));
         }
     }
 }

@@ -273,7 +273,7 @@ pub fn bytes(machine: &Machine) -> fn(&Op) -> u64 {
             |op| pcae_backend_cuda::bytes(op, CudaPrecision::Bf16)
         }
         (BackendKind::Cuda, _) => |op| pcae_backend_cuda::bytes(op, CudaPrecision::F32),
-        // Of 4 bytes each.
+        // Of 4 bytes each: in bf16 some activations, and the weights as products read them, have 2, and an update writes those too.
         (BackendKind::Cpu | BackendKind::Reference, _) => |op| 4 * op.elements(),
     }
 }

@@ -396,6 +396,31 @@ fn turn<S: Simd, T: Element>(
     }
 }
 
+/// Adds the products of one half of each word. A parameter and no function chooses it: that would be called.
+#[inline(always)]
+fn add_half<S: Simd, const R: usize, const V: usize, const UPPER: bool>(
+    s: S,
+    sums: &mut [[S::V; V]; R],
+    left: &[f32],
+    words: [S::V; V],
+) {
+    let mut vectors = words;
+    for vector in &mut vectors {
+        *vector = if UPPER {
+            s.upper(*vector)
+        } else {
+            s.lower(*vector)
+        };
+    }
+    for (x, sums) in left.iter().zip(sums) {
+        let x = s.splat(*x);
+        let x = if UPPER { s.upper(x) } else { s.lower(x) };
+        for (sum, vector) in sums.iter_mut().zip(vectors) {
+            *sum = s.mul_add(x, vector, *sum);
+        }
+    }
+}
+
 /// [`super::tile::Tile`] for pairs, on any instruction set.
 pub(super) struct TilePairs<'a> {
     pub(super) words: usize,
@@ -460,15 +485,8 @@ impl TilePairs<'_> {
             let words: [S::V; V] =
                 core::array::from_fn(|v| s.load(&right[v * S::LANES..][..S::LANES]));
             // The upper halves first, as AVX512-BF16 does.
-            for half in [S::upper, S::lower] {
-                let vectors = words.map(|words| half(s, words));
-                for (x, sums) in left.iter().zip(&mut sums) {
-                    let x = half(s, s.splat(*x));
-                    for (sum, vector) in sums.iter_mut().zip(vectors) {
-                        *sum = s.mul_add(x, vector, *sum);
-                    }
-                }
-            }
+            add_half::<S, R, V, true>(s, &mut sums, left, words);
+            add_half::<S, R, V, false>(s, &mut sums, left, words);
         }
         for (row, sums) in self.sums.chunks_exact_mut(width).zip(sums) {
             for (lanes, sum) in row.chunks_exact_mut(S::LANES).zip(sums) {

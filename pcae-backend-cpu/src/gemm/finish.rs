@@ -93,10 +93,6 @@ pub(crate) enum Mode<'a> {
     },
 }
 
-/// Results larger than so many level-2 caches are streamed. Smaller ones are better read back from the level-3 cache, whose share of
-/// one core nobody tells.
-const STREAMED: usize = 3;
-
 impl<'a> Finish<'a> {
     /// `out: [m, n]`.
     pub(crate) fn new(out: &'a mut [f32], n: usize, bias: &'a [f32], mode: Mode<'a>) -> Self {
@@ -115,7 +111,7 @@ impl<'a> Finish<'a> {
             bias,
             mode,
             row_sums: None,
-            streamed: bytes > STREAMED * memory::level2_cache(),
+            streamed: memory::is_streamed(bytes),
         }
     }
 

@@ -74,16 +74,18 @@ pub(crate) struct WeightPairs<'a> {
     forward: Shape,
     backward: Shape,
     len: PairsLen,
+    streamed: bool,
     to: Shared<'a>,
 }
 
 impl<'a> WeightPairs<'a> {
-    /// In the front of `to`.
+    /// In the front of `to`; past the caches if `streamed`.
     pub(crate) fn new(
         isa: Isa,
         unit: Bf16Unit,
         [n, inner]: [usize; 2],
         role: Role,
+        streamed: bool,
         to: &'a mut [f32],
     ) -> Self {
         let precision = Precision::Bf16(unit);
@@ -94,6 +96,7 @@ impl<'a> WeightPairs<'a> {
             forward: Shape::of(isa, precision, inner),
             backward: Shape::of(isa, precision, n),
             len: pairs_len(isa, unit, n, inner, role),
+            streamed,
             to: Shared::new(to),
         }
     }
@@ -103,11 +106,17 @@ impl<'a> WeightPairs<'a> {
         self.forward.width
     }
 
-    /// Packs the rows `rows` from row `first` on, a multiple of [`step`](Self::step), as is their number unless they are the last.
+    /// Packs the rows `rows` from row `first` on.
     ///
     /// # Safety
-    /// No other thread packs one of them meanwhile.
+    /// `first` is a multiple of [`step`](Self::step), and so is their number unless they are the last; no other thread packs one of
+    /// them meanwhile.
     pub(crate) unsafe fn pack(&self, first: usize, rows: &[f32]) {
+        let step = self.step();
+        debug_assert!(
+            first.is_multiple_of(step) && step.is_multiple_of(2),
+            "rows are whole panels, and words are of one of them"
+        );
         let Self { isa, inner, .. } = *self;
         let shape = &self.forward;
         let count = rows.len() / inner.max(1);
@@ -125,7 +134,7 @@ impl<'a> WeightPairs<'a> {
                 stride: inner,
                 width: shape.width.min(count - row),
                 inner,
-                streamed: true,
+                streamed: self.streamed,
             });
         }
         if self.len.backward == 0 {
@@ -153,7 +162,7 @@ impl<'a> WeightPairs<'a> {
                 stride: inner,
                 width: shape.width.min(inner - col),
                 inner: count,
-                streamed: true,
+                streamed: self.streamed,
             });
         }
         isa.run(Flush);

@@ -122,18 +122,20 @@ fn check_bf16(isa: Isa, unit: Bf16Unit, pools: &[Threads], dims: Dims) -> Vec<u3
     let (left_t, right_t) = (transposed(&left, m, inner), transposed(&right, inner, n));
     let len = pairs_len(isa, unit, n, inner, Role::Trained);
     let mut packed = vec![f32::NAN; len.total()];
-    let pairs = WeightPairs::new(isa, unit, [n, inner], Role::Trained, &mut packed);
+    let pairs = WeightPairs::new(isa, unit, [n, inner], Role::Trained, true, &mut packed);
     assert!(pairs.step().is_multiple_of(2), "{isa} {unit}");
     // The last rows first.
     let whole = (n.div_ceil(2)).next_multiple_of(pairs.step()).min(n);
     for (first, rows) in [(whole, whole..n), (0, 0..whole)] {
-        // SAFETY: there is no other thread.
-        unsafe { pairs.pack(first, &right_t[rows.start * inner..rows.end * inner]) };
+        if !rows.is_empty() {
+            // SAFETY: there is no other thread, and `whole` is a multiple of the step if there are rows behind it.
+            unsafe { pairs.pack(first, &right_t[rows.start * inner..rows.end * inner]) };
+        }
     }
     // Those of the backward are those of the forward of the transposed weight.
     let len_turned = pairs_len(isa, unit, inner, n, Role::Frozen);
     let mut turned = vec![f32::NAN; len_turned.total()];
-    let pairs = WeightPairs::new(isa, unit, [inner, n], Role::Frozen, &mut turned);
+    let pairs = WeightPairs::new(isa, unit, [inner, n], Role::Frozen, false, &mut turned);
     // SAFETY: as above.
     unsafe { pairs.pack(0, &right) };
     assert_eq!(packed[len.forward..], turned, "{isa} {unit} {dims:?}");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pcae_backend_cuda::Cuda;
 use pcae_kernel::backend::{
-    AdamW, AttentionDims, Backend, Epilogue, Linear, LinearDims, PixelDims, Pixels, RowDims,
+    AdamW, AttentionDims, Backend, BlockDims, Epilogue, Linear, LinearDims, PixelDims, Pixels,
     TrainBackend,
 };
 use pcae_kernel::config::{PretrainConfig, Target, VitConfig};
@@ -667,41 +667,19 @@ impl<B: TrainBackend> Work<B> for Block<B> {
         let blocks = self.layout.encoder.blocks;
         self.block = (self.block + 1) % blocks.depth;
         let block = blocks.block(self.block);
-        let (d, hidden, tokens) = (blocks.dim, blocks.hidden, 1 + self.vit.num_patches());
-        let rows = RowDims {
-            rows: self.batch * tokens,
-            dim: d,
-        };
-        let linear = |in_features, out_features| LinearDims {
-            rows: rows.rows,
-            in_features,
-            out_features,
-        };
-        let attention = AttentionDims {
-            batch: self.batch,
-            tokens,
-            num_heads: blocks.num_heads,
-            head_dim: d / blocks.num_heads,
+        let dims = BlockDims {
+            attention: AttentionDims {
+                batch: self.batch,
+                tokens: 1 + self.vit.num_patches(),
+                num_heads: blocks.num_heads,
+                head_dim: blocks.dim / blocks.num_heads,
+            },
+            hidden: blocks.hidden,
         };
         let Self {
             params, x, y, wide, ..
         } = self;
-        let residual = Epilogue::BiasResidual;
-        backend.layer_norm(rows, y, x, params, block.norm1)?;
-        backend.linear(
-            linear(d, 3 * d),
-            wide,
-            y,
-            params,
-            block.qkv,
-            Epilogue::BiasQkv,
-        )?;
-        backend.attention(attention, y, wide)?;
-        backend.linear(linear(d, d), x, y, params, block.proj, residual)?;
-        backend.layer_norm(rows, y, x, params, block.norm2)?;
-        let gelu = Epilogue::BiasGelu;
-        backend.linear(linear(d, hidden), wide, y, params, block.fc1, gelu)?;
-        backend.linear(linear(hidden, d), x, wide, params, block.fc2, residual)
+        backend.block(dims, x, [y, wide], params, block)
     }
 }
 
