@@ -113,12 +113,13 @@ def sanitizer(run, results):
     paths = {path.stem: path for path in fixture_paths()}
     runs = {f"{name} {precision}": run.ours("parity", paths[name], "--backend", "cuda", "--precision", precision)
             for name in SMALL_FIXTURES for precision in ("f32", "bf16")}
-    # What no small fixture goes through: uploads beside the step, steps as graphs, and a teacher in fp8.
+    # What no small fixture goes through: uploads beside the step, steps as graphs, a teacher in fp8, and the queue by itself.
     folder = run.args.test_programs or HERE / "tests"
-    runs |= {name: [folder / name, "--skip", "on_the_emulator", "--test-threads", "1"]
-             for name in ("pixels", "graphs", "fp8") if (folder / name).is_file()}
+    some = {"pixels": [], "graphs": [], "fp8": [], "units": ["queue::"]}
+    runs |= {name: [folder / name, *filters, "--skip", "on_the_emulator", "--test-threads", "1"]
+             for name, filters in some.items() if (folder / name).is_file()}
     if run.args.rehearse:
-        runs = dict([*runs.items()][::4])
+        runs = dict([*runs.items()][::3])
     for check in ("memcheck", "racecheck", "synccheck"):
         for name, command in runs.items():
             def sanitize():

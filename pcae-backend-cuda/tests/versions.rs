@@ -20,6 +20,13 @@ fn what_is_there_goes_together() {
     }
 }
 
+/// As on the machine of a device, where the programs of the tests are without these sources.
+#[test]
+fn without_sources_there_is_no_emulator_and_no_failure() {
+    let sources = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no sources");
+    assert_eq!(emulated::libraries_of(&sources), None);
+}
+
 /// In a process of its own, whose libraries say what the variables of the test below tell them.
 #[test]
 #[ignore = "a child process: the test below runs it, and says so where it cannot"]

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use pcae_tests::{FIXTURES, TINY, fixture, idx_folder, stderr, stdout};
+use pcae_tests::{FIXTURES, TINY, fixture, from_scratch, idx_folder, stderr, stdout};
+use pcae_train::checkpoint::file::Reader;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_pcae-under-test");
 
@@ -433,6 +434,127 @@ fn fp8_where_it_is_not_to_be_had_is_typed_wrong() {
                 );
             }
             assert!(!out.exists(), "{flags:?}");
+        }
+    }
+}
+
+/// What every command below adds: one format on both backends.
+const F32: [&str; 2] = ["--precision", "f32"];
+
+/// What a command prints with `--json` on a backend.
+fn json(place: &Place, backend: &str, args: &[&str]) -> serde_json::Value {
+    let output = place.run(&[args, &["--backend", backend, "--json"], &F32].concat());
+    serde_json::from_str(&stdout(&output)).unwrap()
+}
+
+/// A run of a few steps on the CPU, and 60 pictures to train on and 120 held out beside it.
+fn pretrained(place: &Place, folder: &Path) -> String {
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let (data, out) = (path("data"), path("run"));
+    if !Path::new(&out).exists() {
+        idx_folder(Path::new(&data), 60, 120);
+        let mut args = vec!["pretrain", "--data", &data, "--out", &out];
+        args.extend(["--batch-size", "10", "--steps", "6"]);
+        args.extend(["--set", "eval_every=0"]);
+        args.extend_from_slice(TINY);
+        json(place, "cpu", &args);
+    }
+    out
+}
+
+/// From random weights, with dropped tokens, accumulation and the evaluations: the losses of the CPU but for rounding.
+#[test]
+fn finetune_has_the_losses_of_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let data = path("data");
+    idx_folder(Path::new(&data), 200, 20);
+    for place in places() {
+        let [cuda, cpu] = ["cuda", "cpu"].map(|backend| {
+            let out = path(&format!("{}-{backend}", place.name));
+            let mut args = from_scratch(&data, &out).to_vec();
+            args.extend(["--batch-size", "5", "--accum", "2", "--steps", "12"]);
+            args.extend(["--drop-ratio", "0.3", "--set", "mixup=0.8"]);
+            // No decoder.
+            args.extend_from_slice(&TINY[..6]);
+            let report = json(&place, backend, &args);
+            (losses(Path::new(&out)), report)
+        });
+        assert_eq!((cuda.0.len(), cpu.0.len()), (12, 12));
+        let most = cuda.0.iter().zip(&cpu.0);
+        let most = most.map(|(got, want)| (got / want - 1.0).abs());
+        let most = most.fold(0.0, f64::max);
+        println!("{}: {most:.1e}; {} {}", place.name, cuda.1, cpu.1);
+        assert!(cuda.0.iter().all(|loss| *loss > 0.1), "{:?}", cuda.0);
+        assert!(most < 1e-5, "{}: {:?} {:?}", place.name, cuda.0, cpu.0);
+        for what in ["top1", "best_top1"] {
+            let [cuda, cpu] = [&cuda.1, &cpu.1].map(|report| report[what].as_f64().unwrap());
+            // One picture of the 20 may be as near to one class as to another.
+            assert!((cuda - cpu).abs() < 0.051, "{what}: {cuda} {cpu}");
+        }
+    }
+}
+
+/// Features of all tokens and of those that are left, at a layer in the midst and at the end.
+#[test]
+fn embed_writes_the_features_of_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    for place in places() {
+        let run = pretrained(&place, folder.path());
+        let cases: [(&[&str], &[usize]); 3] = [
+            (&["--pool", "tokens"], &[180, 50, 16]),
+            (
+                &["--pool", "tokens", "--layer", "1", "--drop-ratio", "0.25"],
+                &[180, 29, 16],
+            ),
+            (&["--pool", "mean"], &[180, 16]),
+        ];
+        for (flags, shape) in cases {
+            let [cuda, cpu] = ["cuda", "cpu"].map(|backend| {
+                let out = folder.path().join(format!("{backend}.safetensors"));
+                let fixed = ["embed", &run, "--out", out.to_str().unwrap()];
+                // The last batch is a shorter one.
+                let fixed = [&fixed[..], &["--batch-size", "32"]].concat();
+                json(&place, backend, &[&fixed[..], flags].concat());
+                let features = Reader::open(&out).unwrap().tensor_f32("features", shape);
+                fs::remove_file(out).unwrap();
+                features.unwrap()
+            });
+            let most = cuda
+                .iter()
+                .zip(&cpu)
+                .map(|(got, want)| (got - want).abs())
+                .fold(0.0, f32::max);
+            println!("{}, {flags:?}: {most:.1e}", place.name);
+            assert!(cpu.iter().any(|x| x.abs() > 0.5), "{flags:?}");
+            // Values of order 1.
+            assert!(most < 2e-5, "{}, {flags:?}: {most}", place.name);
+        }
+    }
+}
+
+/// The same neighbours at every layer.
+#[test]
+fn knn_has_the_accuracies_of_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    for place in places() {
+        let run = pretrained(&place, folder.path());
+        let flags = ["--layer", "2,0", "--pool", "mean,cls", "--k", "1,5,20"];
+        let [cuda, cpu] = ["cuda", "cpu"].map(|backend| {
+            let report = json(&place, backend, &[&["knn", &run][..], &flags].concat());
+            let rows = report["rows"].as_array().unwrap().iter();
+            let of = |row: &serde_json::Value| row["top1"].as_array().unwrap().clone();
+            rows.flat_map(of)
+                .map(|top1| top1["weighted"].as_f64().unwrap())
+                .collect::<Vec<_>>()
+        });
+        println!("{}: {cuda:?} {cpu:?}", place.name);
+        assert_eq!((cuda.len(), cpu.len()), (12, 12));
+        // Not what is guessed, of ten classes.
+        assert!(cpu.iter().any(|top1| *top1 > 0.3), "{cpu:?}");
+        for (cuda, cpu) in cuda.iter().zip(&cpu) {
+            // One picture of the 120 may be as near to one class as to another.
+            assert!((cuda - cpu).abs() < 0.009, "{cuda} {cpu}");
         }
     }
 }

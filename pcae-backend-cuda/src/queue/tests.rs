@@ -266,6 +266,50 @@ fn uploads_and_small_writes_never_wait_for_ever() {
     );
 }
 
+/// Crops of so many channels that a block cannot hold their rows are refused, and leave nothing to run on another stream.
+#[test]
+fn crops_that_are_refused_leave_nothing_queued() {
+    use pcae_kernel::backend::{PixelDims, Pixels};
+    use pcae_kernel::resize::Crop;
+    let Some(mut queue) = queue(Precision::F32) else {
+        return;
+    };
+    let crops = [Crop {
+        start: 0,
+        height: 2,
+        width: 2,
+    }];
+    for (channels, is_refused) in [(64, true), (1, false)] {
+        let dims = PixelDims {
+            batch: 1,
+            channels,
+            height: 4,
+            width: 64,
+        };
+        let to = queue.allocate(4 * dims.len()).unwrap();
+        let pixels = Pixels {
+            values: &vec![51; 4 * channels],
+            crops: Some(&crops),
+            flips: None,
+            mean: &vec![0.0; channels],
+            std: &vec![1.0; channels],
+        };
+        let written = queue.write_pixels(dims, to.at(), pixels);
+        assert!(queue.tape.is_empty() && queue.pieces == 0, "{written:?}");
+        if is_refused {
+            assert!(matches!(written, Err(Error::Launch { .. })), "{written:?}");
+            continue;
+        }
+        written.unwrap();
+        let mut found = vec![0.0; dims.len()];
+        queue.read_f32(&mut found, to.at()).unwrap();
+        assert!(
+            found.iter().all(|x| (x - 0.2_f32).abs() < 1e-6),
+            "{found:?}"
+        );
+    }
+}
+
 #[test]
 fn a_fault_is_returned_by_one_read() {
     let Some(mut queue) = queue(Precision::F32) else {

@@ -257,6 +257,21 @@ impl Queue {
 
     /// Makes the pixels of a stage of crops, in the stream of copies.
     fn resize_crops(&mut self, dims: PixelDims, to: DevicePtr, at: DevicePtr) -> Result<(), Error> {
+        let issued = self.queue_crops(dims, to, at).and_then(|()| {
+            issue(
+                &self.upload.stream,
+                &self.functions,
+                &mut self.gemm,
+                &self.tape,
+            )
+        });
+        // After a refusal too: what was queued before it would run in the queue's stream, which nothing orders behind the copies.
+        self.clear();
+        issued
+    }
+
+    /// Queues what [`Queue::resize_crops`] issues.
+    fn queue_crops(&mut self, dims: PixelDims, to: DevicePtr, at: DevicePtr) -> Result<(), Error> {
         let places = Places::new(dims);
         let [batch, channels, height, width] =
             [dims.batch, dims.channels, dims.height, dims.width].map(|x| x as u32);
@@ -290,15 +305,7 @@ impl Queue {
                 width.into(),
                 line.into(),
             ],
-        )?;
-        let issued = issue(
-            &self.upload.stream,
-            &self.functions,
-            &mut self.gemm,
-            &self.tape,
-        );
-        self.clear();
-        issued
+        )
     }
 
     /// Copies a batch to `at`, the next stage: all of it, or what lies before the pixels where those are made of crops.

@@ -3,7 +3,7 @@
 //! The loader reads `LD_LIBRARY_PATH` when a process starts. So a test binary runs itself once more, with the emulated libraries
 //! in that path: [`run_again`] is called by one test, which has to be named `on_the_emulator`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Set where the emulated libraries are: nothing may be skipped then.
@@ -31,14 +31,24 @@ pub(crate) fn has_device() -> bool {
     found.is_ok()
 }
 
-/// Where the emulated libraries are, built where they are not there yet; `None` without a compiler for them.
+/// Where the emulated libraries are, built where they are not there yet; `None` without their sources or a compiler for them.
 ///
 /// # Panics
 /// If they cannot be built.
 pub(crate) fn libraries() -> Option<PathBuf> {
-    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/emulator/build");
+    libraries_of(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulator"))
+}
+
+/// As [`libraries`], of the emulator whose sources are in that folder.
+pub(crate) fn libraries_of(sources: &Path) -> Option<PathBuf> {
+    // A program that was copied to the machine of a device has no sources beside it.
+    let build = sources.join("build");
+    if !build.is_file() {
+        println!("skipped: no sources of the emulator here");
+        return None;
+    }
     let into = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
-    let built = match Command::new("sh").arg(here).arg(into).output() {
+    let built = match Command::new("sh").arg(build).arg(into).output() {
         Ok(built) => built,
         Err(error) => {
             println!("skipped: no shell to build the emulator with ({error})");
