@@ -8,9 +8,9 @@
 use core::ffi::{CStr, c_char, c_int};
 use std::ffi::CString;
 use std::fs;
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use cudarc::nvrtc::result::NvrtcError;
@@ -386,23 +386,28 @@ impl Folder {
     }
 
     fn write(&self, key: &Key, image: &[u8]) -> io::Result<()> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let temporary = format!("{}.{}-{count}", key.name, std::process::id());
-        let temporary = self.0.join(temporary);
-        let write = || {
-            let mut file = fs::File::create(&temporary)?;
+        // Containers that share a folder may have the same process ids.
+        let random = RandomState::new().hash_one(std::process::id());
+        let temporary = self.0.join(format!("{}.{random:016x}", key.name));
+        self.write_by(&temporary, key, image)?;
+        self.clean();
+        Ok(())
+    }
+
+    /// Writes to `temporary`, which must not be there yet, and renames it.
+    fn write_by(&self, temporary: &Path, key: &Key, image: &[u8]) -> io::Result<()> {
+        // What another process is writing there is left alone.
+        let mut file = fs::File::create_new(temporary)?;
+        let mut write = || {
             file.write_all(key.text.as_bytes())?;
             file.write_all(&fnv(image, 0).to_le_bytes())?;
             file.write_all(image)?;
             file.sync_all()?;
-            fs::rename(&temporary, self.0.join(&key.name))
+            fs::rename(temporary, self.0.join(&key.name))
         };
         write().inspect_err(|_| {
-            let _ = fs::remove_file(&temporary);
-        })?;
-        self.clean();
-        Ok(())
+            let _ = fs::remove_file(temporary);
+        })
     }
 }
 
@@ -455,6 +460,26 @@ mod tests {
         }
         folder.write(&key, &image).unwrap();
         assert_eq!(folder.read(&key), Some(image));
+        fs::remove_dir_all(&folder.0).unwrap();
+    }
+
+    #[test]
+    fn what_another_process_is_writing_is_left_alone() {
+        let folder = folder("others");
+        let key = Key {
+            name: format!("rows-{:016x}.image", 1),
+            text: "an entry\n".to_owned(),
+        };
+        let temporary = folder.0.join(format!("{}.0", key.name));
+        fs::write(&temporary, b"half an im").unwrap();
+        let error = folder.write_by(&temporary, &key, b"image").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(&temporary).unwrap(), b"half an im");
+        assert_eq!(folder.read(&key), None);
+        // By a name of its own it is written, all the same.
+        folder.write(&key, b"image").unwrap();
+        assert_eq!(folder.read(&key).as_deref(), Some(&b"image"[..]));
+        assert_eq!(fs::read(&temporary).unwrap(), b"half an im");
         fs::remove_dir_all(&folder.0).unwrap();
     }
 

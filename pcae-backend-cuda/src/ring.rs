@@ -6,8 +6,8 @@ use std::sync::Arc;
 use crate::driver::{Context, DevicePtr, Event, Pinned, Plain, Stream};
 use crate::error::Error;
 
-/// Bytes of pinned memory, used round and round: three batches of 256 pictures of 224 x 224 in 8 bits, so that the host can
-/// send the next one while the device is busy.
+/// Bytes of pinned memory, used round and round: three batches of 256 pictures of 224 x 224 in 8 bits, or between one and two of crops that
+/// are resized on the device, which are nearly twice as large. So the host can send the next one while the device is busy.
 pub(crate) const RING: usize = 128 << 20;
 
 /// Copies that may be under way: those of some steps, each of a batch in pieces and of what is drawn for every block.
