@@ -12,6 +12,11 @@ SMALL_FIXTURES = ["pcae_small", "mae_small", "classify_ptr"]
 # A teacher in fp8 is for some devices, and for some widths, which not all fixtures have.
 REFUSALS = [NO_FP8, "widths of multiples of 16, for a teacher in fp8"]
 FAILED_MARK = 99
+SANITIZERS = ["memcheck", "racecheck", "synccheck"]
+# Test programs, of which tests, and under what: what no small fixture goes through, which are uploads beside the step, steps as graphs, a
+# teacher in fp8, the queue by itself, and what kernels are written with. Of products only which memory they touch is ours.
+SANITIZED = [("pixels", [], SANITIZERS), ("graphs", [], SANITIZERS), ("fp8", [], SANITIZERS), ("units", ["queue::"], SANITIZERS),
+             ("units", ["gemm::"], ["memcheck"]), ("primitives", [], SANITIZERS)]
 
 
 def device(run, results):
@@ -72,25 +77,33 @@ def parity(run, results):
         run.report.found(f"parity {precision}", says, not wrong)
 
 
-def tests(run, results):
+def test_programs(run, names):
+    """Their paths, of all if no names are given."""
     folder = run.args.test_programs or HERE / "tests"
-    programs = sorted(path for path in folder.glob("*") if path.is_file() and os.access(path, os.X_OK))
-    if not programs:
-        raise Failure(f"no test programs in {folder}; run bundle again")
-    for program in programs:
-        if run.args.only_tests and program.name not in run.args.only_tests:
-            continue
+    found = {path.name: path for path in sorted(folder.glob("*")) if path.is_file() and os.access(path, os.X_OK)}
+    missing = [name for name in names or [] if name not in found]
+    if missing or not found:
+        raise Failure(f"no test programs {', '.join(missing)} in {folder}; run bundle again")
+    return {name: path for name, path in found.items() if not names or name in names}
 
+
+def tests(run, results):
+    for name, program in test_programs(run, run.args.only_tests).items():
         def test():
+            some = []
+            if run.args.rehearse:
+                # Does it run from here? CI runs all of them from where they were built.
+                listed = re.findall(r"^(\S+): test$", run.command([program, "--list"]), re.MULTILINE)
+                some = ["--exact", *[one for one in listed if one != "on_the_emulator"][:1]]
             # One at a time: some compare times or memory of the whole device.
-            output = run.command([program, "--skip", "on_the_emulator", "--nocapture", "--test-threads", "1"])
+            output = run.command([program, *some, "--skip", "on_the_emulator", "--nocapture", "--test-threads", "1"])
             if "skipped: no CUDA device" in output:
-                raise Failure(f"{program.name} found no CUDA device")
+                raise Failure(f"{name} found no CUDA device")
             summary = re.findall(r"test result: ok\. (\d+) passed", output)
             if not summary or int(summary[-1]) == 0:
-                raise Failure(f"{program.name} ran no test")
+                raise Failure(f"{name} ran no test")
             return {"says": f"{summary[-1]} tests", "tests": int(summary[-1])}
-        run.each(results, program.name, test)
+        run.each(results, name, test)
 
 
 def sanitizer_tool(run):
@@ -111,17 +124,20 @@ def sanitizer(run, results):
         run.report.say("  skipped: there is no compute-sanitizer here")
         return "skipped"
     paths = {path.stem: path for path in fixture_paths()}
+    missing = [name for name in SMALL_FIXTURES if name not in paths]
+    if missing:
+        raise Failure(f"no fixtures {', '.join(missing)}; run bundle again")
     runs = {f"{name} {precision}": run.ours("parity", paths[name], "--backend", "cuda", "--precision", precision)
             for name in SMALL_FIXTURES for precision in ("f32", "bf16")}
-    # What no small fixture goes through: uploads beside the step, steps as graphs, a teacher in fp8, and the queue by itself.
-    folder = run.args.test_programs or HERE / "tests"
-    some = {"pixels": [], "graphs": [], "fp8": [], "units": ["queue::"]}
-    runs |= {name: [folder / name, *filters, "--skip", "on_the_emulator", "--test-threads", "1"]
-             for name, filters in some.items() if (folder / name).is_file()}
+    programs = test_programs(run, list({name for name, *_ in SANITIZED}))
     if run.args.rehearse:
         runs = dict([*runs.items()][::3])
-    for check in ("memcheck", "racecheck", "synccheck"):
-        for name, command in runs.items():
+    for check in SANITIZERS:
+        commands = dict(runs)
+        for name, filters, checked in SANITIZED[::3 if run.args.rehearse else 1]:
+            if check in checked:
+                commands[" ".join([name, *filters])] = [programs[name], *filters, "--skip", "on_the_emulator", "--test-threads", "1"]
+        for name, command in commands.items():
             def sanitize():
                 output = run.command([tool, "--tool", check, "--error-exitcode", FAILED_MARK, *command])
                 lines = [line for line in output.splitlines() if "SUMMARY" in line]

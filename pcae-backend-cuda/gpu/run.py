@@ -15,7 +15,7 @@ failed, whether targets are met or not.
 | device | what the driver, the sanitizer and PyTorch are; what PyTorch's matrix product and copy reach |
 | parity | every golden fixture in f32 and bf16, those of PCAE in bf16 with a teacher in fp8 too |
 | tests | the backend's test programs |
-| sanitizer | compute-sanitizer's memcheck, racecheck and synccheck over the small fixtures, uploads, graphs and a teacher in fp8 |
+| sanitizer | compute-sanitizer over the small fixtures, uploads, graphs, a teacher in fp8, the queue, what kernels are made of; memcheck over products |
 | breakdown | where the time of a step and of a forward goes, as `pcae bench --breakdown` tells: bandwidths, how busy the GPU is |
 | infer | a forward dense and with drop ratio 0.4, tuned or not, and PyTorch's variants, taking turns |
 | step | PCAE and MAE steps, tuned or not, PCAE with an fp8 teacher, and PyTorch's variants (`peer.py`): at every batch size, then at the best |
@@ -40,7 +40,7 @@ import checks
 import times
 import training
 from contenders import VARIANTS
-from session import Session
+from session import HERE, Session, whole
 from times import DECODERS
 
 # Weights of the parts, by which the time that is left is shared between those that are still to come, and what they do.
@@ -108,6 +108,9 @@ def parse():
 
 def main():
     args = parse()
+    faults = whole()
+    if faults:
+        raise SystemExit(f"error: {HERE}: {'; '.join(faults)}; run bundle again, and take all of it along")
     # By an exception, so that what was started is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="pcae-gpu-") as scratch:

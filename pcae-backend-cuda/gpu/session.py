@@ -42,6 +42,19 @@ def fixture_paths():
     raise Failure(f"no fixtures beside {HERE}; run bundle again")
 
 
+def whole(folder=HERE):
+    """What is wrong with a bundle: files that are missing, or not as large as they were. Nothing of what is no bundle."""
+    contents, faults = folder / "contents", []
+    if contents.is_file():
+        for line in contents.read_text().splitlines():
+            size, name = line.split(" ", 1)
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != int(size):
+                faults.append(f"{name} is missing" if found is None else f"{name}: expected {size} bytes, found {found}")
+    return faults
+
+
 def driver_major():
     """The newest CUDA that the driver knows, as 13; 13 where there is none to ask."""
     number = ctypes.c_int(0)

@@ -13,7 +13,7 @@ import checks
 import contenders
 import times
 from report import TARGETS, Report
-from session import Failure
+from session import Failure, whole
 
 
 def report(folder, commit="c", rehearsal=False, add=False):
@@ -108,6 +108,46 @@ class Targets(Quiet):
         rehearsal = report(self.folder.name, rehearsal=True)
         rehearsal.at_least("step over MAE", 2.0, 1.0)
         self.assertIsNone(rehearsal.rows()["step over MAE"]["met"])
+
+
+class Bundle(Quiet):
+    def program(self, name):
+        path = pathlib.Path(self.folder.name) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+        return path
+
+    def test_files_that_are_missing_or_cut_short_are_told(self):
+        folder = self.program("tests/fp8").parents[1]
+        self.assertEqual(whole(folder), [])
+        (folder / "contents").write_text("10 tests/fp8\n")
+        self.assertEqual(whole(folder), [])
+        (folder / "contents").write_text("11 tests/fp8\n3 pcae\n")
+        self.assertEqual(whole(folder), ["tests/fp8: expected 11 bytes, found 10", "pcae is missing"])
+
+    def test_programs_that_are_asked_for_are_there_or_the_part_fails(self):
+        run = self.run_of(test_programs=self.program("tests/fp8").parent, only_tests=["fp8", "graphs"])
+        self.assertEqual(checks.test_programs(run, None).keys(), {"fp8"})
+        for part in (checks.tests, checks.sanitizer):
+            run.args.rehearse, run.scratch = "emulator", pathlib.Path(self.folder.name)
+            run.ours = lambda *words: list(words)
+            with self.assertRaisesRegex(Failure, "no test programs .*graphs"):
+                part(run, {})
+
+    def test_a_rehearsal_runs_one_test_of_each_program_and_not_the_emulators_own(self):
+        run, results, ran = self.run_of(test_programs=self.program("tests/fp8").parent, only_tests=None), {}, []
+
+        def command(words):
+            if words[1:] == ["--list"]:
+                return "on_the_emulator: test\nfirst: test\nsecond: test\n\n3 tests, 0 benchmarks\n"
+            ran.append(words[1:-5])
+            return f"test result: ok. {1 if len(words) > 6 else 2} passed; 0 failed\n"
+        run.command = command
+        for run.args.rehearse, count in [(None, 2), ("emulator", 1)]:
+            checks.tests(run, results)
+            self.assertEqual(results["fp8"], {"status": "passed", "says": f"{count} tests", "tests": count})
+        self.assertEqual(ran, [[], ["--exact", "first"]])
 
 
 class Race(Quiet):
