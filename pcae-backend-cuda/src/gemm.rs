@@ -23,7 +23,7 @@ use crate::Precision;
 use crate::driver::{Context, DevicePtr, Event, Heap, Memory, Stream};
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
-use crate::queue::{Arg, Shape};
+use crate::queue::{Arg, Shape, UNCOUNTED};
 use crate::warnings::Warnings;
 use plan::Plan;
 
@@ -261,7 +261,7 @@ impl Drop for Handle {
 }
 
 /// Puts a kernel into the stream.
-pub(crate) type Launch<'a> = dyn Fn(Kernel, Shape, &[Arg]) -> Result<(), Error> + 'a;
+pub(crate) type Launch<'a> = dyn Fn(Kernel, Shape, usize, &[Arg]) -> Result<(), Error> + 'a;
 
 /// Products, and cuBLASLt for them.
 pub(crate) struct Gemm {
@@ -531,6 +531,7 @@ impl Gemm {
         launch(
             kernel,
             shape,
+            matmul.m * matmul.n * self.out_size(matmul) * (1 + usize::from(matmul.add.is_some())),
             &[
                 matmul.out.into(),
                 matmul.add.into(),
@@ -563,6 +564,7 @@ impl Gemm {
         launch(
             kernel,
             shape,
+            UNCOUNTED,
             &[
                 matmul.out.into(),
                 matmul.add.into(),

@@ -52,6 +52,11 @@ impl<B> Timed<B> {
     }
 
     /// The backend itself.
+    pub fn inner_mut(&mut self) -> &mut B {
+        &mut self.inner
+    }
+
+    /// The backend itself.
     pub fn into_inner(self) -> B {
         self.inner
     }
