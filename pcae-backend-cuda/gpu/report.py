@@ -10,7 +10,7 @@ TARGETS = {
     "step of peak": ("the same step, best batch, share of the peak", ">= 45 %"),
     "step over MAE": ("the same step over our own MAE's, each at its best batch", ">= 2.0"),
     "step with fp8 teacher over MAE": ("the same with an fp8 teacher", ">= 2.25"),
-    "bandwidth": ("the slowest memory-bound operation, share of a copy's bandwidth", ">= 80 %"),
+    "bandwidth": ("the slowest memory-bound kernel, share of a copy's bandwidth", ">= 80 %"),
     "busy": ("GPU busy during the step", ">= 97 %"),
     "graphs": ("steps and forwards as graphs, no product by our plain kernel", "none refused, none"),
     "large vit-l16": ("200 steps of ViT-L/16", "finite losses"),

@@ -2,6 +2,7 @@
 import functools
 import json
 
+import nsys
 from contenders import Ours, fastest, launch_faults, peers, race, ratio
 from session import Failure
 
@@ -10,20 +11,26 @@ DECODERS = {"vit-micro": [96, 2, 3], "vit-b16": [768, 2, 12], "vit-l16": [1024, 
 MAE_DECODER = [512, 8, 16]
 PCAE_MASK, MAE_MASK = 0.85, 0.75
 DROP_RATIOS = [0.0, 0.4]
+# Seconds that a launch takes at least, by its bytes, to be judged: events and the launch itself take microseconds.
+SHORTEST = 10e-6
 # Dense bf16 without sparsity, in GFLOP/s, by what a device's name has in it: NVIDIA's data sheets.
 NOMINAL = [("H100 PCIe", 756e3), ("H100 NVL", 835e3), ("H100", 989e3), ("H200 NVL", 835e3), ("H200", 989e3), ("A100", 312e3)]
 
 
 # ---------------------------------------------------------------- a step
 
+def pcae_step(args, batch):
+    return dict(what="step", model=args.model, batch=batch, precision=args.precision, method="pcae", mask_ratio=PCAE_MASK,
+                decoder=DECODERS[args.model])
+
+
 def step_contenders(run, batch):
     """Ours, and PyTorch's variants, of a step of so many pictures."""
     args = run.args
-    case = dict(what="step", model=args.model, batch=batch, precision=args.precision)
-    pcae = case | dict(method="pcae", mask_ratio=PCAE_MASK, decoder=DECODERS[args.model])
+    pcae = pcae_step(args, batch)
     # MAE's own decoder, or for small pictures the method's.
     decoder = DECODERS["vit-micro"] if args.model == "vit-micro" else MAE_DECODER
-    mae = case | dict(method="mae", mask_ratio=MAE_MASK, decoder=decoder)
+    mae = pcae | dict(method="mae", mask_ratio=MAE_MASK, decoder=decoder)
     ours = [Ours(run, name + label, one | more) for name, one in (("pcae", pcae), ("mae", mae))
             for label, more in (("", {}), (" --tune", {"tune": True}))]
     if has_fp8(run):
@@ -177,42 +184,107 @@ def infer(run, results):
 # ---------------------------------------------------------------- where the time goes
 
 def breakdown(run, results):
-    args, shares = run.args, {}
-    for what, batch in [("step", args.breakdown_batch), ("infer", args.infer_batch[-1])]:
+    args, found = run.args, {}
+    infer = dict(what="infer", model=args.model, batch=args.infer_batch[-1], precision=args.precision, drop_ratio=0.0)
+    for case in (pcae_step(args, args.breakdown_batch), infer):
+        name = f"{case['what']}, batch {case['batch']}"
+
         def bench():
-            path = run.scratch / f"breakdown-{what}.json"
-            width, depth, heads = DECODERS[args.model]
-            decoder = [word for setting in (f"decoder_embed_dim={width}", f"decoder_depth={depth}", f"decoder_num_heads={heads}")
-                       for word in ("--set", setting)] if what == "step" else []
-            run.command(run.ours("bench", "--backend", "cuda", "--what", what, "--model", args.model, "--mask-ratio",
-                                 PCAE_MASK, *decoder, "--batch-size", batch, "--precision", args.precision, "--repeats",
-                                 args.rounds, "--breakdown", "--json", path))
-            report = json.loads(path.read_text())
-            for part in report["results"][0]["breakdown"]:
-                if part.get("share_of_bandwidth") is not None:
-                    shares[f"{part['operation']} ({what}, batch {batch})"] = part["share_of_bandwidth"]
-            if what == "step":
-                busy(run, report["results"][0])
-            return {"bench": report}
-        run.each(results, f"{what}, batch {batch}", bench)
-    if shares:
-        ordered = sorted(shares, key=shares.get)
-        for name in ordered:
-            run.report.say(f"    {100 * shares[name]:6.1f} % of a copy's bandwidth: {name}")
-        results["bandwidth"] = {"status": "passed", "shares": shares}
-        if is_asked(run):
-            slow = ", ".join(f"{name} {100 * shares[name]:.0f} %" for name in ordered if shares[name] < 0.8)
-            run.report.at_least("bandwidth", 0.8, shares[ordered[0]],
-                                f"{100 * shares[ordered[0]]:.0f} % {ordered[0]}" + (f"; below: {slow}" if slow else ""))
+            ours = Ours(run, f"breakdown {case['what']}", case)
+            run.command(ours.command + ["--repeats", args.rounds, "--breakdown"])
+            return {"bench": json.loads(ours.json.read_text())}
+        found[name] = run.each(results, name, bench).get("bench")
+        if case["what"] == "step" and found[name]:
+            busy(run, results, found[name]["results"][0])
+    bandwidth(run, results, found)
 
 
-def busy(run, result):
-    """A bound on how much of a step's time kernels run: the sum of all operations, each timed alone by the device's clock, over the time
-    of a step in a row of graphs by the host's. What crosses the bus is left out, as it goes on a stream of its own. Alone an operation
-    takes longer, by its launch and as it finds less in the cache. So less than the target is a miss, and more tells nothing."""
-    alone = sum(part["seconds"] for part in result["breakdown"] if part["operation"] != "transfer")
-    share = alone / result["seconds"]
-    says = f"at most {100 * min(1.0, share):.1f} % (operations alone {1e3 * alone:.2f} ms, a step {1e3 * result['seconds']:.2f} ms)"
-    run.report.say(f"    GPU busy: {says}")
-    if is_asked(run):
-        run.report.found("busy", says, False if share < 0.97 else None)
+def bandwidth(run, results, reports):
+    """The share of a copy's bandwidth of each kernel that memory bounds, by its bytes. Shorter ones than a launch and the events around
+    it are told and not judged. `reports` are those of `pcae bench --breakdown`, or `None` where it failed."""
+    least, judged, short, silent = 0.8, {}, {}, []
+    for name, report in reports.items():
+        kernels = report and report["results"][0].get("kernels")
+        if not kernels:
+            silent.append(name)
+            continue
+        copied = 1e9 * report["machine"]["copy_gbytes_per_s"]["cuda"]
+        for kernel in kernels:
+            if kernel.get("bytes") is None:
+                continue  # not bound by memory
+            takes = kernel["bytes"] / kernel["launches"] / copied
+            into = judged if takes >= SHORTEST else short
+            into[f"{kernel['kernel']} ({name})"] = {"share": kernel["bytes"] / kernel["seconds"] / copied, "copy": takes}
+    for kernels, what in ((judged, ""), (short, f"; not judged, as it is less than {1e6 * SHORTEST:.0f} us")):
+        for name, one in sorted(kernels.items(), key=lambda item: item[1]["share"]):
+            run.report.say(f"    {100 * one['share']:6.1f} % of a copy's bandwidth: {name}, a launch of which a copy makes in"
+                           f" {1e6 * one['copy']:.1f} us{what}")
+    results["bandwidth"] = {"status": "passed", "judged": judged, "short": short, "silent": silent}
+    if not is_asked(run):
+        return
+    ordered = sorted(judged, key=lambda name: judged[name]["share"])
+    says, met = [], None
+    if ordered:
+        percent = lambda name: f"{100 * judged[name]['share']:.0f} %"
+        slow = [f"{name} {percent(name)}" for name in ordered if judged[name]["share"] < least]
+        met = not slow
+        says = [f"{percent(ordered[0])} {ordered[0]}, of {len(judged)}, {len(short)} too short to judge"]
+        says += [f"below: {', '.join(slow)}"] if slow else []
+    elif short:
+        says = [f"all {len(short)} are too short to judge"]
+    if silent:
+        # Those might be slower.
+        met, says = met and None, says + [f"no kernels are told of {', '.join(silent)}"]
+    run.report.found("bandwidth", "; ".join(says) or "no kernel is bound by memory", met)
+
+
+def busy(run, results, bench):
+    """How much of a step's time something runs on the GPU. `bench` is what was found of it operation by operation."""
+    least = 0.97
+
+    def look():
+        alone, share = busy_at_most(bench)
+        bound = {"says": f"at most {100 * min(1.0, share):.1f} % (operations alone {1e3 * alone:.2f} ms, a step"
+                         f" {1e3 * bench['seconds']:.2f} ms)", "met": False if share < least else None}
+        tool = nsys.tool(run)
+        if not tool:
+            return bound | {"says": f"{bound['says']}; nsys, which would tell, was not found"}
+        try:
+            found = busy_traced(run, tool)
+        except Failure as failure:
+            return bound | {"status": "not available", "says": f"{bound['says']}; {failure}"}
+        low, high = found["ran"] / found["step"], found["ran"] / found["untraced_step"]
+        says = (f"{100 * low:.1f} % by nsys, {100 * high:.1f} % less what tracing adds ({1e3 * found['ran']:.2f} ms of"
+                f" {1e3 * found['step']:.2f} or {1e3 * found['untraced_step']:.2f} ms, batch {found['batch']}, {found['steps']} steps)")
+        return found | {"says": says, "met": True if low >= least else False if high < least else None}
+    result = run.each(results, "busy", look)
+    if is_asked(run) and "met" in result:
+        run.report.found("busy", result["says"], result["met"])
+
+
+def busy_at_most(bench):
+    """The sum of all operations, each timed alone by the device's clock, and its share of the time of a step in a row of graphs by the
+    host's. What crosses the bus is left out, as it goes on a stream of its own. Alone an operation takes longer, by its launch and as it
+    finds less in the cache. So a share below the target is a miss, and one above it tells nothing."""
+    alone = sum(part["seconds"] for part in bench["breakdown"] if part["operation"] != "transfer")
+    return alone, alone / bench["seconds"]
+
+
+def busy_traced(run, tool):
+    """The same steps with and without nsys, which makes the gaps between kernels longer and not the kernels: what it adds to a step by the
+    host's clock is taken off a step of the trace, too. That leaves a least and a greatest share."""
+    batch = run.args.breakdown_batch
+    while batch:
+        ours, seconds = Ours(run, "busy", pcae_step(run.args, batch)), []
+        command = ours.command + ["--repeats", run.args.rounds]
+        run.command(command)
+        seconds.append(json.loads(ours.json.read_text())["results"][0]["seconds"])
+        database = nsys.traced(run, tool, command, f"busy-{batch}")
+        seconds.append(json.loads(ours.json.read_text())["results"][0]["seconds"])
+        found = nsys.busy(database)
+        if found:
+            added = max(0.0, seconds[1] - seconds[0])
+            return found | {"batch": batch, "untraced_step": max(found["step"] - added, found["ran"])}
+        # Long steps `pcae bench` may time one by one. In those of fewer pictures gaps weigh more.
+        batch //= 2
+    raise Failure("nsys: no steps that follow each other")

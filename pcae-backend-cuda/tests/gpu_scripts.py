@@ -1,5 +1,8 @@
 """What can be known of `gpu/run.py` without a GPU and a program: `python3 pcae-backend-cuda/tests/gpu_scripts.py`."""
+import json
+import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -11,6 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "gpu"))
 
 import checks
 import contenders
+import nsys
 import times
 from report import TARGETS, Report
 from session import Failure, whole
@@ -34,7 +38,11 @@ class Quiet(unittest.TestCase):
         """What parts see of a session."""
         usual = dict(rehearse=None, model="vit-b16", precision="bf16", seconds=0.0, rounds=3)
         run = types.SimpleNamespace(args=types.SimpleNamespace(**usual | arguments), report=self.report, left=lambda: 1e9)
-        run.each = lambda results, name, do: results.update({name: attempt(do)})
+
+        def each(results, name, do):
+            results[name] = attempt(do)
+            return results[name]
+        run.each = each
         return run
 
 
@@ -356,15 +364,179 @@ class Launches(Quiet):
         self.assertTrue(found("infer", "batch 1, "))
 
 
+class Bandwidth(Quiet):
+    def found(self, **kernels):
+        """The target's row, of reports of `pcae bench`: kernels as launches, seconds of all and bytes of all. A copy makes 1e12 bytes a second."""
+        reports = {}
+        for name, told in kernels.items():
+            each = [{"kernel": kernel, "launches": launches, "seconds": seconds, "share": 0.1} | ({"bytes": size} if size else {})
+                    for kernel, (launches, seconds, size) in (told or {}).items()]
+            report = {"machine": {"copy_gbytes_per_s": {"cuda": 1000.0}}, "results": [{"breakdown": []}]}
+            if told is not None:
+                report["results"][0]["kernels"] = each
+            reports[name] = report
+        self.results = {}
+        times.bandwidth(self.run_of(), self.results, reports)
+        row = self.report.rows()["bandwidth"]
+        return row["found"], row["met"]
+
+    def test_the_slowest_of_the_long_ones_decides(self):
+        # A launch of 20 us by a copy, and one of 9, which takes 90.
+        step = {"gelu_of": (2.0, 50e-6, 40e6), "products": (1.0, 1.0, None), "norm": (2.0, 180e-6, 18e6)}
+        self.assertEqual(self.found(step=step, infer={"gelu_of": (1.0, 40e-6, 40e6)}),
+                         ("80 % gelu_of (step), of 2, 1 too short to judge", True))
+        self.assertEqual(self.results["bandwidth"]["short"].keys(), {"norm (step)"})
+        self.assertEqual(self.found(step=step, infer={"gelu_of": (1.0, 40e-6, 20e6), "add": (1.0, 20e-6, 10e6)}),
+                         ("50 % gelu_of (infer), of 3, 1 too short to judge; below: gelu_of (infer) 50 %, add (infer) 50 %", False))
+        lines = [line.split() for line in self.text().splitlines()]
+        self.assertEqual(sum("norm" in line for line in lines), 2)
+        for name in ("gelu_of (step)", "gelu_of (infer)", "norm (step)", "add (infer)"):
+            self.assertIn(name, self.text())
+        self.assertIn("10.0 % of a copy's bandwidth: norm (step), a launch of which a copy makes in 9.0 us; not judged", self.text())
+        self.assertNotIn("products", self.text())
+
+    def test_a_report_without_kernels_leaves_it_open_unless_others_miss(self):
+        fast, slow = {"gelu_of": (1.0, 40e-6, 40e6)}, {"gelu_of": (1.0, 80e-6, 40e6)}
+        found, met = self.found(step=fast, infer=None)
+        self.assertTrue(found.endswith("; no kernels are told of infer"), found)
+        self.assertIsNone(met)
+        self.assertEqual(self.found(step=slow, infer=None)[1], False)
+        self.assertEqual(self.found(step=None, infer={}), ("no kernels are told of step, infer", None))
+        self.assertEqual(self.found(step={"add": (1.0, 1e-6, 1e3)}), ("all 1 are too short to judge", None))
+        times.bandwidth(self.run_of(), {}, {"step, batch 256": None})
+        self.assertEqual(self.report.rows()["bandwidth"]["found"], "no kernels are told of step, batch 256")
+
+
+# What a step leaves in a trace, in nanoseconds from when it begins: a table, start, end, stream, node of a graph, kind of a copy. Kernels
+# of two streams overlap, and what crosses the bus fills the gap. Something runs for 960 of 1000.
+STEP = [("KERNEL", 0, 600, 7, 70, None), ("KERNEL", 600, 900, 7, 71, None), ("KERNEL", 850, 940, 8, None, None),
+        ("MEMCPY", 895, 1000, 8, None, 1), ("MEMCPY", 940, 950, 7, None, 8), ("MEMSET", 990, 1005, 7, None, None)]
+# Of a measurement of the peak, which is much longer.
+PRODUCT = [("KERNEL", 0, 6010, 9, None, None)]
+
+NSYS = """#!{python}
+import json, os, pathlib, sqlite3, subprocess, sys
+options = dict(word.split("=", 1) for word in sys.argv[2:] if word.startswith("--") and "=" in word)
+words = sys.argv[2:]
+output = words[words.index("--output") + 1]
+if sys.argv[1] == "profile":
+    assert options["--cuda-graph-trace"] == "node" and options["--trace"] == "cuda", options
+    assert output.endswith(".nsys-rep")
+    command = words[words.index(output) + 1:]
+    subprocess.run(command, env=os.environ | {{"TRACED": "1"}}, check=True)
+    rows = json.loads(pathlib.Path({rows!r}).read_text())
+    batch = command[command.index("--batch-size") + 1]
+    pathlib.Path(output).write_text(json.dumps(rows.get(batch, rows["usual"])))
+else:
+    assert sys.argv[1] == "export" and options["--type"] == "sqlite", sys.argv
+    if options.get("--force-overwrite") == "true":
+        pathlib.Path(output).unlink(missing_ok=True)
+    database = sqlite3.connect(output)
+    for table, *row in json.loads(pathlib.Path(words[-1]).read_text()):
+        copies = ", copyKind INT" if table == "MEMCPY" else ""
+        database.execute(f"CREATE TABLE IF NOT EXISTS CUPTI_ACTIVITY_KIND_{{table}} (start INT, end INT, streamId INT, graphNodeId INT"
+                         f"{{copies}}, deviceId INT)")
+        row = [*row[:4], *(row[4:] if copies else []), 0]
+        database.execute(f"INSERT INTO CUPTI_ACTIVITY_KIND_{{table}} VALUES ({{','.join('?' * len(row))}})", row)
+    database.commit()
+"""
+
+# Takes 20 ns a step longer under nsys.
+PCAE = """#!{python}
+import json, os, pathlib, sys
+seconds = 1e-6 + {added} * bool(os.environ.get("TRACED"))
+pathlib.Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps({{"results": [{{"seconds": seconds}}]}}))
+"""
+
+
 class Busy(Quiet):
+    PARTS = [{"operation": "linear forward", "seconds": 0.3}, {"operation": "selection", "seconds": 0.2},
+             {"operation": "transfer", "seconds": 9.0}]
+
+    def path(self, path):
+        """The only places for programs."""
+        before = os.environ["PATH"], nsys.PLACES
+        os.environ["PATH"], nsys.PLACES = str(path), []
+
+        def back():
+            os.environ["PATH"], nsys.PLACES = before
+        self.addCleanup(back)
+
     def test_operations_alone_bound_how_busy_it_is(self):
-        parts = [{"operation": "linear forward", "seconds": 0.3}, {"operation": "selection", "seconds": 0.2},
-                 {"operation": "transfer", "seconds": 9.0}]
+        self.path(self.folder.name)
         for seconds, met, says in [(1.0, False, "at most 50.0 %"), (0.4, None, "at most 100.0 %")]:
-            times.busy(self.run_of(), {"breakdown": parts, "seconds": seconds})
+            times.busy(self.run_of(), {}, {"breakdown": self.PARTS, "seconds": seconds})
             row = self.report.rows()["busy"]
             self.assertEqual(row["met"], met)
             self.assertTrue(row["found"].startswith(says), row)
+            self.assertIn("nsys, which would tell, was not found", row["found"])
+
+    def traced(self, usual, added=0.0, seconds=0.4, **others):
+        """What is found of such traces, others of some batch sizes, of steps that nsys makes longer."""
+        folder = pathlib.Path(self.folder.name)
+        self.path(folder)
+        (folder / "rows").write_text(json.dumps({"usual": usual} | others))
+        for name, text in [("nsys", NSYS), ("pcae", PCAE)]:
+            (folder / name).write_text(text.format(python=sys.executable, rows=str(folder / "rows"), added=added))
+            (folder / name).chmod(0o755)
+        run, results = self.run_of(breakdown_batch=256), {}
+        run.scratch, run.ours = folder, lambda *words: [folder / "pcae", *words]
+
+        def command(words):
+            done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+            if done.returncode:
+                raise Failure(done.stderr)
+        run.command = command
+        times.busy(run, results, {"breakdown": self.PARTS, "seconds": seconds})
+        return results["busy"], self.report.rows()["busy"]
+
+    @staticmethod
+    def trace(*rows, step=STEP, product=PRODUCT, warm_up=3):
+        """Steps one by one, each with a gap after it, and then rows of so many, each behind a measurement of the peak."""
+        found, now = [], 0
+
+        def add(what, takes):
+            nonlocal now
+            found.extend((table, start + now, end + now, *more) for table, start, end, *more in what)
+            now += takes
+        for _ in range(warm_up):
+            add(step, 3000)
+        for row in rows:
+            add(product, 6000)
+            for _ in range(row):
+                add(step, 1000)
+        return found
+
+    def test_what_ran_while_steps_follow_each_other_is_busy(self):
+        result, row = self.traced(self.trace(4, 3))
+        self.assertEqual((result["steps"], result["rows"], result["batch"]), (5, 2, 256))
+        self.assertAlmostEqual(result["step"], 1000e-9)
+        self.assertAlmostEqual(result["ran"], 960e-9)
+        self.assertEqual(row["met"], False)
+        self.assertTrue(row["found"].startswith("96.0 % by nsys, 96.0 % less"), row)
+
+    def test_what_tracing_adds_leaves_it_open(self):
+        _, row = self.traced(self.trace(4), added=20e-9)
+        self.assertTrue(row["found"].startswith("96.0 % by nsys, 98.0 % less"), row)
+        self.assertIsNone(row["met"])
+        # 10 more run.
+        _, row = self.traced(self.trace(4, step=STEP + [("KERNEL", 960, 970, 7, 72, None)]), added=20e-9)
+        self.assertTrue(row["found"].startswith("97.0 % by nsys"), row)
+        self.assertEqual(row["met"], True)
+
+    def test_steps_that_are_timed_one_by_one_tell_nothing(self):
+        usual = self.trace(1, 1, 1)
+        result, _ = self.traced(usual, **{"64": self.trace(5)})
+        self.assertEqual((result["steps"], result["batch"]), (4, 64))
+        result, row = self.traced(usual)
+        self.assertEqual((result["status"], row["met"]), ("not available", None))
+        self.assertTrue(row["found"].endswith("nsys: no steps that follow each other"), row)
+
+    def test_without_graphs_the_bound_is_what_there_is(self):
+        plain = [(*one[:4], None, one[5]) for one in self.trace(4)]
+        result, row = self.traced(plain, seconds=1.0)
+        self.assertEqual((result["status"], row["met"]), ("not available", False))
+        self.assertIn("expected kernels of graphs on one device, found them on 0", row["found"])
 
 
 if __name__ == "__main__":
