@@ -7,6 +7,7 @@ import shutil
 import time
 
 from session import HERE, NO_FP8, Failure, fixture_paths
+from training import resumed
 
 SMALL_FIXTURES = ["pcae_small", "mae_small", "classify_ptr"]
 # A teacher in fp8 is for some devices, and for some widths, which not all fixtures have.
@@ -54,6 +55,11 @@ def device(run, results):
 
 
 def parity(run, results):
+    fixtures(run, results)
+    resumed(run, results)
+
+
+def fixtures(run, results):
     cases = {"f32": ["f32"], "bf16": ["bf16"], "bf16, fp8 teacher": ["bf16", "--teacher-precision", "fp8"]}
     for path in fixture_paths():
         for case, words in cases.items():

@@ -5,6 +5,7 @@ import json
 TARGETS = {
     "parity f32": ("every golden fixture in f32", "ids exact, within 1e-4"),
     "parity bf16": ("every golden fixture in bf16", "within the derived tolerance"),
+    "parity resume": ("a run in f32 from the CPU to CUDA, and back", "losses of one on the CPU, within 1e-4"),
     "curve": ("mean loss of 500 steps in bf16 beside f32", "within 1 %"),
     "step over PyTorch": ("PCAE step, ViT-B/16, mask 0.85, decoder 2 x 768, over PyTorch's fastest, each at its best batch", ">= 1.5"),
     "step of peak": ("the same step, best batch, share of the peak", ">= 45 %"),

@@ -13,7 +13,7 @@ failed, whether targets are met or not.
 | part | what |
 |---|---|
 | device | what the driver, the sanitizer and PyTorch are; what PyTorch's matrix product and copy reach |
-| parity | every golden fixture in f32 and bf16, those of PCAE in bf16 with a teacher in fp8 too |
+| parity | every golden fixture in f32 and bf16, those of PCAE in bf16 with a teacher in fp8 too; a run that goes on with the other backend |
 | tests | the backend's test programs |
 | sanitizer | compute-sanitizer over the small fixtures, uploads, graphs, a teacher in fp8, the queue, what kernels are made of; memcheck over products |
 | breakdown | where the time of a step and of a forward goes: `pcae bench --breakdown`, each kernel's bandwidth, how busy the GPU is by nsys |

@@ -129,6 +129,25 @@ class Session:
             raise Failure(f"{words}: {failed}" + (f": {lines[-1].strip()}" if lines else ""))
         return output
 
+    def interrupted(self, command, when):
+        """Interrupts a command as soon as `when` says so; its exit code, 0 if it was quicker."""
+        words, log = " ".join(map(str, command)), self.scratch / "interrupted.log"
+        with log.open("w") as output:
+            process = children(command, env=self.env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None and not when():
+                if self.left() < 1:
+                    raise Failure(f"{words}: no time left")
+                time.sleep(0.002)
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=max(1.0, self.left()))
+        except subprocess.TimeoutExpired:
+            raise Failure(f"{words}: no time left") from None
+        finally:
+            end(process)
+            self.report.note(f"$ {words}\n{log.read_text().rstrip()}\n[interrupted, exit code {process.returncode}]\n")
+        return process.returncode
+
     def each(self, results, name, do):
         """Does one thing of a part; what fails is noted and the rest goes on."""
         began = time.monotonic()

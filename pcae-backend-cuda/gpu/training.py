@@ -12,6 +12,8 @@ from session import Failure
 PCAE_MASK = 0.85
 # Steps whose losses are averaged.
 WINDOW = 50
+# Ten steps of the fixtures agree to 1e-6; rounding grows with the steps.
+RESUMED_STEPS, RESUMED_WITHIN = 40, 1e-4
 
 
 def pretrain(run, name, *words):
@@ -21,11 +23,55 @@ def pretrain(run, name, *words):
                        "--set", "save_every=1000000", *words)
     try:
         run.command(command)
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return losses_of(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    records = [json.loads(line) for line in lines]
+
+
+def losses_of(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def resumed(run, results):
+    """A run in f32 that one backend begins, and another one ends, has the losses of one that nothing interrupts."""
+    # A model of a head of 32, for which there is a kernel, and the fewest steps that leave time to interrupt them.
+    tiny = [word for setting in ("embed_dim=32", "depth=3", "num_heads=1", "decoder_embed_dim=32", "decoder_depth=1", "decoder_num_heads=1",
+                                 "eval_every=0", "save_every=1") for word in ("--set", setting)]
+
+    def begin(name, backend):
+        return run.scratch / name, run.ours("pretrain", "--backend", backend, "--out", run.scratch / name, "--data", pictures(run), "--steps",
+                                            RESUMED_STEPS, "--batch-size", "4", "--precision", "f32", "--workers", "1", *tiny)
+
+    def whole():
+        folder, command = begin("whole", "cpu")
+        run.command(command)
+        want.update(losses_of(folder))
+        return {"says": f"{len(want)} steps"}
+
+    def other(first, second):
+        folder, command = begin(f"{first}-{second}", first)
+        code = run.interrupted(command, (folder / "checkpoints/last.safetensors").exists)
+        if code != 130:
+            raise Failure(f"expected an exit code of 130 after an interrupt, found {code}")
+        done = max(losses_of(folder), default=0)
+        run.command(run.ours("pretrain", "--resume", folder, "--backend", second))
+        found = losses_of(folder)
+        if found.keys() != want.keys() or not 0 < done < len(want):
+            raise Failure(f"expected {len(want)} steps, some of them on each backend, found {len(found)}, {done} before the resume")
+        worst = max(abs(found[step] / want[step] - 1) for step in want)
+        says = f"{done} steps on {first} and {len(want) - done} on {second}, losses within {worst:.1e}"
+        if not worst <= RESUMED_WITHIN:
+            raise Failure(f"expected losses within {RESUMED_WITHIN:.0e} of those of one backend, found {says}")
+        return {"says": says, "losses": found}
+    want, each = {}, {}
+    if run.each(results, "a run on cpu", whole)["status"] == "passed":
+        for first, second in (("cpu", "cuda"), ("cuda", "cpu")):
+            name = f"from {first} to {second}"
+            each[name] = run.each(results, name, lambda: other(first, second))
+    wrong = [name for name, one in each.items() if one["status"] != "passed"]
+    says = "; ".join(f"{name}: {one.get('says') or one.get('reason') or one['status']}" for name, one in each.items())
+    run.report.found("parity resume", says or "no run on cpu", bool(each) and not wrong)
 
 
 def curve(run, results):

@@ -16,8 +16,9 @@ import checks
 import contenders
 import nsys
 import times
+import training
 from report import TARGETS, Report
-from session import Failure, whole
+from session import Failure, Session, whole
 
 
 def report(folder, commit="c", rehearsal=False, add=False):
@@ -44,6 +45,12 @@ class Quiet(unittest.TestCase):
             return results[name]
         run.each = each
         return run
+
+
+def command(words):
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    if done.returncode:
+        raise Failure(done.stderr)
 
 
 def attempt(do):
@@ -304,7 +311,7 @@ class Parity(Quiet):
                 raise said
             return said
         run.command = command
-        checks.parity(run, results)
+        checks.fixtures(run, results)
         self.assertEqual(asked, [path.stem for path in checks.fixture_paths() if path.stem.startswith("pcae")])
         return {name.split()[0]: one["status"] for name, one in results.items() if name.endswith("bf16, fp8 teacher")}
 
@@ -318,6 +325,68 @@ class Parity(Quiet):
         count = len(checks.fixture_paths())
         row = self.report.rows()["parity bf16"]
         self.assertEqual((row["found"], row["met"]), (f"{count} of {count} pass", True))
+
+
+# Trains as `pcae pretrain` does, with a checkpoint after each step, until it is interrupted. `ends` says whether CUDA heeds that, and
+# `late` whether only after all steps; `off` how much larger its losses are.
+TRAINER = """#!{python}
+import json, pathlib, signal, sys, time
+told = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+folder = pathlib.Path(told.get("--out") or told["--resume"])
+last, metrics, stop = folder / "checkpoints/last.safetensors", folder / "metrics.jsonl", False
+
+def heed(*_):
+    global stop
+    stop = told["--backend"] == "cpu" or {ends}
+signal.signal(signal.SIGINT, heed)
+last.parent.mkdir(parents=True, exist_ok="--resume" in told)
+done = int(last.read_text()) if "--resume" in told else 0
+(folder / "steps").write_text(told["--steps"]) if "--steps" in told else None
+for step in range(done + 1, int((folder / "steps").read_text()) + 1):
+    loss = (1 + ({off} if told["--backend"] == "cuda" else 0)) / step
+    with metrics.open("a") as file:
+        print(json.dumps({{"step": step, "loss": loss}}), json.dumps({{"step": step, "lr": 1.0}}), sep="\\n", file=file)
+    last.with_suffix(".new").write_text(str(step))
+    last.with_suffix(".new").replace(last)
+    time.sleep(0.005)
+    if stop and (step == 40 or not {late}):
+        sys.exit(130)
+"""
+
+
+class Resumed(Quiet):
+    def resumed(self, off=0.0, ends=True, late=False):
+        """What is found of such a trainer, and the target's row."""
+        run, results = self.run_of(pictures=1), {}
+        run.scratch = pathlib.Path(self.folder.name)
+        (run.scratch / "pcae").write_text(TRAINER.format(python=sys.executable, off=off, ends=ends, late=late))
+        (run.scratch / "pcae").chmod(0o755)
+        run.ours, run.env, run.command = lambda *words: [run.scratch / "pcae", *words], os.environ, command
+        run.interrupted = types.MethodType(Session.interrupted, run)
+        training.resumed(run, results)
+        return {name: one["status"] for name, one in results.items()}, self.report.rows()["parity resume"]
+
+    def test_a_run_goes_on_with_the_other_backend(self):
+        found, row = self.resumed(off=0.9e-4)
+        self.assertEqual(found, {"a run on cpu": "passed", "from cpu to cuda": "passed", "from cuda to cpu": "passed"})
+        self.assertEqual(row["met"], True)
+        self.assertEqual(row["found"].count("losses within 9.0e-05"), 2)
+
+    def test_other_losses_are_a_failure(self):
+        found, row = self.resumed(off=1.1e-4)
+        self.assertEqual(found, {"a run on cpu": "passed", "from cpu to cuda": "failed", "from cuda to cpu": "failed"})
+        self.assertEqual(row["met"], False)
+
+    def test_a_run_that_nothing_interrupts_proves_nothing(self):
+        found, row = self.resumed(ends=False)
+        self.assertEqual(found["from cuda to cpu"], "failed")
+        self.assertIn("an exit code of 130 after an interrupt, found 0", row["found"])
+        self.assertEqual(row["met"], False)
+
+    def test_a_run_that_is_interrupted_at_its_end_proves_nothing(self):
+        found, row = self.resumed(late=True)
+        self.assertEqual(found["from cpu to cuda"], "failed")
+        self.assertIn("found 40, 40 before the resume", row["found"])
 
 
 class Launches(Quiet):
@@ -482,10 +551,6 @@ class Busy(Quiet):
         run, results = self.run_of(breakdown_batch=256), {}
         run.scratch, run.ours = folder, lambda *words: [folder / "pcae", *words]
 
-        def command(words):
-            done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-            if done.returncode:
-                raise Failure(done.stderr)
         run.command = command
         times.busy(run, results, {"breakdown": self.PARTS, "seconds": seconds})
         return results["busy"], self.report.rows()["busy"]
