@@ -32,7 +32,7 @@ use crate::Precision;
 use crate::compile::Compiler;
 use crate::driver::{
     Block, Context, DevicePtr, Event, Function, Graph, Heap, MAX_ARGS, Memory, Module, Pinned,
-    Stream,
+    Priority, Stream,
 };
 use crate::error::Error;
 use crate::gemm::{Gemm, Matmul};
@@ -277,7 +277,7 @@ impl Queue {
             gemm: Gemm::new(&context, &heap, precision)?,
             functions,
             _modules: modules,
-            stream: Stream::new(&context)?,
+            stream: Stream::new(&context, Priority::First)?,
             heap,
             context,
         };

@@ -56,15 +56,18 @@ impl Profile {
         }
     }
 
-    /// Begins with the work of so many `pieces` in `stream`.
-    pub(super) fn begin(&self, stream: &Stream, pieces: usize) -> Result<(), Error> {
-        {
-            // Now, as making them takes longer than to record them. A product may have a kernel before it.
-            let mut spare = self.spare.borrow_mut();
-            while spare.len() <= 2 * pieces {
-                spare.push(Event::timed(&self.context)?);
-            }
+    /// Makes what so many `pieces` need: it takes longer than to record it.
+    pub(super) fn prepare(&self, pieces: usize) -> Result<(), Error> {
+        let mut spare = self.spare.borrow_mut();
+        // A product may have a kernel before it.
+        while spare.len() <= 2 * pieces {
+            spare.push(Event::timed(&self.context)?);
         }
+        Ok(())
+    }
+
+    /// Begins with what comes next in `stream`.
+    pub(super) fn begin(&self, stream: &Stream) -> Result<(), Error> {
         self.record(stream, None)
     }
 

@@ -170,10 +170,11 @@ impl Queue {
             // pieces, so that none waits for it.
             self.upload.stream.wait()?;
             self.stream.wait()?;
+            profile.prepare(self.pieces)?;
             for _ in 0..=self.pieces {
                 self.gemm.spoil_workspace(stream)?;
             }
-            profile.begin(stream, self.pieces)?;
+            profile.begin(stream)?;
         }
         issue(
             stream,

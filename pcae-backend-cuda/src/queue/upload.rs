@@ -23,7 +23,7 @@ use pcae_kernel::resize::{MAX_SHRINK, MAX_TAPS};
 use super::running::Lane;
 use super::{Queue, Shape, UNCOUNTED};
 use crate::checks::small;
-use crate::driver::{Context, DevicePtr, Event, GRAIN, Memory, Stream};
+use crate::driver::{Context, DevicePtr, Event, GRAIN, Memory, Priority, Stream};
 use crate::error::Error;
 use crate::kernels::{CROP_TAPS, NORMALISE_PIXELS, RESIZE_CROPS};
 use crate::tokens::BLOCK;
@@ -81,7 +81,8 @@ impl Upload {
             })
         };
         Ok(Self {
-            stream: Stream::new(context)?,
+            // Blocks of `resize_crops` fill a device; a step's come between them.
+            stream: Stream::new(context, Priority::Last)?,
             memory: None,
             crops: None,
             stages: [stage()?, stage()?],

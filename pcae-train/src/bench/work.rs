@@ -56,6 +56,9 @@ pub(super) trait Workload {
     /// Whether [`Workload::run`] returns before the work is done.
     fn is_queued(&self) -> bool;
 
+    /// Whether each run brings pictures, which a device copies while it works on the run before.
+    fn uploads(&self) -> bool;
+
     /// What comes before the runs of a timing: on a backend that makes graphs of work that comes again, each timing is the same.
     fn begin(&mut self);
 
@@ -184,6 +187,11 @@ impl Host {
 trait Work<B: TrainBackend> {
     fn tracks(&self) -> &[Track];
 
+    /// See [`Workload::uploads`].
+    fn uploads(&self) -> bool {
+        false
+    }
+
     /// See [`Workload::begin`].
     fn begin(&mut self) {}
 
@@ -203,6 +211,10 @@ impl<B: TrainBackend + 'static> Workload for Live<B> {
 
     fn is_queued(&self) -> bool {
         self.backend.is_queued()
+    }
+
+    fn uploads(&self) -> bool {
+        self.work.uploads()
     }
 
     fn begin(&mut self) {
@@ -439,6 +451,10 @@ impl<B: TrainBackend> Step<B> {
 impl<B: TrainBackend> Work<B> for Step<B> {
     fn tracks(&self) -> &[Track] {
         std::slice::from_ref(&self.track)
+    }
+
+    fn uploads(&self) -> bool {
+        true
     }
 
     fn run(&mut self, backend: &mut Timed<B>, _track: usize) -> Result<(), B::Error> {
