@@ -22,8 +22,8 @@ def traced(run, tool, command, name):
     """Runs a command under nsys: a database of what ran on the device, every node of a graph by itself."""
     report, database = run.scratch / f"{name}.nsys-rep", run.scratch / f"{name}.sqlite"
     run.command([tool, "profile", "--trace=cuda", "--sample=none", "--cpuctxsw=none", "--cuda-graph-trace=node",
-                 "--force-overwrite=true", "--output", report, *command])
-    run.command([tool, "export", "--type=sqlite", "--force-overwrite=true", "--output", database, report])
+                 "--force-overwrite=true", f"--output={report}", *command])
+    run.command([tool, "export", "--type=sqlite", "--force-overwrite=true", f"--output={database}", report])
     return database
 
 

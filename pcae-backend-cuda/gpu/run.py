@@ -52,7 +52,7 @@ PARTS = {
     "parity": (2, checks.parity),
     "tests": (3, checks.tests),
     "sanitizer": (6, checks.sanitizer),
-    "breakdown": (2, times.breakdown),
+    "breakdown": (4, times.breakdown),
     "infer": (9, times.infer),
     "step": (18, times.step),
     "curve": (2, training.curve),

@@ -485,13 +485,13 @@ PRODUCT = [("KERNEL", 0, 6010, 9, None, None)]
 
 NSYS = """#!{python}
 import json, os, pathlib, sqlite3, subprocess, sys
-options = dict(word.split("=", 1) for word in sys.argv[2:] if word.startswith("--") and "=" in word)
-words = sys.argv[2:]
-output = words[words.index("--output") + 1]
+# Its own end where the command begins.
+count = next(count for count, word in enumerate(sys.argv[2:]) if not word.startswith("-"))
+options, command = dict(word.split("=", 1) for word in sys.argv[2:2 + count]), sys.argv[2 + count:]
+output = options["--output"]
 if sys.argv[1] == "profile":
     assert options["--cuda-graph-trace"] == "node" and options["--trace"] == "cuda", options
     assert output.endswith(".nsys-rep")
-    command = words[words.index(output) + 1:]
     subprocess.run(command, env=os.environ | {{"TRACED": "1"}}, check=True)
     rows = json.loads(pathlib.Path({rows!r}).read_text())
     batch = command[command.index("--batch-size") + 1]
@@ -501,7 +501,7 @@ else:
     if options.get("--force-overwrite") == "true":
         pathlib.Path(output).unlink(missing_ok=True)
     database = sqlite3.connect(output)
-    for table, *row in json.loads(pathlib.Path(words[-1]).read_text()):
+    for table, *row in json.loads(pathlib.Path(*command).read_text()):
         copies = ", copyKind INT" if table == "MEMCPY" else ""
         database.execute(f"CREATE TABLE IF NOT EXISTS CUPTI_ACTIVITY_KIND_{{table}} (start INT, end INT, streamId INT, graphNodeId INT"
                          f"{{copies}}, deviceId INT)")
