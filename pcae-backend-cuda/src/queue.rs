@@ -159,7 +159,7 @@ pub struct Runs {
 pub(crate) struct Queue {
     pub(crate) context: Arc<Context>,
     pub(crate) precision: Precision,
-    heap: Arc<Heap>,
+    pub(crate) heap: Arc<Heap>,
 
     tape: Vec<u64>,
     /// Pieces of the tape.
