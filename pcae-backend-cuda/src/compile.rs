@@ -134,6 +134,11 @@ impl Compiler {
         Ok(image)
     }
 
+    /// Its CUDA release, as `13.0`.
+    pub fn release(&self) -> String {
+        self.version().to_string()
+    }
+
     pub(crate) fn version(&self) -> Version {
         let small = |x| u32::try_from(x).unwrap_or(0);
         Version {
