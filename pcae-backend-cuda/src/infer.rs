@@ -134,6 +134,14 @@ impl Backend for Cuda {
         self.queue.write_pixels(dims, to.at(0), pixels)
     }
 
+    fn write_values(&mut self, _dims: PixelDims, to: &mut Buf, from: &[f32]) -> Result<(), Error> {
+        self.queue.expect("write_values", "to", to, from.len())?;
+        match from.is_empty() {
+            true => Ok(()),
+            false => self.queue.write_values(to.at(0), from),
+        }
+    }
+
     fn read(&mut self, to: &mut [f32], from: &Buf) -> Result<(), Error> {
         self.queue.expect("read", "from", from, to.len())?;
         self.queue.read_act(to, from.at(0))

@@ -42,7 +42,7 @@ use crate::versions::{self, Version};
 use crate::warnings::Warnings;
 use reading::Reading;
 use upload::Upload;
-pub(crate) use upload::{crops, stages};
+pub(crate) use upload::{crops, stages, stages_of_values};
 
 /// Graphs that are kept: of steps, of the last and shorter batch, of evaluations, at several sizes.
 const GRAPHS: usize = 32;

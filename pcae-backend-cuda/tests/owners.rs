@@ -232,6 +232,16 @@ fn operations() -> Vec<(&'static str, Call)> {
             };
             s.cuda().write_pixels(dims, &mut to, pixels)
         }),
+        ("write_values", |s, _| {
+            let mut to = s.buf("to");
+            let dims = PixelDims {
+                batch: 1,
+                channels: 1,
+                height: 1,
+                width: 1,
+            };
+            s.cuda().write_values(dims, &mut to, &[1.0])
+        }),
         ("read", |s, _| {
             let from = s.buf("from");
             s.cuda().read(&mut [0.0], &from)
