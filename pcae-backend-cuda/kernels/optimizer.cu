@@ -59,7 +59,7 @@ __device__ __forceinline__ void update(const Step& s, float g, float& m, float& 
 /// pieces [gridDim.x], which cover the gradients; changing: {lr, lr / (1 - beta1^t), 1 / (1 - beta2^t), 1 - momentum}; norm: null, or the
 /// gradient's, by which it is scaled down to `max_norm`. Launch: a block of 256 threads for each piece.
 /// Bytes: 32 a parameter (four f32 read and written), 8 more where a teacher follows, and 2 for each copy in bf16: 44 for an encoder in bf16.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 5)
     adamw_ema(float* student, bf16* student_half, float* teacher, bf16* teacher_half, float* grads, float* exp_avg, float* exp_avg_sq,
               const Piece* pieces, const float* changing, const float* norm, float max_norm, float beta1, float one_minus_beta1, float beta2,
               float one_minus_beta2, float eps) {
@@ -76,10 +76,12 @@ extern "C" __global__ void __launch_bounds__(256)
     step.unbias2 = changing[2];
     step.one_minus_momentum = changing[3];
 
-    // Every fourth element of the vectors, not of the piece, starts on a multiple of 16 bytes.
-    size_t start = piece.start, end = start + piece.len;
-    for (size_t at = start / 4 * 4 + 4 * threadIdx.x; at < end; at += 4 * blockDim.x) {
-        if (at >= start && at + 4 <= end) {
+    // Every fourth element of the vectors, not of the piece, starts on a multiple of 16 bytes. Counted from there in 32 bits, which
+    // nothing here overflows: with 64, NVRTC 12.1 spills.
+    unsigned first = piece.start / 4 * 4, start = piece.start - first, end = start + piece.len;
+    for (unsigned vec = 4 * threadIdx.x; vec < end; vec += 4 * blockDim.x) {
+        unsigned at = first + vec;
+        if (vec >= start && vec + 4 <= end) {
             if (trained) {
                 Vec<float> g = load_vec(grads + at), m = load_vec(exp_avg + at), v = load_vec(exp_avg_sq + at), w = load_vec(student + at);
                 Vec<float> t = w;
@@ -105,7 +107,8 @@ extern "C" __global__ void __launch_bounds__(256)
             store_vec(grads + at, {{0.0f, 0.0f, 0.0f, 0.0f}});
         } else {
             // The ends of a piece, where a neighbour's elements share the 16 bytes.
-            for (size_t i = at < start ? start : at; i < (at + 4 < end ? at + 4 : end); ++i) {
+            for (unsigned k = max(vec, start); k < min(vec + 4, end); ++k) {
+                unsigned i = first + k;
                 if (trained) {
                     float w = student[i], m = exp_avg[i], v = exp_avg_sq[i];
                     update(step, grads[i], m, v, w);

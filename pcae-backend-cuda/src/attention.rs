@@ -1,7 +1,7 @@
 //! Attention: which kernel, of how many blocks, with how much shared memory.
 
 use pcae_kernel::backend::AttentionDims;
-use pcae_kernel::error::{Error as KernelError, expect_len, product};
+use pcae_kernel::error::{Error as KernelError, product};
 
 use crate::buffers::{Buf, Vector};
 use crate::checks::small;
@@ -188,10 +188,10 @@ impl Cuda {
         qkv: &Buf,
         to_e4m3: bool,
     ) -> Result<(), Error> {
-        expect_len(op, "qkv", qkv.len, dims.qkv_len())?;
-        expect_len(op, "out", out.len, dims.out_len())?;
-        if let Some(lse) = &lse {
-            expect_len(op, "lse", lse.len, dims.lse_len())?;
+        self.queue.expect(op, "qkv", qkv, dims.qkv_len())?;
+        self.queue.expect(op, "out", out, dims.out_len())?;
+        if let Some(lse) = lse.as_deref() {
+            self.queue.expect(op, "lse", lse, dims.lse_len())?;
         }
         if dims.out_len() == 0 {
             return Ok(());
@@ -234,11 +234,11 @@ impl Cuda {
         lse: &Vector,
     ) -> Result<(), Error> {
         const OP: &str = "attention_backward";
-        expect_len(OP, "d_qkv", d_qkv.len, dims.qkv_len())?;
-        expect_len(OP, "d_out", d_out.len, dims.out_len())?;
-        expect_len(OP, "qkv", qkv.len, dims.qkv_len())?;
-        expect_len(OP, "out", out.len, dims.out_len())?;
-        expect_len(OP, "lse", lse.len, dims.lse_len())?;
+        self.queue.expect(OP, "d_qkv", d_qkv, dims.qkv_len())?;
+        self.queue.expect(OP, "d_out", d_out, dims.out_len())?;
+        self.queue.expect(OP, "qkv", qkv, dims.qkv_len())?;
+        self.queue.expect(OP, "out", out, dims.out_len())?;
+        self.queue.expect(OP, "lse", lse, dims.lse_len())?;
         if dims.out_len() == 0 {
             return Ok(());
         }

@@ -20,12 +20,28 @@ fn bytes(len: usize, size: usize) -> usize {
     len.saturating_mul(size)
 }
 
+/// What has `len` elements in memory of one queue.
+pub(crate) trait Buffer {
+    fn len(&self) -> usize;
+    fn memory(&self) -> &Memory;
+}
+
 /// Activations, in the backend's [`Precision`].
 #[derive(Debug)]
 pub struct Buf {
     memory: Memory,
-    pub(crate) precision: Precision,
-    pub(crate) len: usize,
+    precision: Precision,
+    len: usize,
+}
+
+impl Buffer for Buf {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn memory(&self) -> &Memory {
+        &self.memory
+    }
 }
 
 impl Buf {
@@ -50,7 +66,17 @@ macro_rules! words {
         #[derive(Debug)]
         pub struct $name {
             memory: Memory,
-            pub(crate) len: usize,
+            len: usize,
+        }
+
+        impl Buffer for $name {
+            fn len(&self) -> usize {
+                self.len
+            }
+
+            fn memory(&self) -> &Memory {
+                &self.memory
+            }
         }
 
         impl $name {
@@ -83,7 +109,18 @@ pub struct Params {
     master: Memory,
     half: Option<Memory>,
     e4m3: Option<Weights>,
-    pub(crate) len: usize,
+    len: usize,
+}
+
+impl Buffer for Params {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The other formats come from the same queue.
+    fn memory(&self) -> &Memory {
+        &self.master
+    }
 }
 
 impl Params {

@@ -105,6 +105,11 @@ impl Compiler {
         })
     }
 
+    /// Whether it makes cubins for this compute capability (90 for 9.0): older ones know no newer devices.
+    pub fn knows(&self, capability: u32) -> bool {
+        self.capabilities.contains(&capability)
+    }
+
     /// The same compiler with its images kept in `folder`, which is made where it is not there.
     ///
     /// # Errors
@@ -127,6 +132,11 @@ impl Compiler {
     ) -> Result<Vec<u8>, Error> {
         let (image, _) = self.image(file, precision, Target::Cubin(capability))?;
         Ok(image)
+    }
+
+    /// Its CUDA release, as `13.0`.
+    pub fn release(&self) -> String {
+        self.version().to_string()
     }
 
     pub(crate) fn version(&self) -> Version {

@@ -30,7 +30,7 @@ impl Precision {
 /// The CUDA backend: one device, a stream for all work, and one for pictures on their way to it.
 ///
 /// Operations are noted and run later, at the latest when something is read: see the crate's documentation. Buffers belong to the
-/// backend that made them.
+/// backend that made them; another one refuses them with [`Error::Foreign`].
 pub struct Cuda {
     pub(crate) queue: Queue,
     pub(crate) precision: Precision,

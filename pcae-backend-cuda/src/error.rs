@@ -90,6 +90,17 @@ pub enum Error {
         /// The product, if it was for one.
         product: String,
     },
+    /// A buffer of another [`Cuda`](crate::Cuda), on the same device or not.
+    Foreign {
+        /// The operation that was asked for.
+        op: &'static str,
+        /// The argument's name.
+        what: &'static str,
+        /// The name of the device that the operation is for.
+        expected: String,
+        /// That of the one where the buffer lies.
+        found: String,
+    },
     /// A kernel that cannot be launched with this shape.
     Launch {
         /// The kernel.
@@ -178,6 +189,15 @@ impl fmt::Display for Error {
                 error,
                 product,
             } => write!(f, "cuBLASLt, {call}: {error}, for {product}"),
+            Self::Foreign {
+                op,
+                what,
+                expected,
+                found,
+            } => write!(
+                f,
+                "{op}: `{what}`: expected a buffer that this backend has made (on {expected}), found one of another backend (on {found})"
+            ),
             Self::Launch {
                 kernel,
                 expected,

@@ -9,11 +9,11 @@
 //! Both round to bf16 first, so both have the same bits. Sums, the residual stream, norms, softmax and selection are those of bf16.
 
 use pcae_kernel::backend::{AttentionDims, BlockDims, Linear, LinearDims};
-use pcae_kernel::error::{Error as KernelError, expect_len, product};
+use pcae_kernel::error::{Error as KernelError, product};
 use pcae_kernel::layout::{BlockParams, Layout};
 
 use crate::buffers::{Buf, Ids, Params, Scores};
-use crate::checks::{check_layer, small};
+use crate::checks::small;
 use crate::driver::{DevicePtr, Memory};
 use crate::error::Error;
 use crate::gemm::Matmul;
@@ -177,9 +177,10 @@ impl Cuda {
         let (rows, d, hidden) = (dims.rows(), dims.rows().dim, dims.hidden);
         let (qkv, proj) = (dims.linear(d, 3 * d), dims.linear(d, d));
         let (fc1, fc2) = (dims.linear(d, hidden), dims.linear(hidden, d));
-        expect_len(OP, "x", x.len, rows.len())?;
-        expect_len(OP, "y", y.len, rows.len())?;
-        expect_len(OP, "wide", wide.len, qkv.out_len().max(fc1.out_len()))?;
+        self.queue.expect(OP, "x", x, rows.len())?;
+        self.queue.expect(OP, "y", y, rows.len())?;
+        self.queue
+            .expect(OP, "wide", wide, qkv.out_len().max(fc1.out_len()))?;
 
         self.layer_norm_rows(OP, rows, (y, true), None, x, params, block.norm1)?;
         self.fp8_product(OP, qkv, wide.at(0), y.at(0), params, block.qkv, None)?;
@@ -236,7 +237,7 @@ impl Cuda {
         layer: Linear,
         add: Option<DevicePtr>,
     ) -> Result<(), Error> {
-        check_layer(op, params.len, layer, dims)?;
+        self.queue.expect_layer(op, params, layer, dims)?;
         let Some((weight, scale)) = params.e4m3(layer) else {
             return Err(Error::Kernel(KernelError::Dimensions {
                 op,

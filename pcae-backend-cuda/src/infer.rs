@@ -9,7 +9,7 @@ use pcae_kernel::layout::BlockParams;
 
 use crate::Cuda;
 use crate::buffers::{Buf, Ids, Params, Scores};
-use crate::checks::{check_layer, check_span, positions, small};
+use crate::checks::small;
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::gemm::Matmul;
@@ -57,9 +57,9 @@ impl Cuda {
         layer: Linear,
         add: Option<DevicePtr>,
     ) -> Result<(), Error> {
-        expect_len(op, "out", out.len, dims.out_len())?;
-        expect_len(op, "x", x.len, dims.in_len())?;
-        check_layer(op, params.len, layer, dims)?;
+        self.queue.expect(op, "out", out, dims.out_len())?;
+        self.queue.expect(op, "x", x, dims.in_len())?;
+        self.queue.expect_layer(op, params, layer, dims)?;
         if params.e4m3(layer).is_some() {
             let x = self.round_to_e4m3(dims.in_len(), x.at(0))?;
             return self.fp8_product(op, dims, out.at(0), x, params, layer, add);
@@ -115,7 +115,7 @@ impl Backend for Cuda {
     }
 
     fn write(&mut self, to: &mut Buf, from: &[f32]) -> Result<(), Error> {
-        expect_len("write", "to", to.len, from.len())?;
+        self.queue.expect("write", "to", to, from.len())?;
         self.queue.write_act(to.at(0), from)
     }
 
@@ -126,7 +126,7 @@ impl Backend for Cuda {
         pixels: Pixels<'_>,
     ) -> Result<(), Error> {
         const OP: &str = "write_pixels";
-        expect_len(OP, "to", to.len, dims.len())?;
+        self.queue.expect(OP, "to", to, dims.len())?;
         pixels.check(OP, dims)?;
         if dims.is_empty() {
             return Ok(());
@@ -134,28 +134,36 @@ impl Backend for Cuda {
         self.queue.write_pixels(dims, to.at(0), pixels)
     }
 
+    fn write_values(&mut self, _dims: PixelDims, to: &mut Buf, from: &[f32]) -> Result<(), Error> {
+        self.queue.expect("write_values", "to", to, from.len())?;
+        match from.is_empty() {
+            true => Ok(()),
+            false => self.queue.write_values(to.at(0), from),
+        }
+    }
+
     fn read(&mut self, to: &mut [f32], from: &Buf) -> Result<(), Error> {
-        expect_len("read", "from", from.len, to.len())?;
+        self.queue.expect("read", "from", from, to.len())?;
         self.queue.read_act(to, from.at(0))
     }
 
     fn write_ids(&mut self, to: &mut Ids, from: &[u32]) -> Result<(), Error> {
-        expect_len("write_ids", "to", to.len, from.len())?;
+        self.queue.expect("write_ids", "to", to, from.len())?;
         self.queue.write_u32(to.at(0), from)
     }
 
     fn read_ids(&mut self, to: &mut [u32], from: &Ids) -> Result<(), Error> {
-        expect_len("read_ids", "from", from.len, to.len())?;
+        self.queue.expect("read_ids", "from", from, to.len())?;
         self.queue.read_u32(to, from.at(0))
     }
 
     fn write_scores(&mut self, to: &mut Scores, from: &[f32]) -> Result<(), Error> {
-        expect_len("write_scores", "to", to.len, from.len())?;
+        self.queue.expect("write_scores", "to", to, from.len())?;
         self.queue.write_f32(to.at(0), from)
     }
 
     fn read_scores(&mut self, to: &mut [f32], from: &Scores) -> Result<(), Error> {
-        expect_len("read_scores", "from", from.len, to.len())?;
+        self.queue.expect("read_scores", "from", from, to.len())?;
         self.queue.read_f32(to, from.at(0))
     }
 
@@ -187,17 +195,21 @@ impl Backend for Cuda {
                 found: dims.prefix,
             }));
         }
-        expect_len(OP, "out", out.len, dims.len())?;
-        expect_len(OP, "x", x.len, TokenDims { prefix: 0, ..dims }.len())?;
-        let positions = positions(OP, params, embed.pos_embed, dims.dim)?;
+        self.queue.expect(OP, "out", out, dims.len())?;
+        self.queue
+            .expect(OP, "x", x, TokenDims { prefix: 0, ..dims }.len())?;
+        let positions = self
+            .queue
+            .positions(OP, params, embed.pos_embed, dims.dim)?;
         if let Some(cls_token) = embed.cls_token {
             expect_len(OP, "pos_embed", embed.pos_embed.len, dims.dim)?;
-            check_span(OP, "cls_token", params.len, cls_token, dims.dim)?;
+            self.queue
+                .expect_span(OP, "cls_token", params, cls_token, dims.dim)?;
         }
         let code = match ids {
             Some(ids) => {
                 let count = product(&[dims.batch, dims.tokens]);
-                expect_len(OP, "ids", ids.len, count)?;
+                self.queue.expect(OP, "ids", ids, count)?;
                 self.index_code(OP, "ids", count, positions)?
             }
             None => {
@@ -213,7 +225,8 @@ impl Backend for Cuda {
         self.queue.launch(
             kernels::EMBED_TOKENS,
             shape,
-            self.queue.act_bytes(dims.len() + x.len),
+            self.queue
+                .act_bytes(dims.len() + TokenDims { prefix: 0, ..dims }.len()),
             &[
                 out.at(0).into(),
                 x.at(0).into(),
@@ -290,8 +303,8 @@ impl Backend for Cuda {
     ) -> Result<(), Error> {
         const OP: &str = "mean_similarity";
         let count = product(&[dims.batch, dims.tokens]);
-        expect_len(OP, "scores", scores.len, count)?;
-        expect_len(OP, "x", x.len, dims.len())?;
+        self.queue.expect(OP, "scores", scores, count)?;
+        self.queue.expect(OP, "x", x, dims.len())?;
         if count == 0 {
             return Ok(());
         }
@@ -364,8 +377,9 @@ impl Backend for Cuda {
             }));
         }
         let count = product(&[batch, tokens]);
-        expect_len(OP, "scores", scores.len, count)?;
-        expect_len(OP, "picked", picked.len, product(&[batch, keep]))?;
+        self.queue.expect(OP, "scores", scores, count)?;
+        self.queue
+            .expect(OP, "picked", picked, product(&[batch, keep]))?;
         if count == 0 {
             return Ok(());
         }
@@ -430,10 +444,10 @@ impl Backend for Cuda {
     ) -> Result<(), Error> {
         const OP: &str = "gather_tokens";
         let kept = dims.with_tokens(keep);
-        expect_len(OP, "x", x.len, dims.len())?;
-        expect_len(OP, "out", out.len, kept.len())?;
+        self.queue.expect(OP, "x", x, dims.len())?;
+        self.queue.expect(OP, "out", out, kept.len())?;
         let count = product(&[dims.batch, keep]);
-        expect_len(OP, "picked", picked.len, count)?;
+        self.queue.expect(OP, "picked", picked, count)?;
         let code = self.index_code(OP, "picked", count, dims.tokens)?;
         if kept.is_empty() {
             return Ok(());
@@ -469,10 +483,11 @@ impl Backend for Cuda {
     ) -> Result<(), Error> {
         const OP: &str = "gather_ids";
         let count = product(&[batch, keep]);
-        expect_len(OP, "out", out.len, count)?;
-        expect_len(OP, "picked", picked.len, count)?;
+        self.queue.expect(OP, "out", out, count)?;
+        self.queue.expect(OP, "picked", picked, count)?;
         if let Some(ids) = ids {
-            expect_len(OP, "ids", ids.len, product(&[batch, tokens]))?;
+            self.queue
+                .expect(OP, "ids", ids, product(&[batch, tokens]))?;
         }
         let code = self.index_code(OP, "picked", count, tokens)?;
         let len = small(OP, count)?;
@@ -503,8 +518,9 @@ impl Backend for Cuda {
                 found: 0,
             }));
         }
-        expect_len(OP, "out", out.len, product(&[dims.batch, dims.dim]))?;
-        expect_len(OP, "x", x.len, dims.len())?;
+        self.queue
+            .expect(OP, "out", out, product(&[dims.batch, dims.dim]))?;
+        self.queue.expect(OP, "x", x, dims.len())?;
         if dims.is_empty() {
             return Ok(());
         }
@@ -513,7 +529,7 @@ impl Backend for Cuda {
             kernels::MEAN_POOL,
             shape,
             self.queue
-                .act_bytes(product(&[dims.batch, dims.tokens, dims.dim]) + out.len),
+                .act_bytes(product(&[dims.batch, dims.tokens + 1, dims.dim])),
             &[
                 out.at(0).into(),
                 x.at(0).into(),

@@ -34,12 +34,12 @@ pub fn memory(sizing: &Sizing, precision: Precision, fp8_teacher: bool) -> Memor
             } else {
                 0
             }),
-        scratch: scratch(sizing.ops(), precision, fp8_teacher),
+        scratch: scratch(sizing.ops(), sizes.values, precision, fp8_teacher),
     }
 }
 
 /// One workspace, as large as the largest that an operation has asked for, beside what every backend has.
-fn scratch(ops: &[Op], precision: Precision, fp8_teacher: bool) -> usize {
+fn scratch(ops: &[Op], values: usize, precision: Precision, fp8_teacher: bool) -> usize {
     /// Groups of rows that are summed each by itself, at most, in whichever kernel of `rows.rs` and `tokens.rs`.
     const GROUPS: usize = 3 * 132;
     /// Blocks of a sum over all elements, at most.
@@ -48,7 +48,8 @@ fn scratch(ops: &[Op], precision: Precision, fp8_teacher: bool) -> usize {
 
     let mut workspace = 0;
     let mut table = 0;
-    let (mut stages, mut crops) = (0, 0);
+    let mut stages = queue::stages_of_values(values, precision);
+    let mut crops = 0;
     for op in ops {
         workspace = workspace.max(match *op {
             Op::LayerNormBackward(dims) => product(&[GROUPS, 3, dims.dim, F32]),
@@ -115,8 +116,8 @@ mod tests {
             })
         };
         let ops = [layer(48, 144), layer(192, 48), layer(48, 192)];
-        let without = scratch(&ops, Precision::Bf16, false);
-        let with = scratch(&ops, Precision::Bf16, true);
+        let without = scratch(&ops, 0, Precision::Bf16, false);
+        let with = scratch(&ops, 0, Precision::Bf16, true);
         assert_eq!(with - without, 1000 * 192);
     }
 }

@@ -5,7 +5,7 @@ use pcae_kernel::error::Error as KernelError;
 use pcae_kernel::op::Op;
 
 use crate::Cuda;
-use crate::buffers::{Ids, Params, Vector};
+use crate::buffers::{Buffer, Ids, Params, Vector};
 use crate::bytes::bytes;
 use crate::checks::small;
 use crate::driver::DevicePtr;
@@ -96,8 +96,8 @@ impl Cuda {
     ) -> Result<(), Error> {
         let queue = &mut self.queue;
         let pieces = match &mut self.pieces {
-            Some(pieces) if pieces.are_of(segments, grads.len) => pieces,
-            pieces => pieces.insert(Pieces::new(queue, segments, grads.len)?),
+            Some(pieces) if pieces.are_of(segments, grads.len()) => pieces,
+            pieces => pieces.insert(Pieces::new(queue, segments, grads.len())?),
         };
         let (table, count) = (pieces.table.at(0), pieces.count);
         let steps = step.step as f64;

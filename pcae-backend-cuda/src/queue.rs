@@ -45,7 +45,7 @@ pub use profile::KernelTime;
 use profile::Profile;
 use reading::Reading;
 use upload::Upload;
-pub(crate) use upload::{crops, stages};
+pub(crate) use upload::{crops, stages, stages_of_values};
 
 /// Graphs that are kept: of steps, of the last and shorter batch, of evaluations, at several sizes.
 const GRAPHS: usize = 32;
@@ -165,7 +165,7 @@ pub struct Runs {
 pub(crate) struct Queue {
     pub(crate) context: Arc<Context>,
     pub(crate) precision: Precision,
-    heap: Arc<Heap>,
+    pub(crate) heap: Arc<Heap>,
 
     tape: Vec<u64>,
     /// Pieces of the tape.

@@ -5,7 +5,7 @@ use pcae_kernel::error::{Error as KernelError, expect_len, product};
 
 use crate::Cuda;
 use crate::buffers::{Buf, Ids, Params, Scores, Vector};
-use crate::checks::{check_span, positions, small};
+use crate::checks::small;
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
@@ -84,12 +84,12 @@ impl Cuda {
         ids: Option<&Ids>,
     ) -> Result<(), Error> {
         dims.check(op, ids.is_some())?;
-        expect_len(op, "images", images.len, dims.images_len())?;
-        expect_len(op, "out", out.len, dims.patches_len())?;
+        self.queue.expect(op, "images", images, dims.images_len())?;
+        self.queue.expect(op, "out", out, dims.patches_len())?;
         let patches = product(&[dims.batch, dims.taken]);
         let code = match ids {
             Some(ids) => {
-                expect_len(op, "ids", ids.len, patches)?;
+                self.queue.expect(op, "ids", ids, patches)?;
                 self.index_code(op, "ids", patches, dims.num_patches())?
             }
             None => 0,
@@ -226,10 +226,13 @@ impl Cuda {
         embed: EmbedParams,
     ) -> Result<(), Error> {
         const OP: &str = "embed_tokens_backward";
-        expect_len(OP, "d_out", d_out.len, dims.len())?;
-        expect_len(OP, "d_x", d_x.len, TokenDims { prefix: 0, ..dims }.len())?;
+        self.queue.expect(OP, "grads", grads, 0)?;
+        self.queue.expect(OP, "d_out", d_out, dims.len())?;
+        self.queue
+            .expect(OP, "d_x", d_x, TokenDims { prefix: 0, ..dims }.len())?;
         if let Some(cls_token) = embed.cls_token {
-            check_span(OP, "cls_token", grads.len, cls_token, dims.dim)?;
+            self.queue
+                .expect_span(OP, "cls_token", grads, cls_token, dims.dim)?;
             if dims.prefix != 1 {
                 return Err(Error::Kernel(KernelError::Dimensions {
                     op: OP,
@@ -267,8 +270,9 @@ impl Cuda {
         x: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "strip_prefix";
-        expect_len(OP, "x", x.len, dims.len())?;
-        expect_len(OP, "out", out.len, TokenDims { prefix: 0, ..dims }.len())?;
+        self.queue.expect(OP, "x", x, dims.len())?;
+        self.queue
+            .expect(OP, "out", out, TokenDims { prefix: 0, ..dims }.len())?;
         self.strip(OP, dims, out, x)
     }
 
@@ -279,9 +283,9 @@ impl Cuda {
         d_out: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "strip_prefix_backward";
-        expect_len(OP, "d_x", d_x.len, dims.len())?;
+        self.queue.expect(OP, "d_x", d_x, dims.len())?;
         let stripped = TokenDims { prefix: 0, ..dims };
-        expect_len(OP, "d_out", d_out.len, stripped.len())?;
+        self.queue.expect(OP, "d_out", d_out, stripped.len())?;
         if dims.is_empty() {
             return Ok(());
         }
@@ -304,15 +308,16 @@ impl Cuda {
         pos_embed: Span,
     ) -> Result<(), Error> {
         const OP: &str = "decoder_tokens";
-        expect_len(OP, "out", out.len, dims.len())?;
-        expect_len(OP, "x", x.len, dims.latent_len())?;
-        check_span(OP, "mask_token", params.len, mask_token, dims.dim)?;
-        let positions = positions(OP, params, pos_embed, dims.dim)?;
+        self.queue.expect(OP, "out", out, dims.len())?;
+        self.queue.expect(OP, "x", x, dims.latent_len())?;
+        self.queue
+            .expect_span(OP, "mask_token", params, mask_token, dims.dim)?;
+        let positions = self.queue.positions(OP, params, pos_embed, dims.dim)?;
         expect_len(OP, "pos_embed", pos_embed.len, dims.dim)?;
         let visible = product(&[dims.batch, dims.visible]);
         let targets = product(&[dims.batch, dims.targets]);
-        expect_len(OP, "ids_visible", ids_visible.len, visible)?;
-        expect_len(OP, "ids_target", ids_target.len, targets)?;
+        self.queue.expect(OP, "ids_visible", ids_visible, visible)?;
+        self.queue.expect(OP, "ids_target", ids_target, targets)?;
         let visible_code = self.index_code(OP, "ids_visible", visible, positions)?;
         let target_code = self.index_code(OP, "ids_target", targets, positions)?;
         if dims.is_empty() {
@@ -351,9 +356,11 @@ impl Cuda {
         mask_token: Span,
     ) -> Result<(), Error> {
         const OP: &str = "decoder_tokens_backward";
-        expect_len(OP, "d_out", d_out.len, dims.len())?;
-        expect_len(OP, "d_x", d_x.len, dims.latent_len())?;
-        check_span(OP, "mask_token", grads.len, mask_token, dims.dim)?;
+        self.queue.expect(OP, "grads", grads, 0)?;
+        self.queue.expect(OP, "d_out", d_out, dims.len())?;
+        self.queue.expect(OP, "d_x", d_x, dims.latent_len())?;
+        self.queue
+            .expect_span(OP, "mask_token", grads, mask_token, dims.dim)?;
         if dims.is_empty() {
             return Ok(());
         }
@@ -375,10 +382,11 @@ impl Cuda {
         picked: &Ids,
     ) -> Result<(), Error> {
         const OP: &str = "gather_tokens_backward";
-        expect_len(OP, "d_x", d_x.len, dims.len())?;
-        expect_len(OP, "d_out", d_out.len, dims.with_tokens(keep).len())?;
+        self.queue.expect(OP, "d_x", d_x, dims.len())?;
+        self.queue
+            .expect(OP, "d_out", d_out, dims.with_tokens(keep).len())?;
         let count = product(&[dims.batch, keep]);
-        expect_len(OP, "picked", picked.len, count)?;
+        self.queue.expect(OP, "picked", picked, count)?;
         let code = self.index_code(OP, "picked", count, dims.tokens)?;
         if dims.is_empty() {
             return Ok(());
@@ -389,7 +397,8 @@ impl Cuda {
         self.queue.launch(
             kernels::GATHER_TOKENS_BACKWARD,
             shape,
-            self.queue.act_bytes(dims.len() + d_out.len),
+            self.queue
+                .act_bytes(dims.len() + dims.with_tokens(keep).len()),
             &[
                 d_x.at(0).into(),
                 d_out.at(0).into(),
@@ -412,8 +421,9 @@ impl Cuda {
         d_out: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "mean_pool_backward";
-        expect_len(OP, "d_x", d_x.len, dims.len())?;
-        expect_len(OP, "d_out", d_out.len, product(&[dims.batch, dims.dim]))?;
+        self.queue.expect(OP, "d_x", d_x, dims.len())?;
+        self.queue
+            .expect(OP, "d_out", d_out, product(&[dims.batch, dims.dim]))?;
         if dims.is_empty() {
             return Ok(());
         }
@@ -421,7 +431,8 @@ impl Cuda {
         self.queue.launch(
             kernels::MEAN_POOL_BACKWARD,
             shape,
-            self.queue.act_bytes(dims.len() + d_out.len),
+            self.queue
+                .act_bytes(dims.len() + product(&[dims.batch, dims.dim])),
             &[
                 d_x.at(0).into(),
                 d_out.at(0).into(),
@@ -441,8 +452,8 @@ impl Cuda {
     ) -> Result<(), Error> {
         const OP: &str = "pivoted_qr_scores";
         let count = product(&[dims.batch, dims.tokens]);
-        expect_len(OP, "scores", scores.len, count)?;
-        expect_len(OP, "x", x.len, dims.len())?;
+        self.queue.expect(OP, "scores", scores, count)?;
+        self.queue.expect(OP, "x", x, dims.len())?;
         if dims.batch == 0 || dims.prefix.saturating_add(dims.tokens) == 0 {
             return Ok(());
         }

@@ -8,8 +8,7 @@ use pcae_kernel::error::{Error as KernelError, expect_len, product};
 use pcae_kernel::layout::Layout;
 
 use crate::Cuda;
-use crate::buffers::{Buf, Ids, Params, Scores, Vector};
-use crate::checks::{check_layer, check_loss, check_norm, check_pair, check_scale, check_span};
+use crate::buffers::{Buf, Buffer, Ids, Params, Scores, Vector};
 use crate::error::Error;
 use crate::gemm::Matmul;
 use crate::padding;
@@ -23,12 +22,14 @@ impl TrainBackend for Cuda {
     }
 
     fn start_read(&mut self, from: &Vector, at: usize, len: usize) -> Result<(), Error> {
-        expect_len("start_read", "from", from.len, at.saturating_add(len))?;
+        self.queue
+            .expect("start_read", "from", from, at.saturating_add(len))?;
         self.queue.start_read(from.at(at), len)
     }
 
     fn finish_read(&mut self, to: &mut [f32], from: &Vector, at: usize) -> Result<(), Error> {
-        expect_len("finish_read", "from", from.len, at.saturating_add(to.len()))?;
+        self.queue
+            .expect("finish_read", "from", from, at.saturating_add(to.len()))?;
         self.queue.finish_read(to, from.at(at))
     }
 
@@ -53,12 +54,14 @@ impl TrainBackend for Cuda {
     }
 
     fn write_vector(&mut self, to: &mut Vector, at: usize, from: &[f32]) -> Result<(), Error> {
-        expect_len("write_vector", "to", to.len, at.saturating_add(from.len()))?;
+        self.queue
+            .expect("write_vector", "to", to, at.saturating_add(from.len()))?;
         self.queue.write_f32(to.at(at), from)
     }
 
     fn read_vector(&mut self, to: &mut [f32], from: &Vector, at: usize) -> Result<(), Error> {
-        expect_len("read_vector", "from", from.len, at.saturating_add(to.len()))?;
+        self.queue
+            .expect("read_vector", "from", from, at.saturating_add(to.len()))?;
         self.queue.read_f32(to, from.at(at))
     }
 
@@ -77,7 +80,7 @@ impl TrainBackend for Cuda {
 
     fn read_params(&mut self, to: &mut [f32], from: &Params, span: Span) -> Result<(), Error> {
         const OP: &str = "read_params";
-        check_span(OP, "span", from.len, span, span.len)?;
+        self.queue.expect_span(OP, "span", from, span, span.len)?;
         expect_len(OP, "to", to.len(), span.len)?;
         self.queue
             .read_f32(&mut to[..span.len], from.at(span.start))
@@ -93,8 +96,9 @@ impl TrainBackend for Cuda {
         layer: Linear,
     ) -> Result<(), Error> {
         const OP: &str = "linear_gelu_saving";
-        expect_len(OP, "out", out.len, dims.out_len())?;
-        expect_len(OP, "pre_gelu", pre_gelu.len, dims.out_len())?;
+        self.queue.expect(OP, "out", out, dims.out_len())?;
+        self.queue
+            .expect(OP, "pre_gelu", pre_gelu, dims.out_len())?;
         self.forward_product(OP, dims, pre_gelu, x, params, layer, None)?;
         self.queue.gelu(dims.out_len(), out.at(0), pre_gelu.at(0))
     }
@@ -111,13 +115,13 @@ impl TrainBackend for Cuda {
     ) -> Result<(), Error> {
         const OP: &str = "linear_residual";
         let len = dims.out_len();
-        expect_len(OP, "out", out.len, len)?;
-        expect_len(OP, "residual", residual.len, len)?;
+        self.queue.expect(OP, "out", out, len)?;
+        self.queue.expect(OP, "residual", residual, len)?;
         let Some((scale, per)) = scale else {
             let add = Some(residual.at(0));
             return self.forward_product(OP, dims, out, x, params, layer, add);
         };
-        check_scale(OP, dims.rows, scale, per)?;
+        self.queue.expect_scale(OP, dims.rows, scale, per)?;
         self.forward_product(OP, dims, out, x, params, layer, None)?;
         let scale = (scale.at(0), per * dims.out_features);
         self.queue.add_scaled(len, out.at(0), residual.at(0), scale)
@@ -132,9 +136,10 @@ impl TrainBackend for Cuda {
         rows_per_scale: usize,
     ) -> Result<(), Error> {
         const OP: &str = "scale_rows";
-        expect_len(OP, "out", out.len, dims.len())?;
-        expect_len(OP, "x", x.len, dims.len())?;
-        check_scale(OP, dims.rows, scale, rows_per_scale)?;
+        self.queue.expect(OP, "out", out, dims.len())?;
+        self.queue.expect(OP, "x", x, dims.len())?;
+        self.queue
+            .expect_scale(OP, dims.rows, scale, rows_per_scale)?;
         let scale = (scale.at(0), product(&[rows_per_scale, dims.dim]));
         self.queue.scale(dims.len(), out.at(0), x.at(0), scale)
     }
@@ -149,11 +154,12 @@ impl TrainBackend for Cuda {
         pre_gelu: Option<&Buf>,
     ) -> Result<(), Error> {
         const OP: &str = "linear_backward_input";
-        expect_len(OP, "d_x", d_x.len, dims.in_len())?;
-        expect_len(OP, "d_y", d_y.len, dims.out_len())?;
-        check_span(OP, "weight", params.len, layer.weight, dims.weight_len())?;
+        self.queue.expect(OP, "d_x", d_x, dims.in_len())?;
+        self.queue.expect(OP, "d_y", d_y, dims.out_len())?;
+        self.queue
+            .expect_span(OP, "weight", params, layer.weight, dims.weight_len())?;
         if let Some(pre_gelu) = pre_gelu {
-            expect_len(OP, "pre_gelu", pre_gelu.len, dims.in_len())?;
+            self.queue.expect(OP, "pre_gelu", pre_gelu, dims.in_len())?;
         }
         self.queue.matmul(Matmul {
             m: dims.rows,
@@ -193,9 +199,10 @@ impl TrainBackend for Cuda {
         x: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "linear_backward_params";
-        check_layer(OP, grads.len, layer, dims)?;
-        expect_len(OP, "d_y", d_y.len, dims.out_len())?;
-        expect_len(OP, "x", x.len, dims.in_len())?;
+        self.queue.expect(OP, "grads", grads, 0)?;
+        self.queue.expect_layer(OP, grads, layer, dims)?;
+        self.queue.expect(OP, "d_y", d_y, dims.out_len())?;
+        self.queue.expect(OP, "x", x, dims.in_len())?;
         if dims.rows == 0 {
             return Ok(());
         }
@@ -259,13 +266,18 @@ impl TrainBackend for Cuda {
         norm: Norm,
     ) -> Result<(), Error> {
         const OP: &str = "layer_norm_backward";
-        expect_len(OP, "d_x", d_x.len, dims.len())?;
-        expect_len(OP, "d_y", d_y.len, dims.len())?;
-        expect_len(OP, "x", x.len, dims.len())?;
-        expect_len(OP, "stats", stats.len, product(&[dims.rows, 2]))?;
-        check_span(OP, "weight", params.len, norm.weight, dims.dim)?;
-        check_span(OP, "grads of weight", grads.len, norm.weight, dims.dim)?;
-        check_span(OP, "grads of bias", grads.len, norm.bias, dims.dim)?;
+        self.queue.expect(OP, "grads", grads, 0)?;
+        self.queue.expect(OP, "d_x", d_x, dims.len())?;
+        self.queue.expect(OP, "d_y", d_y, dims.len())?;
+        self.queue.expect(OP, "x", x, dims.len())?;
+        self.queue
+            .expect(OP, "stats", stats, product(&[dims.rows, 2]))?;
+        self.queue
+            .expect_span(OP, "weight", params, norm.weight, dims.dim)?;
+        self.queue
+            .expect_span(OP, "grads of weight", grads, norm.weight, dims.dim)?;
+        self.queue
+            .expect_span(OP, "grads of bias", grads, norm.bias, dims.dim)?;
         self.queue.layer_norm_backward(
             OP,
             dims,
@@ -398,8 +410,8 @@ impl TrainBackend for Cuda {
                 found: dims.dim,
             }));
         }
-        expect_len(OP, "out", out.len, dims.len())?;
-        expect_len(OP, "x", x.len, dims.len())?;
+        self.queue.expect(OP, "out", out, dims.len())?;
+        self.queue.expect(OP, "x", x, dims.len())?;
         self.queue
             .layer_norm(OP, dims, (out.at(0), false), None, x.at(0), None)
     }
@@ -412,8 +424,8 @@ impl TrainBackend for Cuda {
         x: &Buf,
     ) -> Result<(), Error> {
         const OP: &str = "feature_spread";
-        check_loss(OP, dims, out, at)?;
-        expect_len(OP, "x", x.len, dims.len())?;
+        self.queue.expect_loss(OP, dims, out, at)?;
+        self.queue.expect(OP, "x", x, dims.len())?;
         self.queue.spread(OP, dims, out.at(at), x.at(0))
     }
 
@@ -428,8 +440,8 @@ impl TrainBackend for Cuda {
         scale: f64,
     ) -> Result<(), Error> {
         const OP: &str = "cosine_loss";
-        check_pair(OP, dims, d_pred, pred, target)?;
-        check_loss(OP, dims, losses, at)?;
+        self.queue.expect_pair(OP, dims, d_pred, pred, target)?;
+        self.queue.expect_loss(OP, dims, losses, at)?;
         let rows = [d_pred.at(0), pred.at(0), target.at(0)];
         self.queue.cosine_loss(OP, dims, rows, losses.at(at), scale)
     }
@@ -445,8 +457,8 @@ impl TrainBackend for Cuda {
         scale: f64,
     ) -> Result<(), Error> {
         const OP: &str = "mse_loss";
-        check_pair(OP, dims, d_pred, pred, target)?;
-        check_loss(OP, dims, losses, at)?;
+        self.queue.expect_pair(OP, dims, d_pred, pred, target)?;
+        self.queue.expect_loss(OP, dims, losses, at)?;
         let rows = [d_pred.at(0), pred.at(0), target.at(0)];
         self.queue.mse_loss(dims, rows, losses.at(at), scale)
     }
@@ -462,8 +474,8 @@ impl TrainBackend for Cuda {
         scale: f64,
     ) -> Result<(), Error> {
         const OP: &str = "cross_entropy";
-        check_pair(OP, dims, d_logits, logits, target)?;
-        check_loss(OP, dims, losses, at)?;
+        self.queue.expect_pair(OP, dims, d_logits, logits, target)?;
+        self.queue.expect_loss(OP, dims, losses, at)?;
         let rows = [d_logits.at(0), logits.at(0), target.at(0)];
         self.queue
             .cross_entropy(OP, dims, rows, losses.at(at), scale)
@@ -480,7 +492,7 @@ impl TrainBackend for Cuda {
     }
 
     fn zero(&mut self, x: &mut Vector, span: Span) -> Result<(), Error> {
-        expect_len("zero", "x", x.len, span.end())?;
+        self.queue.expect("zero", "x", x, span.end())?;
         self.queue
             .zero(x.at(span.start), span.len * size_of::<f32>())
     }
@@ -492,16 +504,19 @@ impl TrainBackend for Cuda {
         from: &Vector,
         span: Span,
     ) -> Result<(), Error> {
-        expect_len("copy_vector", "from", from.len, span.end())?;
-        expect_len("copy_vector", "to", to.len, at.saturating_add(span.len))?;
+        self.queue.expect("copy_vector", "from", from, span.end())?;
+        self.queue
+            .expect("copy_vector", "to", to, at.saturating_add(span.len))?;
         let bytes = span.len * size_of::<f32>();
         // By itself: `at` is another one in every step, and a step is to stay one graph.
         self.queue.copy_apart(to.at(at), from.at(span.start), bytes)
     }
 
     fn norm(&mut self, out: &mut Vector, at: usize, x: &Vector) -> Result<(), Error> {
-        expect_len("norm", "out", out.len, at.saturating_add(1))?;
-        self.queue.norm(x.len, out.at(at), x.at(0))
+        self.queue
+            .expect("norm", "out", out, at.saturating_add(1))?;
+        self.queue.expect("norm", "x", x, 0)?;
+        self.queue.norm(x.len(), out.at(at), x.at(0))
     }
 
     fn adamw_ema(
@@ -516,24 +531,21 @@ impl TrainBackend for Cuda {
         clip: Option<Clip<'_, Vector>>,
     ) -> Result<(), Error> {
         const OP: &str = "adamw_ema";
-        for Segment { span, ema, .. } in segments {
-            for (what, len) in [
-                ("student", student.len),
-                ("grads", grads.len),
-                ("exp_avg", exp_avg.len),
-                ("exp_avg_sq", exp_avg_sq.len),
-            ] {
-                expect_len(OP, what, len, span.end())?;
-            }
-            if let Some(teacher) = &teacher
-                && *ema
-            {
-                expect_len(OP, "teacher", teacher.len, span.end())?;
-            }
+        let is_ema = |segment: &&Segment| segment.ema;
+        let end = |segment: &Segment| segment.span.end();
+        let all = segments.iter().map(end).max().unwrap_or(0);
+        let ema = segments.iter().filter(is_ema).map(end).max().unwrap_or(0);
+        self.queue.expect(OP, "student", student, all)?;
+        self.queue.expect(OP, "grads", grads, all)?;
+        self.queue.expect(OP, "exp_avg", exp_avg, all)?;
+        self.queue.expect(OP, "exp_avg_sq", exp_avg_sq, all)?;
+        if let Some(teacher) = teacher.as_deref() {
+            self.queue.expect(OP, "teacher", teacher, ema)?;
         }
         let clip = match clip {
             Some(clip) => {
-                expect_len(OP, "norms", clip.norms.len, clip.at.saturating_add(1))?;
+                self.queue
+                    .expect(OP, "norms", clip.norms, clip.at.saturating_add(1))?;
                 Some((clip.norms.at(clip.at), clip.max_norm))
             }
             None => None,
@@ -555,11 +567,12 @@ impl Cuda {
         params: &Params,
         norm: Norm,
     ) -> Result<(), Error> {
-        expect_len(op, "out", out.len, dims.len())?;
-        expect_len(op, "x", x.len, dims.len())?;
-        check_norm(op, params.len, norm, dims.dim)?;
-        if let Some(stats) = &stats {
-            expect_len(op, "stats", stats.len, product(&[dims.rows, 2]))?;
+        self.queue.expect(op, "out", out, dims.len())?;
+        self.queue.expect(op, "x", x, dims.len())?;
+        self.queue.expect_norm(op, params, norm, dims.dim)?;
+        if let Some(stats) = stats.as_deref() {
+            self.queue
+                .expect(op, "stats", stats, product(&[dims.rows, 2]))?;
         }
         let affine = Affine {
             weight: params.at(norm.weight.start),

@@ -327,6 +327,25 @@ fn a_profile_counts_what_kernels_move() {
             "{found:?}"
         );
 
+        // And back, from buffers that are larger than need be.
+        let [mut long, mut other] = [0; 2].map(|_| cuda.buf(1000).unwrap());
+        let found = profile(&mut cuda, |cuda| {
+            cuda.mean_pool(tokens, &mut other, &long).unwrap();
+            cuda.mean_pool_backward(tokens, &mut long, &other).unwrap();
+            cuda.gather_tokens_backward(tokens, 3, &mut long, &other, &picked)
+                .unwrap();
+            cuda.strip_prefix(tokens, &mut other, &long).unwrap();
+            cuda.strip_prefix_backward(tokens, &mut long, &other)
+                .unwrap();
+        });
+        let expected = [
+            ("gather_tokens_backward", 1, Some((240 + 192) * a)),
+            ("mean_pool", 1, Some((192 + 48) * a)),
+            ("mean_pool_backward", 1, Some((240 + 48) * a)),
+            ("shift_tokens", 2, Some(2 * 192 * a + (240 + 192) * a)),
+        ];
+        assert_eq!(found, expected);
+
         // All parameters, of which a teacher follows.
         let segments = [Segment {
             span: Span { start: 0, len },

@@ -150,6 +150,37 @@ fn memory_is_planned_before_it_is_taken() {
     }
 }
 
+/// Pictures that are values go through stages of their own size.
+#[test]
+fn values_are_planned() {
+    if !emulated::has_device() {
+        return;
+    }
+    let dims = PixelDims {
+        batch: 5,
+        channels: 3,
+        height: 20,
+        width: 36,
+    };
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut sizing = Sizing::default();
+        let mut to = sizing.buf(dims.len()).unwrap();
+        let before = memory(&sizing, precision, false).scratch;
+        sizing.write_values(dims, &mut to, &[]).unwrap();
+        let planned = memory(&sizing, precision, false).scratch - before;
+        assert!(planned >= 2 * dims.len() * precision.size(), "{planned}");
+
+        let mut cuda = Cuda::new(0, precision).unwrap();
+        let mut to = cuda.buf(dims.len()).unwrap();
+        let before = cuda.taken();
+        let values = vec![0.25; dims.len()];
+        for _ in 0..3 {
+            cuda.write_values(dims, &mut to, &values).unwrap();
+            assert_eq!(cuda.taken() - before, planned);
+        }
+    }
+}
+
 /// Crops take as much more as is planned for them, once.
 #[test]
 fn crops_are_planned() {

@@ -17,13 +17,14 @@ fn on_the_emulator() {
     emulated::run_again();
 }
 
-/// Whether pictures have the size of the output, or each another one.
+/// Whether pictures have the size of the output, or each another one; or are values already.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Sizes {
     One,
     Many,
+    Values,
 }
-use Sizes::{Many, One};
+use Sizes::{Many, One, Values};
 
 /// A batch, where its pictures are, and which of it is mirrored.
 fn batch(dims: PixelDims, sizes: Sizes, seed: u64) -> (Vec<u8>, Vec<Crop>, Vec<bool>) {
@@ -36,7 +37,7 @@ fn batch(dims: PixelDims, sizes: Sizes, seed: u64) -> (Vec<u8>, Vec<Crop>, Vec<b
             let crop = loop {
                 let (height, width) = match (sizes, b % 5) {
                     // As it is, and the largest there are.
-                    (One, _) | (Many, 1) => (dims.height, dims.width),
+                    (One | Values, _) | (Many, 1) => (dims.height, dims.width),
                     (Many, 2) => (2 * dims.height, 2 * dims.width),
                     (Many, 3) => (dims.height, 4 * dims.width),
                     (Many, _) => (side(dims.height), side(dims.width)),
@@ -67,6 +68,10 @@ fn batch(dims: PixelDims, sizes: Sizes, seed: u64) -> (Vec<u8>, Vec<Crop>, Vec<b
 
 fn write<B: Backend>(backend: &mut B, to: &mut B::Buf, dims: PixelDims, sizes: Sizes, seed: u64) {
     let (values, crops, flips) = batch(dims, sizes, seed);
+    if sizes == Values {
+        let values: Vec<f32> = values.iter().map(|x| f32::from(*x) / 99.0 - 1.0).collect();
+        return backend.write_values(dims, to, &values).unwrap();
+    }
     let pixels = Pixels {
         values: &values,
         crops: (sizes == Many).then_some(&crops),
@@ -121,7 +126,7 @@ fn values_are_those_of_the_reference_to_the_bit() {
                 width,
             };
             let mut buf = cuda.buf(dims.len()).unwrap();
-            for sizes in [One, Many] {
+            for sizes in [One, Many, Values] {
                 write(&mut cuda, &mut buf, dims, sizes, 1);
                 let mut values = vec![0.0; dims.len()];
                 cuda.read(&mut values, &buf).unwrap();
@@ -132,14 +137,24 @@ fn values_are_those_of_the_reference_to_the_bit() {
     }
 }
 
-/// Batch after batch, of crops and of whole pictures, into the same buffer, with work on each behind it that nobody waits for: each is read as it was, and the next comes
+/// Batch after batch, of crops, whole pictures and values, into the same buffer, with work on each behind it that nobody waits for: each is read as it was, and the next comes
 /// into no stage that is still read.
 #[test]
 fn batches_do_not_overtake_the_work_on_those_before() {
-    const BATCHES: usize = 24;
     if !emulated::has_device() {
         return;
     }
+    for kinds in [
+        [Many, Many, Many, One, Many],
+        [Values, Values, Values, One, Values],
+        [One; 5],
+    ] {
+        in_order(kinds);
+    }
+}
+
+fn in_order(kinds: [Sizes; 5]) {
+    const BATCHES: usize = 40;
     let dims = PixelDims {
         batch: 2,
         channels: 3,
@@ -161,7 +176,7 @@ fn batches_do_not_overtake_the_work_on_those_before() {
         .map(|_| cuda.buf(dims.len()).unwrap())
         .collect();
     let mut taken = 0;
-    let sizes = |seed: usize| if seed % 5 == 3 { One } else { Many };
+    let sizes = |seed: usize| kinds[seed % kinds.len()];
     for (seed, out) in outs.iter_mut().enumerate() {
         write(&mut cuda, &mut images, dims, sizes(seed), seed as u64);
         cuda.gather_patches(patches, out, &images, None).unwrap();
@@ -169,7 +184,7 @@ fn batches_do_not_overtake_the_work_on_those_before() {
             taken = cuda.taken();
         }
     }
-    assert_eq!(cuda.taken(), taken, "a batch allocates");
+    assert_eq!(cuda.taken(), taken, "a batch allocates: {kinds:?}");
     let mut want = reference.buf(dims.len()).unwrap();
     let mut out = reference.buf(dims.len()).unwrap();
     for (seed, on_device) in outs.iter().enumerate() {
@@ -179,7 +194,7 @@ fn batches_do_not_overtake_the_work_on_those_before() {
             .unwrap();
         let mut values = vec![0.0; dims.len()];
         cuda.read(&mut values, on_device).unwrap();
-        assert!(values == out, "batch {seed}");
+        assert!(values == out, "batch {seed} of {kinds:?}");
     }
 }
 
@@ -200,7 +215,7 @@ fn a_larger_batch_may_follow() {
         .iter()
         .map(|dims| cuda.buf(dims.len()).unwrap())
         .collect();
-    for kind in [One, Many] {
+    for kind in [One, Many, Values] {
         for (dims, buf) in sizes.iter().zip(&mut bufs) {
             write(&mut cuda, buf, *dims, kind, 9);
         }

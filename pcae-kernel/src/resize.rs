@@ -216,6 +216,41 @@ mod tests {
         assert_eq!(axis.taps(0).count, 5);
     }
 
+    /// To the nearest integer, at any size.
+    #[test]
+    fn weights_are_rounded() {
+        for (from, to) in [(7, 5), (5, 7), (64, 17), (3, 40)] {
+            let axis = Axis::new(from, to);
+            let unit = f64::from(1 << axis.shift);
+            for i in 0..to {
+                let (start, end, sum) = axis.window(i);
+                for (weight, j) in axis.taps(i).weights.iter().zip(start..end) {
+                    let exact = axis.weight(i, j) / sum * unit;
+                    assert!((f64::from(*weight) - exact).abs() <= 0.5, "{from} to {to}");
+                }
+            }
+        }
+    }
+
+    /// Beside an edge the sums leave the range of 8 bits at either end, and pixels do not.
+    #[test]
+    fn what_leaves_the_range_is_cut() {
+        for (from, to) in [(8, 32), (32, 16)] {
+            let axis = Axis::new(from, to);
+            let edge = |j: usize| if j < from / 2 { 0 } else { 255 };
+            let (mut least, mut most) = (0.0_f64, 0.0_f64);
+            for i in 0..to {
+                let (start, end, sum) = axis.window(i);
+                let term = |j: usize| axis.weight(i, j) / sum * f64::from(edge(j));
+                let exact: f64 = (start..end).map(term).sum();
+                let pixel = f64::from(axis.taps(i).blend(edge));
+                assert!((pixel - exact.clamp(0.0, 255.0)).abs() < 0.51, "{exact}");
+                (least, most) = (least.min(exact), most.max(exact));
+            }
+            assert!(least < -1.0 && most > 256.0, "{least}..{most}");
+        }
+    }
+
     #[test]
     fn large_crops_do_not_fit() {
         let dims = PixelDims {

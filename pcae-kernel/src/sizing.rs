@@ -74,6 +74,8 @@ pub struct Sizes {
     pub teacher_weights: usize,
     /// In parameters for forwards alone.
     pub frozen: usize,
+    /// In the largest batch of pictures that comes as values.
+    pub values: usize,
 }
 
 /// Bytes that a task takes from a backend.
@@ -176,6 +178,19 @@ impl Backend for Sizing {
         pixels: Pixels<'_>,
     ) -> Result<(), Error> {
         self.note(Op::pixels(dims, &pixels))
+    }
+
+    /// The dimensions alone count: `from` may be empty.
+    fn write_values(
+        &mut self,
+        dims: PixelDims,
+        _to: &mut Sized,
+        _from: &[f32],
+    ) -> Result<(), Error> {
+        self.sizes.values = self.sizes.values.max(dims.len());
+        self.note(Op::Transfer {
+            elements: dims.len(),
+        })
     }
 
     fn read(&mut self, to: &mut [f32], _from: &Sized) -> Result<(), Error> {

@@ -169,6 +169,7 @@ pub fn memory(machine: &Machine, sizing: &Sizing) -> Result<Memory, Error> {
                 params,
                 frozen,
                 teacher_weights: _,
+                values: _,
             } = sizing.sizes;
             let size = match machine.precision() {
                 Precision::F64 => size_of::<f64>(),

@@ -60,6 +60,11 @@ impl Heap {
         })
     }
 
+    /// The device's name.
+    pub(crate) fn device(&self) -> &str {
+        &self.context.name
+    }
+
     /// Bytes that are allocated, those of dropped buffers too until they are freed.
     pub(crate) fn taken(&self) -> usize {
         self.taken.load(Ordering::Relaxed)
@@ -130,6 +135,11 @@ impl Memory {
 
     pub(crate) fn bytes(&self) -> usize {
         self.block.bytes
+    }
+
+    /// Whose it is.
+    pub(crate) fn heap(&self) -> &Arc<Heap> {
+        &self.heap
     }
 }
 

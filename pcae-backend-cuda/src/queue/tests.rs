@@ -444,3 +444,28 @@ fn a_read_that_was_started_does_not_wait_for_what_comes_after() {
     queue.finish_read(&mut read, many.at()).unwrap();
     assert!(read.iter().all(|x| *x == 0.0));
 }
+
+/// What is copied into a stage is there when the stream of copies is done, whatever the queue has still to do.
+#[test]
+fn values_cross_beside_the_work_that_is_queued() {
+    let Some(mut queue) = queue(Precision::F32) else {
+        return;
+    };
+    let [y, a, b] = [0.0, 1.0, 1.0].map(|x| Scalar::new(&mut queue, x));
+    let to = queue.allocate(64 * size_of::<f32>()).unwrap();
+    let mut pinned = Pinned::new(&queue.context, 64 * size_of::<f32>()).unwrap();
+    for round in 0..16_u8 {
+        let values = [f32::from(round); 64];
+        add_product(&mut queue, y.at(), a.at(), b.at());
+        let stage = queue.upload.next;
+        queue.write_values(to.at(), &values).unwrap();
+        let at = upload::place(queue.upload.memory.as_ref().unwrap(), stage);
+        // SAFETY: nothing else is copied there, and it is looked at behind the copy.
+        let seen = unsafe { pinned.part::<f32>(0, 64) };
+        // SAFETY: a stage is as large as the values.
+        unsafe { queue.upload.stream.download(seen, at).unwrap() };
+        queue.upload.stream.wait().unwrap();
+        assert_eq!(seen, values);
+    }
+    assert_eq!(y.read(&mut queue), 16.0);
+}

@@ -8,6 +8,8 @@
 //! Crops go to a place of their own first, and are resized into the stage, all in the stream of copies: beside the step, too. That stream
 //! alone orders what comes to that place, so there is only one.
 //!
+//! Pictures that are values already (mixed, or with erased rectangles) go through a stage as well, and are copied out of it on the device.
+//!
 //! Their pinned memory is the [ring](crate::ring) of all writes, whose parts are free again in the order in which they were handed out,
 //! on whichever stream. That can hold the host up, and neither the device nor itself for ever: a part that is not free yet belongs to a copy
 //! that was queued before, and such a copy waits for work alone that was queued before it, never for the host. A batch that fills the ring may
@@ -22,10 +24,12 @@ use pcae_kernel::resize::{MAX_SHRINK, MAX_TAPS};
 
 use super::running::Lane;
 use super::{Queue, Shape, UNCOUNTED};
+use crate::Precision;
 use crate::checks::small;
 use crate::driver::{Context, DevicePtr, Event, GRAIN, Memory, Priority, Stream};
 use crate::error::Error;
 use crate::kernels::{CROP_TAPS, NORMALISE_PIXELS, RESIZE_CROPS};
+use crate::ring::to_bf16;
 use crate::tokens::BLOCK;
 
 /// Stages, so that one is filled while the other is read.
@@ -53,12 +57,12 @@ const TILE_COLUMNS: u32 = 64;
 pub(super) struct Upload {
     pub(super) stream: Stream,
     /// All stages, each an equal part.
-    memory: Option<Memory>,
+    pub(super) memory: Option<Memory>,
     /// Crops on their way into a stage, and what is computed of them: see [`Places`].
     crops: Option<Memory>,
     stages: [Stage; STAGES],
     /// The one that is filled next.
-    next: usize,
+    pub(super) next: usize,
     /// What lies before the pixels.
     head: Vec<u8>,
 }
@@ -92,6 +96,11 @@ impl Upload {
     }
 }
 
+/// Where a stage begins.
+pub(super) fn place(memory: &Memory, stage: usize) -> DevicePtr {
+    memory.at().plus(stage * (memory.bytes() / STAGES))
+}
+
 /// Bytes of mean, standard deviation and mirroring, up to where the pixels begin.
 const fn head_len(dims: PixelDims) -> usize {
     product(&[dims.channels, 2 * size_of::<f32>()])
@@ -102,8 +111,17 @@ const fn head_len(dims: PixelDims) -> usize {
 
 /// Bytes that all stages take.
 pub(crate) const fn stages(dims: PixelDims) -> usize {
-    let stage = head_len(dims).saturating_add(dims.len()).div_ceil(GRAIN);
-    stage.saturating_mul(GRAIN).saturating_mul(STAGES)
+    stages_of(head_len(dims).saturating_add(dims.len()))
+}
+
+/// As [`stages`], for so many values in the format of activations.
+pub(crate) const fn stages_of_values(values: usize, precision: Precision) -> usize {
+    stages_of(values.saturating_mul(precision.size()))
+}
+
+const fn stages_of(stage: usize) -> usize {
+    let grains = stage.div_ceil(GRAIN).saturating_mul(GRAIN);
+    grains.saturating_mul(STAGES)
 }
 
 /// What lies behind each other where crops go, by where it begins.
@@ -163,14 +181,7 @@ impl Queue {
         if let Some(crops_at) = crops_at {
             self.resize_crops(dims, at.plus(head_len(dims)), crops_at)?;
         }
-        let Upload {
-            stream,
-            stages,
-            next,
-            ..
-        } = &self.upload;
-        stream.record(&stages[*next].filled)?;
-        self.stream.wait_for(&stages[*next].filled)?;
+        self.wait_for_stage()?;
         let blocks = BLOCKS * self.context.multiprocessors;
         self.launch(
             NORMALISE_PIXELS,
@@ -193,6 +204,43 @@ impl Queue {
         let issued = self.issue();
         self.clear();
         issued?;
+        self.leave_stage()
+    }
+
+    /// Copies values to the device in the format of activations, see `Backend::write_values`. There is at least one.
+    pub(crate) fn write_values(&mut self, to: DevicePtr, values: &[f32]) -> Result<(), Error> {
+        self.changes += 1;
+        let at = self.stage(stages_of_values(values.len(), self.precision))?;
+        // What is queued reads what was there before.
+        self.flush()?;
+        self.context.bind()?;
+        let Upload {
+            stream,
+            stages,
+            next,
+            ..
+        } = &self.upload;
+        stream.wait_for(&stages[*next].read)?;
+        match self.precision {
+            Precision::F32 => self.ring.send(stream, at, values, |x| *x)?,
+            Precision::Bf16 => self.ring.send(stream, at, values, |x| to_bf16(*x))?,
+        }
+        self.wait_for_stage()?;
+        let bytes = values.len() * self.precision.size();
+        // SAFETY: the caller has checked where `to` lies; the stage is as large.
+        unsafe { self.stream.copy(to, at, bytes)? };
+        self.leave_stage()
+    }
+
+    /// Lets the queue's stream wait for what was sent to the next stage.
+    fn wait_for_stage(&self) -> Result<(), Error> {
+        let stage = &self.upload.stages[self.upload.next];
+        self.upload.stream.record(&stage.filled)?;
+        self.stream.wait_for(&stage.filled)
+    }
+
+    /// Lets the stage be filled again once what reads it is done, and goes on to the other.
+    fn leave_stage(&mut self) -> Result<(), Error> {
         let stage = &self.upload.stages[self.upload.next];
         self.stream.record(&stage.read)?;
         self.upload.next = (self.upload.next + 1) % STAGES;
@@ -211,9 +259,7 @@ impl Queue {
             }
         };
         let memory = self.upload.memory.insert(memory);
-        Ok(memory
-            .at()
-            .plus(self.upload.next * (memory.bytes() / STAGES)))
+        Ok(place(memory, self.upload.next))
     }
 
     /// Where crops go, as [`Queue::stage`].

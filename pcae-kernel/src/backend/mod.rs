@@ -106,6 +106,23 @@ pub trait Backend {
         pixels: Pixels<'_>,
     ) -> Result<(), Self::Error>;
 
+    /// [`Self::write`] of pictures that are values already. A backend may copy them beside the work that is queued, and plans the memory
+    /// for it by `dims`.
+    ///
+    /// # Shapes
+    /// `from, to: [B, channels, height, width]`
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    fn write_values(
+        &mut self,
+        _dims: PixelDims,
+        to: &mut Self::Buf,
+        from: &[f32],
+    ) -> Result<(), Self::Error> {
+        self.write(to, from)
+    }
+
     /// Copies the front of `from` to the host, until `to` is full.
     ///
     /// # Errors

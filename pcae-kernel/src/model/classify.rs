@@ -95,7 +95,8 @@ impl<B: TrainBackend> ClassifierTrainer<B> {
         images: &[f32],
         labels: &[f32],
     ) -> Result<(), B::Error> {
-        backend.write(&mut self.images, images)?;
+        let dims = self.config.vit.pixels(self.batch);
+        backend.write_values(dims, &mut self.images, images)?;
         backend.write(&mut self.labels, labels)
     }
 

@@ -140,6 +140,20 @@ impl<B: TrainBackend> Backend for Timed<B> {
         })
     }
 
+    fn write_values(
+        &mut self,
+        dims: PixelDims,
+        to: &mut Self::Buf,
+        from: &[f32],
+    ) -> Result<(), Self::Error> {
+        self.timed(
+            Op::Transfer {
+                elements: from.len(),
+            },
+            |inner| inner.write_values(dims, to, from),
+        )
+    }
+
     fn read(&mut self, to: &mut [f32], from: &Self::Buf) -> Result<(), Self::Error> {
         self.timed(Op::Transfer { elements: to.len() }, |inner| {
             inner.read(to, from)

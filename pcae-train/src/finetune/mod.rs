@@ -184,16 +184,17 @@ fn planned_memory(settings: &FinetuneSettings, recipe: &FinetuneRecipe) -> Resul
     let mut step = StepModel::new(&mut sizing, recipe).map_err(failed)?;
     let evaluator = Evaluator::new(&mut sizing, &recipe.task, EVAL_BATCH, settings.seed);
     let mut evaluator = evaluator.map_err(failed)?;
-    if !recipe.augmentation.makes_values() {
+    let loaded = if recipe.augmentation.makes_values() {
+        step.model.load(&mut sizing, &[], &[])
+    } else {
         let has_crops = recipe.augmentation.is_crop_alone() && backends::resizes(&settings.machine);
         let pixels = Pixels {
             crops: has_crops.then_some(&[]),
             ..Pixels::default()
         };
-        step.model
-            .load_pixels(&mut sizing, pixels, &[])
-            .map_err(failed)?;
-    }
+        step.model.load_pixels(&mut sizing, pixels, &[])
+    };
+    loaded.map_err(failed)?;
     step.model
         .accumulate(&mut sizing, &mut state, 1.0, &mut step.scorer)
         .map_err(failed)?;
