@@ -3,7 +3,6 @@
 use core::ops::Range;
 
 use pcae_kernel::backend::{LinearDims, Span};
-use pcae_kernel::error::Error as KernelError;
 use pcae_kernel::layout::{Kind, Layout};
 use pcae_kernel::sizing::Role;
 
@@ -18,14 +17,16 @@ use crate::memory;
 /// All parameters of a model.
 #[derive(Debug)]
 pub struct Params {
+    /// All of them, or those that are in no weight where [`Packed::has_all`].
     values: Floats,
+    len: usize,
     /// Of the operands of linear layers.
     pub(crate) precision: Precision,
     /// Weights of linear layers as one instruction set wants them, if they are.
     packed: Option<Packed>,
 }
 
-/// Packed weights: f32 in the place of the unpacked, or bf16 beside them.
+/// Packed weights: f32 in the place of the unpacked; bf16 beside them, or of frozen ones instead of them.
 #[derive(Debug)]
 pub(crate) struct Packed {
     isa: Isa,
@@ -41,6 +42,8 @@ pub(crate) struct Packed {
 pub(crate) struct Weight {
     /// Its first parameter.
     start: usize,
+    /// Parameters of the weights before it.
+    before: usize,
     n: usize,
     inner: usize,
     /// Where its pairs are, of bf16.
@@ -80,14 +83,34 @@ impl Params {
         role: Role,
     ) -> Result<Self, Error> {
         precision.check(isa)?;
-        let mut all = Floats::zeros(values.len())?;
-        all.copy_from_slice(values);
-        let mut packed = None;
-        if role == Role::Frozen || precision != Precision::F32 {
-            packed = Some(Packed::new(&mut all, precision, isa, layout, role)?);
+        let packed = match role == Role::Frozen || precision != Precision::F32 {
+            true => Some(Packed::new(values, precision, isa, layout, role)?),
+            false => None,
+        };
+        let gaps = match &packed {
+            Some(packed) if packed.has_all() => packed.weights(),
+            _ => &[],
+        };
+        let gone: usize = gaps.iter().map(|gap| gap.range().len()).sum();
+        let mut kept = Floats::zeros(values.len().saturating_sub(gone))?;
+        let (mut to, mut from) = (0, 0);
+        let mut keep = |part: &[f32]| {
+            kept[to..to + part.len()].copy_from_slice(part);
+            to += part.len();
+        };
+        for gap in gaps.iter().map(Weight::range) {
+            keep(&values[from..gap.start]);
+            from = gap.end;
+        }
+        keep(&values[from..]);
+        if let Some(packed) = &packed
+            && precision == Precision::F32
+        {
+            packed.pack_in_place(&mut kept)?;
         }
         Ok(Self {
-            values: all,
+            values: kept,
+            len: values.len(),
             precision,
             packed,
         })
@@ -101,16 +124,17 @@ impl Params {
         span: Span,
         dims: LinearDims,
     ) -> Result<Right<'_>, Error> {
-        let weight = self.part(op, "weight", span, dims.weight_len())?;
+        let len = dims.weight_len();
+        check_span(op, "weight", self.len, span, len)?;
         match self.packed_weight(isa, span, dims) {
             Some((packed, place)) => Ok(match self.precision {
-                Precision::F32 => Right::Panels(weight),
+                Precision::F32 => Right::Panels(self.part(op, "weight", span, len)?),
                 Precision::Bf16(_) => Right::Pairs(&packed.pairs[place.at..][..place.len.forward]),
             }),
             // In panels a weight has one shape only.
             None => match self.is_frozen() {
                 true => Err(Error::Frozen { op }),
-                false => Ok(Right::Columns(weight)),
+                false => Ok(Right::Columns(self.part(op, "weight", span, len)?)),
             },
         }
     }
@@ -139,10 +163,6 @@ impl Params {
         let weight = packed.weights[packed.position(span.start)?];
         ((weight.n, weight.inner) == (dims.out_features, dims.in_features))
             .then_some((packed, weight))
-    }
-
-    pub(crate) fn values(&self) -> &[f32] {
-        &self.values
     }
 
     /// To read and write all of them, which frozen ones do not allow.
@@ -175,9 +195,15 @@ impl Params {
         what: &'static str,
         span: Span,
         len: usize,
-    ) -> Result<&[f32], KernelError> {
-        let values = self.values();
-        Ok(&values[check_span(op, what, values.len(), span, len)?])
+    ) -> Result<&[f32], Error> {
+        let mut range = check_span(op, what, self.len, span, len)?;
+        if let Some(packed) = &self.packed
+            && packed.has_all()
+        {
+            let gone = packed.before(&range).ok_or(Error::Frozen { op })?;
+            range = range.start - gone..range.end - gone;
+        }
+        Ok(&self.values[range])
     }
 
     /// The table of positions and how many patches have one; row 0 is the class token's.
@@ -186,7 +212,7 @@ impl Params {
         op: &'static str,
         span: Span,
         dim: usize,
-    ) -> Result<(&[f32], usize), KernelError> {
+    ) -> Result<(&[f32], usize), Error> {
         let table = self.part(op, "pos_embed", span, span.len)?;
         Ok((table, (table.len() / dim.max(1)).saturating_sub(1)))
     }
@@ -194,7 +220,7 @@ impl Params {
 
 impl Packed {
     fn new(
-        values: &mut [f32],
+        values: &[f32],
         precision: Precision,
         isa: Isa,
         layout: &Layout,
@@ -213,6 +239,7 @@ impl Packed {
                 let start = tensor.span.start;
                 weights.push(Weight {
                     start,
+                    before: 0,
                     n,
                     inner,
                     at,
@@ -223,25 +250,49 @@ impl Packed {
             }
         });
         weights.sort_unstable_by_key(|weight| weight.start);
+        let mut before = 0;
+        for weight in &mut weights {
+            weight.before = before;
+            before += weight.range().len();
+        }
         let mut packed = Self {
             isa,
             role,
             weights,
             pairs: Floats::zeros(at)?,
         };
-        let mut copy = Vec::new();
-        for i in 0..packed.weights.len() {
-            let weight = packed.weights[i];
-            match precision {
-                Precision::F32 => {
-                    let values = &mut values[weight.range()];
-                    let copy = grown(&mut copy, values.len())?;
-                    pack_weight(isa, values, copy, weight.n, weight.inner);
-                }
-                Precision::Bf16(unit) => packed.repack(unit, weight, values),
+        if let Precision::Bf16(unit) = precision {
+            for i in 0..packed.weights.len() {
+                packed.repack(unit, packed.weights[i], values);
             }
         }
         Ok(packed)
+    }
+
+    /// Packs all weights in f32, in the place where they are among all parameters.
+    fn pack_in_place(&self, values: &mut [f32]) -> Result<(), Error> {
+        let mut copy = Vec::new();
+        for weight in &self.weights {
+            let values = &mut values[weight.range()];
+            let copy = grown(&mut copy, values.len())?;
+            pack_weight(self.isa, values, copy, weight.n, weight.inner);
+        }
+        Ok(())
+    }
+
+    /// Whether nothing reads the weights in f32: they are frozen and in bf16, without a backward and an update.
+    fn has_all(&self) -> bool {
+        self.role == Role::Frozen && !self.pairs.is_empty()
+    }
+
+    /// How many parameters of weights come before these; none if some of these are in a weight.
+    fn before(&self, these: &Range<usize>) -> Option<usize> {
+        let next = self.weights.partition_point(|w| w.start < these.end);
+        let Some(last) = next.checked_sub(1).map(|last| &self.weights[last]) else {
+            return Some(0);
+        };
+        let range = last.range();
+        (range.end <= these.start || these.is_empty()).then_some(last.before + range.len())
     }
 
     /// All that are packed, by their first parameter.

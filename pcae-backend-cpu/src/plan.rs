@@ -21,25 +21,30 @@ pub fn memory(
     precisions: (Precision, Precision),
 ) -> Memory {
     let sizes = &sizing.sizes;
-    // Weights in bf16, two to an element, lie beside those in f32.
-    let packed = sizing.weights().iter().map(|weight| {
+    // Weights in bf16, two to an element, lie beside those in f32, and of frozen ones instead of them.
+    let (mut packed, mut gone) = (0_usize, 0_usize);
+    for weight in sizing.weights() {
         let precision = match weight.role {
             Role::Trained | Role::Frozen => precisions.0,
             Role::Teacher => precisions.1,
         };
         let (n, inner) = (weight.out_features, weight.in_features);
-        match precision {
-            Precision::F32 => 0,
-            Precision::Bf16(unit) => pairs_len(isa, unit, n, inner, weight.role).total(),
+        if let Precision::Bf16(unit) = precision {
+            let pairs = pairs_len(isa, unit, n, inner, weight.role).total();
+            packed = packed.saturating_add(pairs);
+            if weight.role == Role::Frozen {
+                gone = gone.saturating_add(product(&[n, inner]));
+            }
         }
-    });
-    let parameters = sizes.params.saturating_add(sizes.frozen);
+    }
+    let frozen = sizes.frozen.saturating_sub(gone);
+    let parameters = sizes.params.saturating_add(frozen);
     Memory {
         activations: bytes::<f32>(sizes.bufs)
             .saturating_add(bytes::<f32>(sizes.scores))
             .saturating_add(bytes::<u32>(sizes.ids)),
         state: bytes::<f32>(sizes.vectors.saturating_add(parameters))
-            .saturating_add(bytes::<f32>(packed.sum())),
+            .saturating_add(bytes::<f32>(packed)),
         scratch: scratch(sizing.ops(), isa, threads, precisions),
     }
 }

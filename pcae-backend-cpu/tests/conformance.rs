@@ -123,7 +123,9 @@ fn a_unit_of_another_instruction_set_is_refused() {
 
 #[test]
 fn frozen_parameters_give_the_same_bits_forward_and_nothing_else() {
-    use pcae_kernel::backend::{Backend, Epilogue, Linear, LinearDims, TrainBackend};
+    use pcae_kernel::backend::{
+        Backend, Epilogue, Linear, LinearDims, Norm, RowDims, Span, TrainBackend,
+    };
     use pcae_kernel::config::{Reduction, VitConfig};
     use pcae_kernel::layout::Layout;
     use pcae_kernel::model::{MeanSimilarity, Vit};
@@ -133,8 +135,13 @@ fn frozen_parameters_give_the_same_bits_forward_and_nothing_else() {
     let mut values = vec![0.0; layout.len()];
     pcae_kernel::init::init(&layout, 7, &mut values).unwrap();
     let isas: Vec<Isa> = Isa::available().collect();
-    for &isa in &isas {
-        let mut cpu = Cpu::with(isa, 1).unwrap();
+    let precisions = isas.iter().flat_map(|&isa| {
+        let units = Bf16Unit::available(isa).map(Precision::Bf16);
+        let all = [Precision::F32].into_iter().chain(units);
+        all.map(move |precision| (isa, precision))
+    });
+    for (isa, precision) in precisions {
+        let mut cpu = Cpu::with(isa, 1).unwrap().precision(precision);
         let mut images = cpu.buf(28 * 28).unwrap();
         let pixels: Vec<f32> = (0..28 * 28).map(|i| (i % 13) as f32 / 13.0).collect();
         cpu.write(&mut images, &pixels).unwrap();
@@ -152,7 +159,7 @@ fn frozen_parameters_give_the_same_bits_forward_and_nothing_else() {
             cpu.read(features, tokens).unwrap();
         }
         assert!(features[0].iter().any(|x| *x != 0.0));
-        assert_eq!(features[0], features[1], "{isa}");
+        assert_eq!(features[0], features[1], "{isa} {precision:?}");
 
         let span = layout.encoder.norm.weight;
         let read = cpu.read_params(&mut vec![0.0; span.len], &all[1], span);
@@ -175,6 +182,21 @@ fn frozen_parameters_give_the_same_bits_forward_and_nothing_else() {
         let mut wide = cpu.buf(288).unwrap();
         let turned = cpu.linear(dims_turned, &mut wide, &x, &all[1], layer, Epilogue::Bias);
         assert!(matches!(turned, Err(Error::Frozen { op: "linear" })));
+        // Where nothing but products reads a weight, it is there in bf16 alone.
+        let block = layout.encoder.blocks.block(0);
+        let (weight, bias) = (block.norm1.weight, block.qkv.weight);
+        let norm = Norm {
+            weight,
+            bias: Span { len: 96, ..bias },
+        };
+        let rows = RowDims { rows: 1, dim: 96 };
+        let found = cpu.layer_norm(rows, &mut out, &x, &all[1], norm);
+        match precision {
+            Precision::F32 => found.unwrap(),
+            Precision::Bf16(_) => {
+                assert!(matches!(found, Err(Error::Frozen { op: "layer_norm" })));
+            }
+        }
         for &other in isas.iter().filter(|&&other| other != isa) {
             let mut other = Cpu::with(other, 1).unwrap();
             let result = other.linear(dims, &mut out, &x, &all[1], layer, Epilogue::Bias);

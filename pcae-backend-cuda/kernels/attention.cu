@@ -13,7 +13,8 @@
 // What bounds it, derived, not measured, for an H100 (3.35 TB/s), ViT-B (12 heads of 64), a batch of 256 in bf16. Memory: forward 4 N D numbers a
 // sequence, backward 8: 9 and 19 us at 20 tokens, 39 and 78 at 83, 93 and 185 at 197. Operands of tensor cores come from shared memory, 512 bytes
 // (4 cycles) for two products of [16, 16] by [16, 8]: at 197 tokens some 72 us forward, 250 us backward. So all is bound by memory but the
-// backward of long sequences. Four blocks of four warps run at once on a multiprocessor forward, three backward (registers).
+// backward of long sequences. Three or four blocks of four warps run at once on a multiprocessor forward, three backward (registers; at 197 tokens
+// forward shared memory: 60 KB a block).
 //
 // qkv and d_qkv: [batch, tokens, 3, heads, width]; out and d_out: [batch, tokens, heads, width]; lse: [batch, heads, tokens].
 

@@ -203,9 +203,11 @@ impl Cuda {
             self.queue.context.multiprocessors,
             dims,
         )?;
+        let written = dims.out_len() * if to_e4m3 { 1 } else { self.precision.size() };
         self.queue.launch(
             launch.kernel,
             launch.shape,
+            self.queue.act_bytes(dims.qkv_len()) + written,
             &[
                 out.at(0).into(),
                 lse.map(|lse| lse.at(0)).into(),
@@ -250,6 +252,7 @@ impl Cuda {
         self.queue.launch(
             launch.kernel,
             launch.shape,
+            self.queue.act_bytes(2 * (dims.qkv_len() + dims.out_len())),
             &[
                 d_qkv.at(0).into(),
                 d_out.at(0).into(),

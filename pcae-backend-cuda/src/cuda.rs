@@ -5,7 +5,7 @@ use core::fmt;
 use crate::driver::{self, Context};
 use crate::error::Error;
 use crate::optimizer::Pieces;
-use crate::queue::{Queue, Runs};
+use crate::queue::{KernelTime, Queue, Runs};
 
 /// The format of activations, and of what products read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -94,6 +94,23 @@ impl Cuda {
     /// which no plan has.
     pub fn time_products(&mut self, timed: bool) {
         self.queue.time_products(timed);
+    }
+
+    /// Times each kernel from now on, until [`Cuda::stop_profile`]. Work is issued piece by piece meanwhile and is no graph; each tape runs
+    /// alone on the device, even pictures that would be resized beside it.
+    ///
+    /// # Errors
+    /// If the device fails, or what was queued does.
+    pub fn start_profile(&mut self) -> Result<(), Error> {
+        self.queue.start_profile()
+    }
+
+    /// Waits for all work, and returns what took how long since [`Cuda::start_profile`], longest first.
+    ///
+    /// # Errors
+    /// If the device fails, or what was queued does.
+    pub fn stop_profile(&mut self) -> Result<Vec<KernelTime>, Error> {
+        self.queue.stop_profile()
     }
 
     /// How work has run so far.

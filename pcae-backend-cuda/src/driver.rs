@@ -6,7 +6,8 @@
 //! - `cuDeviceGetCount`, `cuDeviceGet`, `cuDeviceGetName`, `cuDeviceGetAttribute`, `cuDevicePrimaryCtxRetain`,
 //!   `cuDevicePrimaryCtxRelease_v2`, `cuCtxSetCurrent`
 //! - `cuMemAlloc_v2`, `cuMemFree_v2`, `cuMemGetInfo_v2`, `cuMemHostAlloc`, `cuMemFreeHost`
-//! - `cuStreamCreate`, `cuStreamDestroy_v2`, `cuStreamSynchronize`, `cuStreamWaitEvent`, `cuEventCreate`, `cuEventRecord`, `cuEventSynchronize`,
+//! - `cuCtxGetStreamPriorityRange`, `cuStreamCreateWithPriority`, `cuStreamDestroy_v2`, `cuStreamSynchronize`, `cuStreamWaitEvent`,
+//!   `cuEventCreate`, `cuEventRecord`, `cuEventSynchronize`,
 //!   `cuEventElapsedTime_v2` (of drivers before CUDA 12.8 `cuEventElapsedTime`), `cuEventDestroy_v2`
 //! - `cuMemcpyHtoDAsync_v2`, `cuMemcpyDtoHAsync_v2`, `cuMemcpyDtoDAsync_v2`, `cuMemsetD8Async`
 //! - `cuModuleLoadData`, `cuModuleUnload`, `cuModuleGetFunction`, `cuFuncSetAttribute`, `cuLaunchKernel`
@@ -41,7 +42,7 @@ use crate::versions::Version;
 use failure::{check, failed};
 pub(crate) use memory::{Block, Heap, Memory, Pinned, Plain};
 pub(crate) use module::{Function, Module};
-pub(crate) use stream::{Event, Graph, MAX_ARGS, Stream};
+pub(crate) use stream::{Event, Graph, MAX_ARGS, Priority, Stream};
 
 /// The oldest devices that have bf16 in their tensor cores and asynchronous copies.
 const OLDEST: u32 = 80;

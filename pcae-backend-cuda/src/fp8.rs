@@ -99,11 +99,13 @@ impl Weights {
         queue.launch(
             kernels::WEIGHT_MAXIMA,
             shape,
+            self.bits.bytes() * size_of::<u16>(),
             &[maxima, params.into(), table],
         )?;
         let (bits, scales) = (self.bits.at().into(), self.scales.at(0).into());
         let args = [bits, scales, maxima, params.into(), table];
-        queue.launch(kernels::WEIGHTS_TO_E4M3, shape, &args)
+        let bytes = self.bits.bytes() * (size_of::<u16>() + 1);
+        queue.launch(kernels::WEIGHTS_TO_E4M3, shape, bytes, &args)
     }
 
     /// Where a weight lies that starts at `start` among parameters, and its scale.
@@ -193,7 +195,9 @@ impl Cuda {
         let room = self.queue.workspace(len)?;
         let shape = self.queue.elements(len);
         let args = [room.into(), wide.at(0).into(), (len as u64).into()];
-        self.queue.launch(kernels::GELU_TO_E4M3, shape, &args)?;
+        let bytes = self.queue.act_bytes(len) + len;
+        self.queue
+            .launch(kernels::GELU_TO_E4M3, shape, bytes, &args)?;
         self.fp8_product(OP, fc2, x.at(0), room, params, block.fc2, add)
     }
 
@@ -217,7 +221,8 @@ impl Cuda {
         let room = self.queue.workspace(len)?;
         let shape = self.queue.elements(len);
         let args = [room.into(), x.into(), (len as u64).into()];
-        self.queue.launch(kernels::TO_E4M3, shape, &args)?;
+        let bytes = self.queue.act_bytes(len) + len;
+        self.queue.launch(kernels::TO_E4M3, shape, bytes, &args)?;
         Ok(room)
     }
 

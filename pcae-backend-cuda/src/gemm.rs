@@ -23,7 +23,7 @@ use crate::Precision;
 use crate::driver::{Context, DevicePtr, Event, Heap, Memory, Stream};
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
-use crate::queue::{Arg, Shape};
+use crate::queue::{Arg, Shape, UNCOUNTED};
 use crate::warnings::Warnings;
 use plan::Plan;
 
@@ -261,7 +261,7 @@ impl Drop for Handle {
 }
 
 /// Puts a kernel into the stream.
-pub(crate) type Launch<'a> = dyn Fn(Kernel, Shape, &[Arg]) -> Result<(), Error> + 'a;
+pub(crate) type Launch<'a> = dyn Fn(Kernel, Shape, usize, &[Arg]) -> Result<(), Error> + 'a;
 
 /// Products, and cuBLASLt for them.
 pub(crate) struct Gemm {
@@ -295,13 +295,17 @@ fn failed(call: &'static str, error: CublasError, product: String) -> Error {
     }
 }
 
-/// Whether a call has only said that it cannot do this.
-fn is_refusal(error: CublasError) -> bool {
-    use sys::cublasStatus_t::{CUBLAS_STATUS_ARCH_MISMATCH, CUBLAS_STATUS_NOT_SUPPORTED};
-    matches!(
-        error.0,
-        CUBLAS_STATUS_NOT_SUPPORTED | CUBLAS_STATUS_ARCH_MISMATCH
-    )
+/// Whether a call has only said that it cannot do this. Libraries of CUDA 12 say of products of e4m3 that they are invalid where later ones do not
+/// support them.
+fn is_refusal(error: CublasError, matmul: &Matmul) -> bool {
+    use sys::cublasStatus_t::{
+        CUBLAS_STATUS_ARCH_MISMATCH, CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED,
+    };
+    match error.0 {
+        CUBLAS_STATUS_NOT_SUPPORTED | CUBLAS_STATUS_ARCH_MISMATCH => true,
+        CUBLAS_STATUS_INVALID_VALUE => matmul.scale.is_some(),
+        _ => false,
+    }
 }
 
 impl Gemm {
@@ -342,27 +346,29 @@ impl Gemm {
         const SIZE: usize = 256;
         // Nothing is read there; aligned as buffers are.
         let at = self.workspace.at();
-        let plan = Plan::new(
-            self.handle.0,
-            self.precision,
-            &Matmul {
-                m: SIZE,
-                n: SIZE,
-                k: SIZE,
-                a: at,
-                a_transposed: false,
-                a_row: SIZE,
-                b: at,
-                b_transposed: true,
-                b_row: SIZE,
-                bias: Some(at),
-                add: None,
-                out: at,
-                out_f32: false,
-                scale: Some(at),
-            },
-        )?;
-        Ok(plan.is_some())
+        let matmul = Matmul {
+            m: SIZE,
+            n: SIZE,
+            k: SIZE,
+            a: at,
+            a_transposed: false,
+            a_row: SIZE,
+            b: at,
+            b_transposed: true,
+            b_row: SIZE,
+            bias: Some(at),
+            add: None,
+            out: at,
+            out_f32: false,
+            scale: Some(at),
+        };
+        // By itself, or onto its bias.
+        for matmul in [matmul, matmul.onto_bias()] {
+            if Plan::new(self.handle.0, self.precision, &matmul)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Puts a product, of at least one row and column, into a stream.
@@ -440,7 +446,7 @@ impl Gemm {
         while plan.has_algorithm() {
             match self.launch(stream, &plan, matmul, 0) {
                 Ok(()) => return Ok(Some(plan)),
-                Err(error) if is_refusal(error) => plan.pass_over(),
+                Err(error) if is_refusal(error, matmul) => plan.pass_over(),
                 Err(error) => return Err(failed("cublasLtMatmul", error, matmul.to_string())),
             }
         }
@@ -474,7 +480,7 @@ impl Gemm {
                 stream.record(&started)?;
                 match self.launch(stream, plan, matmul, times.len()) {
                     Ok(()) => {}
-                    Err(error) if is_refusal(error) => break,
+                    Err(error) if is_refusal(error, matmul) => break,
                     Err(error) => return Err(failed("cublasLtMatmul", error, matmul.to_string())),
                 }
                 stream.record(&stopped)?;
@@ -531,6 +537,7 @@ impl Gemm {
         launch(
             kernel,
             shape,
+            matmul.m * matmul.n * self.out_size(matmul) * (1 + usize::from(matmul.add.is_some())),
             &[
                 matmul.out.into(),
                 matmul.add.into(),
@@ -563,6 +570,7 @@ impl Gemm {
         launch(
             kernel,
             shape,
+            UNCOUNTED,
             &[
                 matmul.out.into(),
                 matmul.add.into(),

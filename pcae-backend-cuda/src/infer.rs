@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::gemm::Matmul;
 use crate::kernels;
 use crate::padding;
-use crate::queue::Shape;
+use crate::queue::{Shape, UNCOUNTED};
 use crate::tokens::BLOCK;
 
 /// Columns of a token that a warp of `mean_similarity` keeps in registers, and its warps.
@@ -225,6 +225,8 @@ impl Backend for Cuda {
         self.queue.launch(
             kernels::EMBED_TOKENS,
             shape,
+            self.queue
+                .act_bytes(dims.len() + TokenDims { prefix: 0, ..dims }.len()),
             &[
                 out.at(0).into(),
                 x.at(0).into(),
@@ -257,7 +259,9 @@ impl Backend for Cuda {
             let len = dims.out_len();
             let args = [out.at(0).into(), (len as u64).into()];
             let shape = self.queue.elements(len);
-            self.queue.launch(kernels::GELU_IN_PLACE, shape, &args)?;
+            let bytes = self.queue.act_bytes(2 * len);
+            self.queue
+                .launch(kernels::GELU_IN_PLACE, shape, bytes, &args)?;
         }
         Ok(())
     }
@@ -308,6 +312,8 @@ impl Backend for Cuda {
         let (x, scores) = (x.at(0), scores.at(0));
         let [prefix, tokens, dim] = [dims.prefix, dims.tokens, dims.dim].map(|n| small(OP, n));
         let (prefix, tokens, dim) = (prefix?, tokens?, dim?);
+        // Of either kernel. The first finds what it reads twice in the level-2 cache.
+        let bytes = self.queue.act_bytes(count * dims.dim);
         let shape = |parts, block, floats| -> Result<Shape, KernelError> {
             Ok(Shape {
                 grid: [small(OP, dims.batch)?, parts, 1],
@@ -328,7 +334,7 @@ impl Backend for Cuda {
                 tokens.into(),
                 dim.into(),
             ];
-            return self.queue.launch(kernel, shape, &args);
+            return self.queue.launch(kernel, shape, bytes, &args);
         }
         let (parts, each) = (small(OP, dims.tokens.div_ceil(each))?, small(OP, each)?);
         let sums = self.queue.workspace(score_sums(dims))?;
@@ -336,7 +342,7 @@ impl Backend for Cuda {
         let [prefix, tokens, dim, each] = [prefix, tokens, dim, each].map(Into::into);
         let args = [sums.into(), x.into(), prefix, tokens, dim, each];
         self.queue
-            .launch(first, shape(parts, first.threads, slab)?, &args)?;
+            .launch(first, shape(parts, first.threads, slab)?, bytes, &args)?;
         let args = [
             scores.into(),
             sums.into(),
@@ -346,8 +352,12 @@ impl Backend for Cuda {
             dim,
             each,
         ];
-        self.queue
-            .launch(second, shape(parts, second.threads, dims.dim)?, &args)
+        self.queue.launch(
+            second,
+            shape(parts, second.threads, dims.dim)?,
+            bytes,
+            &args,
+        )
     }
 
     fn select(
@@ -393,6 +403,7 @@ impl Backend for Cuda {
                 self.queue.launch(
                     kernels::SELECT_BY_SORT,
                     shape,
+                    UNCOUNTED,
                     &[
                         picked.into(),
                         scores.into(),
@@ -409,6 +420,7 @@ impl Backend for Cuda {
                 self.queue.launch(
                     kernels::SELECT_BY_RANK,
                     shape,
+                    UNCOUNTED,
                     &[
                         picked.into(),
                         scores.into(),
@@ -444,6 +456,7 @@ impl Backend for Cuda {
         self.queue.launch(
             kernels::GATHER_TOKENS,
             shape,
+            self.queue.act_bytes(2 * kept.len()),
             &[
                 out.at(0).into(),
                 x.at(0).into(),
@@ -482,6 +495,7 @@ impl Backend for Cuda {
         self.queue.launch(
             kernels::GATHER_IDS,
             shape,
+            (2 + usize::from(ids.is_some())) * count * size_of::<u32>(),
             &[
                 out.at(0).into(),
                 ids.map(|ids| ids.at(0)).into(),
@@ -514,6 +528,8 @@ impl Backend for Cuda {
         self.queue.launch(
             kernels::MEAN_POOL,
             shape,
+            self.queue
+                .act_bytes(product(&[dims.batch, dims.tokens + 1, dims.dim])),
             &[
                 out.at(0).into(),
                 x.at(0).into(),

@@ -59,4 +59,4 @@ pub use driver::{device_count, free_memory};
 pub use error::Error;
 pub use fp8::WIDTH as FP8_WIDTH;
 pub use memory::memory;
-pub use queue::Runs;
+pub use queue::{KernelTime, Runs};

@@ -2,9 +2,11 @@
 
 use pcae_kernel::backend::{AdamW, Segment};
 use pcae_kernel::error::Error as KernelError;
+use pcae_kernel::op::Op;
 
 use crate::Cuda;
 use crate::buffers::{Buffer, Ids, Params, Vector};
+use crate::bytes::bytes;
 use crate::checks::small;
 use crate::driver::DevicePtr;
 use crate::error::Error;
@@ -114,6 +116,7 @@ impl Cuda {
         queue.launch(
             kernels::ADAMW_EMA,
             shape,
+            bytes(&Op::adamw(segments, teacher.is_some()), self.precision) as usize,
             &[
                 student.at(0).into(),
                 student.half(0).into(),

@@ -61,6 +61,7 @@ impl Queue {
             small(op, dim)?.into(),
             small(op, row)?.into(),
         ];
-        self.launch(kernel, shape, &args)
+        let bytes = self.act_bytes(product(&[rows, dim + row]));
+        self.launch(kernel, shape, bytes, &args)
     }
 }

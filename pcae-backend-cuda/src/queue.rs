@@ -16,6 +16,7 @@
 //! [`GRAPHS`] graphs are kept, the one that was used longest ago goes first. A tape of more than [`TAPE`] words, or more than half of
 //! the changing values, is run by itself. Nothing is allocated on the host or the device once tapes repeat.
 
+mod profile;
 mod reading;
 mod running;
 mod upload;
@@ -31,7 +32,7 @@ use crate::Precision;
 use crate::compile::Compiler;
 use crate::driver::{
     Block, Context, DevicePtr, Event, Function, Graph, Heap, MAX_ARGS, Memory, Module, Pinned,
-    Stream,
+    Priority, Stream,
 };
 use crate::error::Error;
 use crate::gemm::{Gemm, Matmul};
@@ -40,6 +41,8 @@ use crate::ring::{PIECE, Ring};
 use crate::sums::ColumnSums;
 use crate::versions::{self, Version};
 use crate::warnings::Warnings;
+pub use profile::KernelTime;
+use profile::Profile;
 use reading::Reading;
 use upload::Upload;
 pub(crate) use upload::{crops, stages, stages_of_values};
@@ -67,6 +70,9 @@ pub(crate) const OWN: usize = CHANGING * size_of::<f32>() + FAULT;
 
 /// Bytes of the fault's code and detail.
 const FAULT: usize = 2 * size_of::<u32>();
+
+/// Bytes of a kernel that something else than memory bounds, see [`KernelTime::bytes`].
+pub(crate) const UNCOUNTED: usize = 0;
 
 /// One argument of a kernel. Each is written into 8 bytes, of which the kernel reads as many as its type has, the low ones first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -187,6 +193,8 @@ pub(crate) struct Queue {
     /// Where [`Queue::start_clock`] and [`Queue::stop_clock`] were, once there was one.
     clocks: Option<[Event; 2]>,
     clock_runs: bool,
+    /// While kernels are timed.
+    profile: Option<Profile>,
 
     changing_at: Memory,
     fault_at: Memory,
@@ -262,13 +270,14 @@ impl Queue {
             reading: Reading::new(&context)?,
             clocks: None,
             clock_runs: false,
+            profile: None,
             changing_at: heap.allocate(CHANGING * size_of::<f32>())?,
             fault_at: heap.allocate(FAULT)?,
             workspace: None,
             gemm: Gemm::new(&context, &heap, precision)?,
             functions,
             _modules: modules,
-            stream: Stream::new(&context)?,
+            stream: Stream::new(&context, Priority::First)?,
             heap,
             context,
         };
@@ -348,7 +357,12 @@ impl Queue {
         }
     }
 
-    /// Queues a kernel.
+    /// Bytes of so many activations.
+    pub(crate) const fn act_bytes(&self, len: usize) -> usize {
+        len.saturating_mul(self.precision.size())
+    }
+
+    /// Queues a kernel that moves so many `bytes`, or [`UNCOUNTED`], see [`KernelTime::bytes`].
     ///
     /// # Errors
     /// [`Error::Launch`] if the device cannot run that many blocks or threads.
@@ -359,6 +373,7 @@ impl Queue {
         &mut self,
         kernel: Kernel,
         shape: Shape,
+        bytes: usize,
         args: &[Arg],
     ) -> Result<(), Error> {
         // The driver would read beyond them.
@@ -413,6 +428,7 @@ impl Queue {
             u64::from(x) | u64::from(y) << 32,
             u64::from(z) | u64::from(block) << 32,
             shared.into(),
+            bytes as u64,
         ]);
         self.tape.extend(args.iter().map(|arg| arg.0));
         self.appended()

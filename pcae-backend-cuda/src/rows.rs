@@ -7,7 +7,7 @@ use crate::checks::small;
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
-use crate::queue::{Arg, Queue, Shape};
+use crate::queue::{Arg, Queue, Shape, UNCOUNTED};
 use crate::sums::ColumnSums;
 
 /// Threads of a block of every kernel here that does not say otherwise.
@@ -172,9 +172,11 @@ impl Queue {
             block: kept.block,
             shared: 0,
         };
+        let each = self.precision.size() + if to_e4m3 { 1 } else { self.precision.size() };
         self.launch(
             kept.kernel,
             shape,
+            dims.len() * each,
             &[
                 out.into(),
                 stats.into(),
@@ -207,12 +209,8 @@ impl Queue {
         // Three blocks on each of 132 multiprocessors, which is how many fit beside each other.
         let turn = kept.rows() as usize;
         let groups = Groups::new(dims.rows, 3 * 132, 2 * turn, turn);
-        let partial = self.workspace(product(&[
-            groups.count as usize,
-            3,
-            dims.dim,
-            size_of::<f32>(),
-        ]))?;
+        let sums = product(&[groups.count as usize, dims.dim, size_of::<f32>()]);
+        let partial = self.workspace(sums.saturating_mul(3))?;
         let shape = Shape {
             grid: [groups.count, 1, 1],
             block: kept.block,
@@ -225,6 +223,7 @@ impl Queue {
         self.launch(
             kept.kernel,
             shape,
+            self.act_bytes((3 + usize::from(add)) * dims.len()) + 3 * sums,
             &[
                 d_x.into(),
                 partial.into(),
@@ -246,6 +245,7 @@ impl Queue {
         self.launch(
             kernels::ADD_COLUMN_SUMS,
             shape,
+            2 * (sums + 2 * dims.dim * size_of::<f32>()),
             &[
                 d_affine.weight.into(),
                 d_affine.bias.into(),
@@ -276,6 +276,7 @@ impl Queue {
         let (tiles, groups) = self.column_groups(op, dims)?;
         let (rows, dim) = (small(op, dims.rows)?, small(op, dims.dim)?);
         let moments = product(&[groups.count as usize, 2, dims.dim]);
+        let sums = moments.saturating_mul(size_of::<f32>());
         let blocks = dim.div_ceil(32);
         let partial = self.workspace(
             (moments.saturating_add(blocks as usize)).saturating_mul(size_of::<f32>()),
@@ -289,6 +290,7 @@ impl Queue {
         self.launch(
             kernels::COLUMN_MOMENTS,
             shape,
+            self.act_bytes(dims.len()) + sums,
             &[
                 partial.into(),
                 x.into(),
@@ -300,6 +302,7 @@ impl Queue {
         self.launch(
             kernels::COLUMN_SPREADS,
             line(blocks),
+            sums,
             &[
                 spreads.into(),
                 partial.into(),
@@ -318,7 +321,8 @@ impl Queue {
     /// `out = gelu(x)`
     pub(crate) fn gelu(&mut self, len: usize, out: DevicePtr, x: DevicePtr) -> Result<(), Error> {
         let args = [out.into(), x.into(), Arg::from(len as u64)];
-        self.launch(kernels::GELU_OF, self.elements(len), &args)
+        let bytes = self.act_bytes(2 * len);
+        self.launch(kernels::GELU_OF, self.elements(len), bytes, &args)
     }
 
     /// `out = scale * x`, a factor for each `share` elements.
@@ -336,7 +340,8 @@ impl Queue {
             Arg::from(len as u64),
             Arg::from(share as u64),
         ];
-        self.launch(kernels::SCALE_ROWS, self.elements(len), &args)
+        let bytes = self.act_bytes(2 * len);
+        self.launch(kernels::SCALE_ROWS, self.elements(len), bytes, &args)
     }
 
     /// `out = residual + scale * out`, a factor for each `share` elements.
@@ -354,7 +359,8 @@ impl Queue {
             Arg::from(len as u64),
             Arg::from(share as u64),
         ];
-        self.launch(kernels::ADD_SCALED_ROWS, self.elements(len), &args)
+        let bytes = self.act_bytes(3 * len);
+        self.launch(kernels::ADD_SCALED_ROWS, self.elements(len), bytes, &args)
     }
 
     /// See [`pcae_kernel::backend::TrainBackend::cosine_loss`]. `[d_pred, pred, target]`
@@ -376,6 +382,7 @@ impl Queue {
         self.launch(
             kernel,
             line(rows.div_ceil(BLOCK / 32)),
+            self.act_bytes(3 * dims.len()),
             &[
                 d_pred.into(),
                 cosines.into(),
@@ -409,6 +416,7 @@ impl Queue {
         self.launch(
             kernels::MSE_LOSS,
             line(blocks),
+            self.act_bytes(3 * dims.len()),
             &[
                 d_pred.into(),
                 squares.into(),
@@ -448,6 +456,7 @@ impl Queue {
         self.launch(
             kernels::CROSS_ENTROPY,
             shape,
+            self.act_bytes(3 * dims.len()),
             &[
                 d_logits.into(),
                 losses.into(),
@@ -470,7 +479,8 @@ impl Queue {
         let blocks = self.sums(len / 4);
         let squares = self.workspace(blocks as usize * size_of::<f32>())?;
         let args = [squares.into(), x.into(), Arg::from(len as u64)];
-        self.launch(kernels::SUM_SQUARES, line(blocks), &args)?;
+        let bytes = len * size_of::<f32>();
+        self.launch(kernels::SUM_SQUARES, line(blocks), bytes, &args)?;
         let sum = Sum {
             factor: 1.0,
             root: true,
@@ -500,6 +510,8 @@ impl Queue {
         self.launch(
             kernels::FINISH_SUM,
             shape,
+            // One block, and one sum after the other.
+            UNCOUNTED,
             &[
                 out.into(),
                 values.into(),

@@ -27,6 +27,13 @@ pub(crate) struct ColumnSums {
     pub(crate) sums: u32,
 }
 
+impl ColumnSums {
+    /// Bytes of the sums of all groups.
+    const fn bytes(&self) -> usize {
+        product(&[self.groups as usize, self.dims.dim, size_of::<f32>()])
+    }
+}
+
 impl Queue {
     /// Groups of rows for kernels that sum over them, 32 vectors of a row a block.
     pub(crate) fn column_groups(
@@ -58,6 +65,7 @@ impl Queue {
         self.launch(
             kernel,
             shape,
+            self.act_bytes(3 * dims.len()) + sums.bytes(),
             &[sums.partial.into(), d.into(), x.into(), rows, dim, each],
         )?;
         self.remember_sums(sums);
@@ -110,7 +118,8 @@ impl Queue {
                 };
                 let (shape, sums, [rows, dim, each]) = self.room_for_sums(op, dims, x)?;
                 let args = [sums.partial.into(), x.into(), rows, dim, each];
-                self.launch(kernel, shape, &args)?;
+                let bytes = self.act_bytes(dims.len()) + sums.bytes();
+                self.launch(kernel, shape, bytes, &args)?;
                 sums
             }
         };
@@ -123,6 +132,7 @@ impl Queue {
         self.launch(
             kernels::ADD_COLUMN_SUMS,
             shape,
+            sums.bytes() + 2 * dims.dim * size_of::<f32>(),
             &[
                 to.into(),
                 Arg::NULL,

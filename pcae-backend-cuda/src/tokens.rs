@@ -9,7 +9,7 @@ use crate::checks::small;
 use crate::driver::DevicePtr;
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
-use crate::queue::{Arg, Shape};
+use crate::queue::{Arg, Shape, UNCOUNTED};
 
 /// Threads of a block of every kernel that goes element by element.
 pub(crate) const BLOCK: u32 = 256;
@@ -103,6 +103,7 @@ impl Cuda {
         self.queue.launch(
             kernel,
             shape,
+            self.queue.act_bytes(2 * dims.patches_len()),
             &[
                 out.at(0).into(),
                 images.at(0).into(),
@@ -148,6 +149,8 @@ impl Cuda {
         self.queue.launch(
             kernels::SHIFT_TOKENS,
             shape,
+            self.queue
+                .act_bytes(2 * len as usize - product(&[batch, pad, dim])),
             &[
                 out.into(),
                 x.into(),
@@ -180,13 +183,13 @@ impl Cuda {
         let rows_per_part = rows.div_ceil(PARTS).max(4 * WARPS);
         let groups = small(op, rows.div_ceil(rows_per_part))?;
         let width = small(op, dim)?;
-        let parts = self
-            .queue
-            .workspace(product(&[groups as usize, dim, size_of::<f32>()]))?;
+        let sums = product(&[groups as usize, dim, size_of::<f32>()]);
+        let parts = self.queue.workspace(sums)?;
         let shape = self.grid(groups, self.columns(op, dim)?);
         self.queue.launch(
             kernels::SUM_TOKENS,
             shape,
+            self.queue.act_bytes(rows * dim) + sums,
             &[
                 parts.into(),
                 x.into(),
@@ -202,6 +205,7 @@ impl Cuda {
         self.queue.launch(
             kernels::ADD_COLUMN_SUMS,
             shape,
+            sums + 2 * dim * size_of::<f32>(),
             &[
                 to.into(),
                 Arg::NULL,
@@ -323,6 +327,7 @@ impl Cuda {
         self.queue.launch(
             kernels::DECODER_TOKENS,
             shape,
+            self.queue.act_bytes(dims.len() + dims.latent_len()),
             &[
                 out.at(0).into(),
                 x.at(0).into(),
@@ -392,6 +397,8 @@ impl Cuda {
         self.queue.launch(
             kernels::GATHER_TOKENS_BACKWARD,
             shape,
+            self.queue
+                .act_bytes(dims.len() + dims.with_tokens(keep).len()),
             &[
                 d_x.at(0).into(),
                 d_out.at(0).into(),
@@ -424,6 +431,8 @@ impl Cuda {
         self.queue.launch(
             kernels::MEAN_POOL_BACKWARD,
             shape,
+            self.queue
+                .act_bytes(dims.len() + product(&[dims.batch, dims.dim])),
             &[
                 d_x.at(0).into(),
                 d_out.at(0).into(),
@@ -468,6 +477,7 @@ impl Cuda {
         self.queue.launch(
             kernels::PIVOTED_QR_SCORES,
             shape,
+            UNCOUNTED,
             &[
                 scores.at(0).into(),
                 residuals.into(),

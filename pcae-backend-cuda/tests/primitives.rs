@@ -94,7 +94,11 @@ impl Device {
             capability: (major, minor),
             // SAFETY: an image by the compiler.
             module: unsafe { result::module::load_data(image.as_ptr().cast()) }.unwrap(),
-            stream: result::stream::create(result::stream::StreamKind::NonBlocking).unwrap(),
+            stream: result::stream::create_with_priority(
+                result::stream::StreamKind::NonBlocking,
+                0,
+            )
+            .unwrap(),
         })
     }
 
@@ -420,6 +424,14 @@ fn mistakes_of_the_host_are_found() {
     let stream = device.stream;
     // SAFETY: on the emulator, which keeps count of everything; nothing here is used by another thread.
     unsafe {
+        // Priorities are those of the device.
+        let (least, greatest) = result::stream::get_priority_range().unwrap();
+        assert!(greatest < least);
+        for wrong in [least + 1, greatest - 1] {
+            let kind = result::stream::StreamKind::NonBlocking;
+            assert!(result::stream::create_with_priority(kind, wrong).is_err());
+        }
+
         let pinned = result::malloc_host(256, 0).unwrap().cast::<f32>();
         let values = core::slice::from_raw_parts_mut(pinned, 64);
         values.fill(1.0);

@@ -269,14 +269,34 @@ fn field(text: &str, name: &str) -> Option<usize> {
 
 /// What an operation reads and writes on the backend that `machine` asks for, in bytes and at least.
 pub fn bytes(machine: &Machine) -> fn(&Op) -> u64 {
-    match (machine.backend, machine.precision()) {
+    let student = machine.precision();
+    match (machine.backend, student) {
         (BackendKind::Cuda, Precision::Bf16) => {
             |op| pcae_backend_cuda::bytes(op, CudaPrecision::Bf16)
         }
         (BackendKind::Cuda, _) => |op| pcae_backend_cuda::bytes(op, CudaPrecision::F32),
-        // Of 4 bytes each: in bf16 some activations, and the weights as products read them, have 2, and an update writes those too.
-        (BackendKind::Cpu | BackendKind::Reference, _) => |op| 4 * op.elements(),
+        (BackendKind::Cpu | BackendKind::Reference, _) => {
+            let is_bf16 = |precision| precision == Precision::Bf16;
+            match [student, machine.teacher_precision.unwrap_or(student)].map(is_bf16) {
+                [false, false] => |op| cpu_bytes(op, 0, 0),
+                [false, true] => |op| cpu_bytes(op, 0, 2),
+                [true, false] => |op| cpu_bytes(op, 4, 0),
+                [true, true] => |op| cpu_bytes(op, 4, 2),
+            }
+        }
     }
+}
+
+/// Of 4 bytes each, though in bf16 some activations have 2. An update writes weights in bf16 too, for a student's forward and backward and for a
+/// teacher's forward: so many bytes more for each parameter.
+fn cpu_bytes(op: &Op, of_student: u64, of_teacher: u64) -> u64 {
+    let packed = match *op {
+        Op::AdamW { elements, followed } => {
+            elements as u64 * of_student + followed as u64 * of_teacher
+        }
+        _ => 0,
+    };
+    4 * op.elements() + packed
 }
 
 /// The CPU backend with the instruction set and threads that `machine` asks for.
@@ -460,6 +480,33 @@ pub fn count(n: usize, what: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings::Settings;
+
+    #[test]
+    fn an_update_writes_weights_in_bf16_too() {
+        let update = Op::AdamW {
+            elements: 100,
+            followed: 30,
+        };
+        let (f32, bf16) = (Precision::F32, Precision::Bf16);
+        for (student, teacher, expected) in [
+            (f32, None, 100 * 32 + 30 * 8),
+            (f32, Some(bf16), 100 * 32 + 30 * 10),
+            (bf16, Some(f32), 100 * 36 + 30 * 8),
+            (bf16, None, 100 * 36 + 30 * 10),
+        ] {
+            let machine = Machine {
+                precision: Some(student),
+                teacher_precision: teacher,
+                ..Settings::default().machine
+            };
+            assert_eq!(
+                bytes(&machine)(&update),
+                expected,
+                "{student:?} {teacher:?}"
+            );
+        }
+    }
 
     #[test]
     fn fields_are_found_by_their_whole_name() {

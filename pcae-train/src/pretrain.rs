@@ -68,6 +68,9 @@ pub struct Summary {
     pub knn_top1_untrained: Option<f64>,
     /// The same on the pixels themselves.
     pub knn_top1_pixels: Option<f64>,
+    /// Training pictures that could not be read, each counted once, among those that this process came to; another one took
+    /// the place of each.
+    pub unreadable_train: usize,
     /// Whether a signal ended it early.
     pub interrupted: bool,
 }
@@ -273,6 +276,7 @@ impl Job for Run {
             knn_top1_pixels: series(&done.records, names::KNN_PIXELS)
                 .first()
                 .map(|&(_, value)| value),
+            unreadable_train: splits.train.num_broken(),
             interrupted: done.interrupted,
             out: done.out,
         })

@@ -121,24 +121,52 @@ fn everything_is_measured() {
             let part = parts.iter().find(|part| part["operation"] == name);
             part.unwrap_or_else(|| panic!("no {name} in {step}"))
         };
-        for name in [
-            "attention forward",
-            "attention backward",
-            "layer norm forward",
-            "layer norm backward",
-            "embed, gather, pool",
-            "selection",
-            "target and loss",
-            "AdamW and moving average",
-        ] {
-            let share = part(name)["share_of_bandwidth"].as_f64();
-            assert!(share > Some(0.0), "{name}: {step}");
-        }
         let linear = part("linear forward");
         assert!(linear["share_of_peak"].as_f64() > Some(0.0), "{linear}");
         assert!(linear["gbytes_per_s"].is_null(), "{linear}");
         // One update, apart from the runs that the figures are of.
-        assert_eq!(part("AdamW and moving average")["calls"], 1.0);
+        let update = part("AdamW and moving average");
+        assert_eq!(update["calls"], 1.0);
+        assert!(update["gbytes_per_s"].is_null(), "{update}");
+        kernels_are_told(step);
+    }
+    assert!(stdout(&output).contains("adamw_ema"));
+}
+
+/// Each kernel of a step, those that memory bounds with their bandwidth.
+fn kernels_are_told(step: &serde_json::Value) {
+    let kernels = step["kernels"].as_array().expect("kernels");
+    let shares = kernels.iter().filter_map(|part| part["share"].as_f64());
+    assert!((shares.sum::<f64>() - 1.0).abs() < 1e-9, "{step}");
+    for pair in kernels.windows(2) {
+        assert!(pair[0]["seconds"].as_f64() >= pair[1]["seconds"].as_f64());
+    }
+    for (name, launches) in [
+        ("adamw_ema", 1.0),
+        ("attention_32", 7.0),
+        ("attention_backward_32", 4.0),
+        ("cosine_loss", 1.0),
+        ("decoder_tokens", 1.0),
+        ("embed_tokens", 2.0),
+        ("gather_patches", 2.0),
+        ("gelu_backward", 4.0),
+        ("gelu_in_place", 3.0),
+        ("gelu_of", 4.0),
+        ("normalise_pixels", 1.0),
+        ("sum_squares", 1.0),
+    ] {
+        let part = kernels.iter().find(|part| part["kernel"] == name);
+        let part = part.unwrap_or_else(|| panic!("no {name} in {step}"));
+        assert_eq!(part["launches"], launches, "{part}");
+        let [bytes, seconds, rate] =
+            ["bytes", "seconds", "gbytes_per_s"].map(|it| part[it].as_f64().expect("a number"));
+        assert!(bytes > 0.0 && (rate * 1e9 * seconds / bytes - 1.0).abs() < 1e-9);
+        assert!(part["share_of_bandwidth"].as_f64() > Some(0.0), "{part}");
+    }
+    for name in ["products", "resize_crops", "select_by_rank"] {
+        let part = kernels.iter().find(|part| part["kernel"] == name);
+        let part = part.unwrap_or_else(|| panic!("no {name} in {step}"));
+        assert!(part["bytes"].is_null() && part["seconds"].as_f64() > Some(0.0));
     }
 }
 

@@ -240,6 +240,14 @@ fn unreadable_pictures_are_no_others() {
     let summary = PCAE.json(&[&args[..], &sizes, &TINY[..6]].concat());
     assert_eq!(summary["unreadable"], 1);
     assert_eq!(summary["unreadable_train"], 1);
+    let pretrained = place.path("pretrained");
+    let batch = ["--batch-size", "24"];
+    let args = ["pretrain", "--data", &data, "--out", &pretrained];
+    let said = stdout(&PCAE.succeeds(&[&args[..], &batch, &sizes, TINY].concat()));
+    assert!(
+        said.contains("; 1 training picture could not be read\n"),
+        "{said}"
+    );
     let config = fs::read_to_string(format!("{out}/config.toml")).unwrap();
     assert!(config.contains("batch_size = 24"), "{config}");
     let confusion = place.path("confusion.csv");

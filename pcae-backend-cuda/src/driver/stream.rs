@@ -126,12 +126,28 @@ impl fmt::Debug for Stream {
     }
 }
 
+/// Whose blocks a device begins with, where those of several streams wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Priority {
+    /// Before all others.
+    First,
+    /// In what others leave free.
+    Last,
+}
+
 impl Stream {
     /// One that does not wait for the default stream.
-    pub(crate) fn new(context: &Arc<Context>) -> Result<Self, Error> {
+    pub(crate) fn new(context: &Arc<Context>, priority: Priority) -> Result<Self, Error> {
         context.bind()?;
-        let raw = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(|error| failed("cuStreamCreate", error))?;
+        let (least, greatest) = result::stream::get_priority_range()
+            .map_err(|error| failed("cuCtxGetStreamPriorityRange", error))?;
+        let priority = match priority {
+            Priority::First => greatest,
+            Priority::Last => least,
+        };
+        let kind = result::stream::StreamKind::NonBlocking;
+        let raw = result::stream::create_with_priority(kind, priority)
+            .map_err(|error| failed("cuStreamCreateWithPriority", error))?;
         Ok(Self {
             context: Arc::clone(context),
             raw,

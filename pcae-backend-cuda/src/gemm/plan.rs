@@ -186,7 +186,7 @@ impl Plan {
         };
         match asked.result() {
             Ok(()) => {}
-            Err(error) if is_refusal(error) => return Ok(None),
+            Err(error) if is_refusal(error, matmul) => return Ok(None),
             Err(error) => return Err(fail("cublasLtMatmulAlgoGetHeuristic")(error)),
         }
         let works = |found: &&sys::cublasLtMatmulHeuristicResult_t| {

@@ -1,12 +1,14 @@
 //! What is queued, on its way to the device: piece by piece, or as a graph.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 
-use super::{Arg, GRAPHS, Known, Loaded, Queue, SEEN, Shape, WORTH, word};
+use super::profile::{KernelTime, Profile};
+use super::{Arg, GRAPHS, Known, Loaded, Queue, SEEN, Shape, UNCOUNTED, WORTH, word};
 use crate::driver::{DevicePtr, Event, MAX_ARGS, Stream};
 use crate::error::Error;
 use crate::gemm::{Gemm, Matmul};
-use crate::kernels::Kernel;
+use crate::kernels::{KERNELS, Kernel, PRODUCT};
 
 impl Queue {
     /// Runs what is queued, and does not wait for it.
@@ -66,6 +68,21 @@ impl Queue {
         }
     }
 
+    /// Times each kernel from now on, see [`Cuda::start_profile`](crate::Cuda::start_profile).
+    pub(crate) fn start_profile(&mut self) -> Result<(), Error> {
+        self.wait()?;
+        self.profile = Some(Profile::new(&self.context));
+        Ok(())
+    }
+
+    /// Waits as [`Queue::wait`], and returns what took how long since [`Queue::start_profile`].
+    pub(crate) fn stop_profile(&mut self) -> Result<Vec<KernelTime>, Error> {
+        let done = self.wait();
+        let profile = self.profile.take();
+        done?;
+        profile.map_or(Ok(Vec::new()), Profile::times)
+    }
+
     fn send_changing(&mut self) -> Result<(), Error> {
         if self.changing.is_empty() {
             return Ok(());
@@ -75,7 +92,7 @@ impl Queue {
     }
 
     fn run(&mut self) -> Result<(), Error> {
-        if self.clock_runs {
+        if self.clock_runs || self.profile.is_some() {
             self.runs.issued += 1;
             return self.issue();
         }
@@ -122,7 +139,7 @@ impl Queue {
             gemm,
             ..
         } = self;
-        let graph = stream.capture(|| issue(stream, functions, gemm, tape))?;
+        let graph = stream.capture(|| issue(stream, functions, gemm, tape, None))?;
         self.runs.made += 1;
         if self.known.len() == GRAPHS {
             let oldest = (0..GRAPHS).min_by_key(|i| self.known[*i].used);
@@ -139,43 +156,84 @@ impl Queue {
 
     /// Puts the tape's pieces into the stream.
     pub(super) fn issue(&mut self) -> Result<(), Error> {
-        issue(&self.stream, &self.functions, &mut self.gemm, &self.tape)
+        self.issue_in(Lane::Work)
+    }
+
+    /// Puts the tape's pieces into one of the streams.
+    pub(super) fn issue_in(&mut self, lane: Lane) -> Result<(), Error> {
+        let stream = match lane {
+            Lane::Work => &self.stream,
+            Lane::Upload => &self.upload.stream,
+        };
+        if let Some(profile) = &self.profile {
+            // By itself. What it is given first is of no use to anybody: while the device does that, the host comes with all the
+            // pieces, so that none waits for it.
+            self.upload.stream.wait()?;
+            self.stream.wait()?;
+            profile.prepare(self.pieces)?;
+            for _ in 0..=self.pieces {
+                self.gemm.spoil_workspace(stream)?;
+            }
+            profile.begin(stream)?;
+        }
+        issue(
+            stream,
+            &self.functions,
+            &mut self.gemm,
+            &self.tape,
+            self.profile.as_ref(),
+        )
     }
 }
 
+/// A stream of a [`Queue`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// That of all operations.
+    Work,
+    /// That of copies of pictures.
+    Upload,
+}
+
 /// Puts the pieces of `tape` into a stream.
-pub(super) fn issue(
+fn issue(
     stream: &Stream,
     functions: &[Loaded],
     gemm: &mut Gemm,
     tape: &[u64],
+    profile: Option<&Profile>,
 ) -> Result<(), Error> {
+    let mark = |name, bytes| profile.map_or(Ok(()), |profile| profile.mark(stream, name, bytes));
     let mut rest = tape;
     while let [first, after @ ..] = rest {
         rest = match first & 0xff {
             word::LAUNCH => {
-                let [xy, z_block, shared, after @ ..] = after else {
+                let [xy, z_block, shared, bytes, after @ ..] = after else {
                     break;
                 };
                 let (args, after) = after.split_at((first >> 32) as usize);
                 let low = |x: u64| x as u32;
+                let id = usize::from((first >> 8) as u16);
                 // SAFETY: `Queue::launch` has checked their number; where they point, the operation that queued it has.
                 unsafe {
                     stream.launch(
-                        functions[usize::from((first >> 8) as u16)].function,
+                        functions[id].function,
                         [low(*xy), low(*xy >> 32), low(*z_block)],
                         low(*z_block >> 32),
                         low(*shared),
                         args,
                     )?;
                 }
+                mark(KERNELS[id].name, *bytes as usize)?;
                 after
             }
             word::MATMUL => {
                 let Some((words, after)) = after.split_first_chunk() else {
                     break;
                 };
-                let launch = |kernel: Kernel, shape: Shape, args: &[Arg]| {
+                let is_ours = Cell::new(false);
+                let launch = |kernel: Kernel, shape: Shape, bytes: usize, args: &[Arg]| {
+                    is_ours.set(kernel == PRODUCT);
                     let mut words = [0; MAX_ARGS];
                     let words = &mut words[..args.len()];
                     for (word, arg) in words.iter_mut().zip(args) {
@@ -183,9 +241,15 @@ pub(super) fn issue(
                     }
                     let function = functions[usize::from(kernel.id)].function;
                     // SAFETY: as below; `Gemm` passes what the kernel takes.
-                    unsafe { stream.launch(function, shape.grid, shape.block, shape.shared, words) }
+                    unsafe {
+                        stream.launch(function, shape.grid, shape.block, shape.shared, words)?;
+                    }
+                    mark(kernel.name, bytes)
                 };
                 gemm.run(stream, &launch, &Matmul::from_words(words))?;
+                if !is_ours.get() {
+                    mark(KernelTime::PRODUCTS, UNCOUNTED)?;
+                }
                 after
             }
             word::COPY => {
@@ -195,6 +259,7 @@ pub(super) fn issue(
                 let bytes = *bytes as usize;
                 // SAFETY: the operation that queued it has checked where both lie.
                 unsafe { stream.copy(DevicePtr(*to), DevicePtr(*from), bytes)? };
+                mark(KernelTime::COPY, bytes.saturating_mul(2))?;
                 after
             }
             _ => {
@@ -203,6 +268,7 @@ pub(super) fn issue(
                 };
                 // SAFETY: the operation that queued it has checked where it lies.
                 unsafe { stream.zero(DevicePtr(*at), *bytes as usize)? };
+                mark(KernelTime::ZERO, *bytes as usize)?;
                 after
             }
         };

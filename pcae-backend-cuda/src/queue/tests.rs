@@ -384,10 +384,12 @@ fn impossible_launches_are_refused() {
         shape([1, 1, 1], kernel.threads + 1, 0),
         shape([1, 1, 1], 32, 1 << 20),
     ] {
-        let refused = queue.launch(kernel, shape, args);
+        let refused = queue.launch(kernel, shape, UNCOUNTED, args);
         assert!(matches!(refused, Err(Error::Launch { .. })), "{shape:?}");
     }
-    queue.launch(kernel, shape([0, 1, 1], 32, 0), args).unwrap();
+    queue
+        .launch(kernel, shape([0, 1, 1], 32, 0), UNCOUNTED, args)
+        .unwrap();
     assert!(queue.tape.is_empty());
 }
 

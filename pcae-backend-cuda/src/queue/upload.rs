@@ -22,11 +22,11 @@ use pcae_kernel::backend::{PixelDims, Pixels};
 use pcae_kernel::error::product;
 use pcae_kernel::resize::{MAX_SHRINK, MAX_TAPS};
 
-use super::running::issue;
-use super::{Queue, Shape};
+use super::running::Lane;
+use super::{Queue, Shape, UNCOUNTED};
 use crate::Precision;
 use crate::checks::small;
-use crate::driver::{Context, DevicePtr, Event, GRAIN, Memory, Stream};
+use crate::driver::{Context, DevicePtr, Event, GRAIN, Memory, Priority, Stream};
 use crate::error::Error;
 use crate::kernels::{CROP_TAPS, NORMALISE_PIXELS, RESIZE_CROPS};
 use crate::ring::to_bf16;
@@ -85,7 +85,8 @@ impl Upload {
             })
         };
         Ok(Self {
-            stream: Stream::new(context)?,
+            // Blocks of `resize_crops` fill a device; a step's come between them.
+            stream: Stream::new(context, Priority::Last)?,
             memory: None,
             crops: None,
             stages: [stage()?, stage()?],
@@ -189,6 +190,7 @@ impl Queue {
                 block: BLOCK,
                 shared: 0,
             },
+            dims.len() + self.act_bytes(dims.len()),
             &[
                 to.into(),
                 at.into(),
@@ -303,14 +305,8 @@ impl Queue {
 
     /// Makes the pixels of a stage of crops, in the stream of copies.
     fn resize_crops(&mut self, dims: PixelDims, to: DevicePtr, at: DevicePtr) -> Result<(), Error> {
-        let issued = self.queue_crops(dims, to, at).and_then(|()| {
-            issue(
-                &self.upload.stream,
-                &self.functions,
-                &mut self.gemm,
-                &self.tape,
-            )
-        });
+        let queued = self.queue_crops(dims, to, at);
+        let issued = queued.and_then(|()| self.issue_in(Lane::Upload));
         // After a refusal too: what was queued before it would run in the queue's stream, which nothing orders behind the copies.
         self.clear();
         issued
@@ -330,6 +326,7 @@ impl Queue {
                 block: BLOCK,
                 shared: 0,
             },
+            UNCOUNTED,
             &[taps.into(), at.into(), height.into(), width.into()],
         )?;
         let columns = MAX_SHRINK as u32 * width.min(TILE_COLUMNS) + MAX_TAPS as u32;
@@ -341,6 +338,8 @@ impl Queue {
                 block: BLOCK,
                 shared: TILE_ROWS.saturating_mul(line),
             },
+            // Some fifty integer instructions for each byte of the result: thrice the time of what it reads and writes.
+            UNCOUNTED,
             &[
                 to.into(),
                 at.plus(places.pixels).into(),

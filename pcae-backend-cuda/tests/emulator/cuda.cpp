@@ -712,9 +712,20 @@ EXPORT Result cuMemsetD32_v2(DevicePtr at, unsigned value, size_t count) {
 
 // ---- Streams and events
 
-EXPORT Result cuStreamCreate(void** stream, unsigned flags) {
+// As on devices so far. Work of all streams goes by chance here anyway.
+static constexpr int GREATEST_PRIORITY = -5;
+
+EXPORT Result cuCtxGetStreamPriorityRange(int* least, int* greatest) {
     NEED_CONTEXT;
-    if (flags > 1) return refuse(INVALID_VALUE, "cuStreamCreate: flags %#x", flags);
+    *least = 0;
+    *greatest = GREATEST_PRIORITY;
+    return SUCCESS;
+}
+
+EXPORT Result cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
+    NEED_CONTEXT;
+    if (flags > 1) return refuse(INVALID_VALUE, "cuStreamCreateWithPriority: flags %#x", flags);
+    if (priority > 0 || priority < GREATEST_PRIORITY) return refuse(INVALID_VALUE, "cuStreamCreateWithPriority: priority %d", priority);
     Stream* made = new Stream();
     made->waits_for_default = flags == 0;
     streams.insert(made);

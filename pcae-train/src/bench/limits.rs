@@ -62,13 +62,16 @@ impl Limits {
         }
     }
 
-    /// Measures what `machine` can do, again where it was before: the best counts.
+    /// Measures what `machine` can do, a CPU again where it was before: its clock moves, and the best counts.
     pub(super) fn measure(&mut self, machine: &Machine) -> Result<(), Error> {
         let wants_bandwidth =
             self.wants_bandwidth && !self.bandwidths.contains_key(&computes(machine));
         let Some(peak) = self.of(machine)? else {
             return Ok(());
         };
+        if peak.best > 0.0 && matches!(peak.on, On::Cuda(_)) {
+            return Ok(());
+        }
         let bandwidth = wants_bandwidth.then(|| peak.on.bandwidth()).transpose()?;
         peak.best = peak.best.max(peak.on.flops()?);
         if let Some(bandwidth) = bandwidth {

@@ -167,6 +167,9 @@ pub struct Measurement {
     /// Where the time went, if that was asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub breakdown: Vec<Part>,
+    /// The same kernel by kernel, longest first, on a device.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub kernels: Vec<KernelPart>,
     /// How work ran on a device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub launches: Option<Launches>,
@@ -225,11 +228,32 @@ pub struct Part {
     /// As [`Measurement::flops_per_byte`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flops_per_byte: Option<f64>,
-    /// Read and written at least, in 10^9 bytes per second: of the optimizer, and on a device of all that is no linear layer.
+    /// Read and written at least, in 10^9 bytes per second: of the optimizer, on a CPU. On a device [`KernelPart`] tells it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gbytes_per_s: Option<f64>,
-    /// `gbytes_per_s` over what a copy or an update in place, whichever is faster, reaches in this run with the same threads
-    /// (on a device, a copy).
+    /// `gbytes_per_s` over what a copy or an update in place, whichever is faster, reaches in this run with the same threads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share_of_bandwidth: Option<f64>,
+}
+
+/// All launches of a kernel in a run, the mean of runs beside the timed ones: [`pcae_backend_cuda::KernelTime`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct KernelPart {
+    /// Its name; those of matrix products, copies and zeros stand for what libraries launch.
+    pub kernel: &'static str,
+    /// Launches in a run.
+    pub launches: f64,
+    /// Seconds in a run, some microseconds for each launch included.
+    pub seconds: f64,
+    /// Part of the time of all kernels.
+    pub share: f64,
+    /// Bytes read and written at least in a run; none of a kernel that memory does not bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<f64>,
+    /// `bytes` over `seconds`, in 10^9 bytes per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gbytes_per_s: Option<f64>,
+    /// `gbytes_per_s` over what a copy reaches in this run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub share_of_bandwidth: Option<f64>,
 }
@@ -638,6 +662,7 @@ impl Measurement {
             flops_per_byte: None,
             planned_bytes: None,
             breakdown: Vec::new(),
+            kernels: Vec::new(),
             launches: None,
             warnings: Vec::new(),
         }

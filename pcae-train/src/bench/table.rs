@@ -5,7 +5,7 @@ use std::fmt::Write;
 use pcae_kernel::sizing::Memory;
 
 use super::limits::CUDA;
-use super::{MachineReport, Measurement, Part};
+use super::{KernelPart, MachineReport, Measurement, Part};
 use crate::backends::count;
 use crate::network::arrows;
 
@@ -22,7 +22,7 @@ pub fn row(result: &Measurement) -> String {
     let what = format!("{:?}", result.what).to_lowercase();
     let number = |number: Option<usize>| number.map_or_else(|| "-".to_owned(), |n| n.to_string());
     let share = |share: Option<f64>| share.map_or_else(|| "-".to_owned(), percent);
-    let mut text = columns([
+    let text = columns([
         &what,
         &subject(result),
         &number(result.batch),
@@ -37,10 +37,7 @@ pub fn row(result: &Measurement) -> String {
         &share(result.share_of_peak_beside),
         &result.spread.map_or_else(|| "-".to_owned(), percent),
     ]);
-    for part in &result.breakdown {
-        text += &part_line(part);
-    }
-    text
+    text + &parts(result)
 }
 
 /// Names of the columns of [`budget_row`].
@@ -64,7 +61,7 @@ pub fn budget_row(result: &Measurement) -> String {
     let hundredths = |part: Option<f64>| {
         part.map_or_else(|| "-".to_owned(), |part| format!("{:.2}", 100.0 * part))
     };
-    let mut text = budget_columns([
+    let text = budget_columns([
         &result.drop_ratio.unwrap_or(0.0).to_string(),
         &arrows(result.tokens.as_deref().unwrap_or_default()),
         &format!("{:.1}", result.multiply_adds.unwrap_or(0) as f64 / 1e6),
@@ -78,10 +75,7 @@ pub fn budget_row(result: &Measurement) -> String {
         &hundredths(result.top1),
         &hundredths(result.top5),
     ]);
-    for part in &result.breakdown {
-        text += &part_line(part);
-    }
-    text
+    text + &parts(result)
 }
 
 fn budget_columns(cells: [&str; 10]) -> String {
@@ -203,22 +197,45 @@ fn format(result: &Measurement) -> String {
     text
 }
 
+/// Where the time of a measurement went, by operations and then by kernels.
+fn parts(result: &Measurement) -> String {
+    let operations = result.breakdown.iter().map(part_line);
+    let kernels = result.kernels.iter().map(kernel_line);
+    operations.chain(kernels).collect()
+}
+
 fn part_line(part: &Part) -> String {
-    let mut text = format!(
-        "         {:<26} {:>6} {:>7.0} calls {:>10.3} ms",
-        part.operation,
-        percent(part.share),
-        part.calls,
-        1e3 * part.seconds
-    );
+    let mut text = timed(part.operation, part.share, part.calls, part.seconds);
     if let (Some(gflops), Some(share)) = (part.gflops, part.share_of_peak) {
         let _ = write!(text, " {gflops:>9.1} GFLOP/s {:>7} of peak", percent(share));
     }
-    if let (Some(rate), Some(share)) = (part.gbytes_per_s, part.share_of_bandwidth) {
-        let _ = write!(text, " {rate:>9.1} GB/s    {:>7} of memory", percent(share));
-    }
+    text += &moved(part.gbytes_per_s, part.share_of_bandwidth);
     text.push('\n');
     text
+}
+
+fn kernel_line(part: &KernelPart) -> String {
+    let mut text = timed(part.kernel, part.share, part.launches, part.seconds);
+    text += &moved(part.gbytes_per_s, part.share_of_bandwidth);
+    text.push('\n');
+    text
+}
+
+fn timed(what: &str, share: f64, calls: f64, seconds: f64) -> String {
+    format!(
+        "         {what:<26} {:>6} {calls:>7.0} calls {:>10.3} ms",
+        percent(share),
+        1e3 * seconds
+    )
+}
+
+fn moved(rate: Option<f64>, share: Option<f64>) -> String {
+    match (rate, share) {
+        (Some(rate), Some(share)) => {
+            format!(" {rate:>9.1} GB/s    {:>7} of memory", percent(share))
+        }
+        _ => String::new(),
+    }
 }
 
 fn percent(share: f64) -> String {

@@ -52,6 +52,11 @@ impl<B> Timed<B> {
     }
 
     /// The backend itself.
+    pub fn inner_mut(&mut self) -> &mut B {
+        &mut self.inner
+    }
+
+    /// The backend itself.
     pub fn into_inner(self) -> B {
         self.inner
     }
@@ -133,6 +138,20 @@ impl<B: TrainBackend> Backend for Timed<B> {
         self.timed(Op::pixels(dims, &pixels), |inner| {
             inner.write_pixels(dims, to, pixels)
         })
+    }
+
+    fn write_values(
+        &mut self,
+        dims: PixelDims,
+        to: &mut Self::Buf,
+        from: &[f32],
+    ) -> Result<(), Self::Error> {
+        self.timed(
+            Op::Transfer {
+                elements: from.len(),
+            },
+            |inner| inner.write_values(dims, to, from),
+        )
     }
 
     fn read(&mut self, to: &mut [f32], from: &Self::Buf) -> Result<(), Self::Error> {

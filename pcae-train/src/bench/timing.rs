@@ -2,12 +2,13 @@
 
 use std::time::Instant;
 
+use pcae_backend_cuda::KernelTime;
 use pcae_kernel::op::OpKind;
 
 use super::limits::Limits;
 use super::timed::Tally;
 use super::work::{Track, Workload};
-use super::{Case, Measurement, Part, Plan};
+use super::{Case, KernelPart, Measurement, Part, Plan};
 use crate::backends;
 use crate::error::Error;
 
@@ -16,6 +17,10 @@ const LEAST_SECONDS: f64 = 2e-3;
 
 /// The same where the way to a device and back counts too.
 const LEAST_SECONDS_QUEUED: f64 = 5e-2;
+
+/// The same where each run brings pictures, which come while the device works on the run before: the first of a timing have to be waited
+/// for, some 10 ms for a batch of 256, as they never are in training.
+const LEAST_SECONDS_UPLOADED: f64 = 1.0;
 
 /// Runs in one timing at most.
 const MOST_CALLS: f64 = 10_000.0;
@@ -34,6 +39,8 @@ struct Timing {
     /// Its share of the peak at that time.
     beside: Vec<f64>,
     tallies: Vec<(OpKind, Tally)>,
+    /// Of one run for each timing.
+    kernels: Vec<KernelTime>,
     /// Operations are timed in runs of their own, each alone on a device.
     is_queued: bool,
 }
@@ -72,6 +79,7 @@ pub(super) fn measure(
                     }
                     work.stop();
                     timing.add(&work.tallies());
+                    timing.add_kernels(&work.profile(track)?);
                 }
             }
         }
@@ -107,17 +115,27 @@ fn warm_up(work: &mut dyn Workload, track: usize) -> Result<Timing, Error> {
     });
     let took = pass(work, track, 1)?;
     let is_queued = work.is_queued();
-    let (least, most) = match is_queued {
-        true => (LEAST_SECONDS_QUEUED, MOST_CALLS_QUEUED),
-        false => (LEAST_SECONDS, MOST_CALLS),
+    let (least, most) = match (is_queued, work.uploads()) {
+        (true, true) => (LEAST_SECONDS_UPLOADED, MOST_CALLS_QUEUED),
+        (true, false) => (LEAST_SECONDS_QUEUED, MOST_CALLS_QUEUED),
+        (false, _) => (LEAST_SECONDS, MOST_CALLS),
     };
-    let calls = (least / took).ceil().clamp(1.0, most) as u32;
-    if is_queued {
-        // Issued, made into a graph, launched as that.
-        for _ in 0..3 {
-            pass(work, track, calls)?;
+    let calls = |took: f64| (least / took).ceil().clamp(1.0, most) as u32;
+    let calls = match is_queued {
+        // Issued, made into a graph, launched as that; a run that brings pictures is a graph of its own.
+        true if work.uploads() => {
+            pass(work, track, 2)?;
+            calls(pass(work, track, 1)?)
         }
-    }
+        true => {
+            let calls = calls(took);
+            for _ in 0..3 {
+                pass(work, track, calls)?;
+            }
+            calls
+        }
+        false => calls(took),
+    };
     Ok(Timing {
         track: work.tracks()[track].clone(),
         calls,
@@ -125,6 +143,7 @@ fn warm_up(work: &mut dyn Workload, track: usize) -> Result<Timing, Error> {
         seconds: Vec::new(),
         beside: Vec::new(),
         tallies: OpKind::ALL.map(|kind| (kind, Tally::default())).to_vec(),
+        kernels: Vec::new(),
         is_queued,
     })
 }
@@ -155,6 +174,19 @@ impl Timing {
         }
     }
 
+    fn add_kernels(&mut self, times: &[KernelTime]) {
+        for time in times {
+            match self.kernels.iter_mut().find(|sum| sum.name == time.name) {
+                Some(sum) => {
+                    sum.launches += time.launches;
+                    sum.seconds += time.seconds;
+                    sum.bytes = sum.bytes.zip(time.bytes).map(|(sum, bytes)| sum + bytes);
+                }
+                None => self.kernels.push(*time),
+            }
+        }
+    }
+
     fn result(
         mut self,
         blank: Measurement,
@@ -165,6 +197,7 @@ impl Timing {
         let calls = f64::from(self.calls);
         let total = self.seconds.iter().sum::<f64>() * calls;
         let breakdown = self.breakdown(total, self.seconds.len() as f64, peak, bandwidth);
+        let kernels = self.kernel_parts(self.seconds.len() as f64, bandwidth);
         self.seconds.sort_unstable_by(f64::total_cmp);
         let median = self.seconds[self.seconds.len() / 2];
         let range = self.seconds[self.seconds.len() - 1] - self.seconds[0];
@@ -183,6 +216,7 @@ impl Timing {
             share_of_peak_beside: self.beside.get(self.beside.len() / 2).copied(),
             flops_per_byte: self.flops_per_byte,
             breakdown,
+            kernels,
             ..blank
         }
     }
@@ -215,19 +249,8 @@ impl Timing {
             let seconds = tally.time.as_secs_f64();
             rest -= seconds;
             let flops = (tally.macs > 0).then(|| 2.0 * tally.macs as f64 / seconds);
-            let is_bound_by_memory = match self.is_queued {
-                // The norm of a vector does not tell how much it reads.
-                true => !matches!(
-                    kind,
-                    OpKind::LinearForward
-                        | OpKind::LinearInputGradient
-                        | OpKind::LinearParamsGradient
-                        | OpKind::Vectors
-                        | OpKind::Transfer
-                ),
-                // Others find much of what they read in a cache.
-                false => kind == OpKind::Optimizer,
-            };
+            // Others find much of what they read in a cache, and of a device its kernels tell.
+            let is_bound_by_memory = !self.is_queued && kind == OpKind::Optimizer;
             let bytes = is_bound_by_memory.then(|| tally.bytes as f64 / seconds);
             parts.push(Part {
                 operation: kind.name(),
@@ -254,6 +277,26 @@ impl Timing {
                 share_of_bandwidth: None,
             });
         }
+        parts
+    }
+
+    /// Of so many runs.
+    fn kernel_parts(&self, runs: f64, bandwidth: Option<f64>) -> Vec<KernelPart> {
+        let all: f64 = self.kernels.iter().map(|time| time.seconds).sum();
+        let part = |time: &KernelTime| {
+            let rate = time.bytes.map(|bytes| bytes as f64 / time.seconds);
+            KernelPart {
+                kernel: time.name,
+                launches: time.launches as f64 / runs,
+                seconds: time.seconds / runs,
+                share: time.seconds / all,
+                bytes: time.bytes.map(|bytes| bytes as f64 / runs),
+                gbytes_per_s: rate.map(|rate| rate / 1e9),
+                share_of_bandwidth: rate.zip(bandwidth).map(|(rate, most)| rate / most),
+            }
+        };
+        let mut parts: Vec<KernelPart> = self.kernels.iter().map(part).collect();
+        parts.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
         parts
     }
 }

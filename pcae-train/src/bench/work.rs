@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use pcae_backend_cuda::Cuda;
+use pcae_backend_cuda::{Cuda, KernelTime};
 use pcae_kernel::backend::{
     AdamW, AttentionDims, Backend, BlockDims, Epilogue, Linear, LinearDims, PixelDims, Pixels,
     TrainBackend,
@@ -56,6 +56,9 @@ pub(super) trait Workload {
     /// Whether [`Workload::run`] returns before the work is done.
     fn is_queued(&self) -> bool;
 
+    /// Whether each run brings pictures, which a device copies while it works on the run before.
+    fn uploads(&self) -> bool;
+
     /// What comes before the runs of a timing: on a backend that makes graphs of work that comes again, each timing is the same.
     fn begin(&mut self);
 
@@ -72,6 +75,9 @@ pub(super) trait Workload {
     fn stop(&mut self);
 
     fn tallies(&self) -> Vec<(OpKind, Tally)>;
+
+    /// Runs one of the tracks once, and returns how long each kernel took, on a device.
+    fn profile(&mut self, track: usize) -> Result<Vec<KernelTime>, Error>;
 
     /// How work ran so far, on a device.
     fn launches(&self) -> Option<Launches>;
@@ -181,6 +187,11 @@ impl Host {
 trait Work<B: TrainBackend> {
     fn tracks(&self) -> &[Track];
 
+    /// See [`Workload::uploads`].
+    fn uploads(&self) -> bool {
+        false
+    }
+
     /// See [`Workload::begin`].
     fn begin(&mut self) {}
 
@@ -200,6 +211,10 @@ impl<B: TrainBackend + 'static> Workload for Live<B> {
 
     fn is_queued(&self) -> bool {
         self.backend.is_queued()
+    }
+
+    fn uploads(&self) -> bool {
+        self.work.uploads()
     }
 
     fn begin(&mut self) {
@@ -232,6 +247,21 @@ impl<B: TrainBackend + 'static> Workload for Live<B> {
         self.backend.tallies().collect()
     }
 
+    fn profile(&mut self, track: usize) -> Result<Vec<KernelTime>, Error> {
+        let failed = |error| Error::backend(&self.name, error);
+        let Some(cuda) = device(&mut self.backend) else {
+            return Ok(Vec::new());
+        };
+        cuda.start_profile().map_err(failed)?;
+        self.run(track)?;
+        match device(&mut self.backend) {
+            Some(cuda) => cuda
+                .stop_profile()
+                .map_err(|error| Error::backend(&self.name, error)),
+            None => Ok(Vec::new()),
+        }
+    }
+
     fn launches(&self) -> Option<Launches> {
         let backend: &dyn Any = self.backend.inner();
         Some(backend.downcast_ref::<Cuda>()?.runs().into())
@@ -240,6 +270,12 @@ impl<B: TrainBackend + 'static> Workload for Live<B> {
     fn warnings(&mut self) -> Vec<String> {
         std::iter::from_fn(|| self.backend.warning().map(str::to_owned)).collect()
     }
+}
+
+/// The backend, if it is a device.
+fn device<B: TrainBackend + 'static>(backend: &mut Timed<B>) -> Option<&mut Cuda> {
+    let backend: &mut dyn Any = backend.inner_mut();
+    backend.downcast_mut()
 }
 
 /// A network's forward, its answer read.
@@ -415,6 +451,10 @@ impl<B: TrainBackend> Step<B> {
 impl<B: TrainBackend> Work<B> for Step<B> {
     fn tracks(&self) -> &[Track] {
         std::slice::from_ref(&self.track)
+    }
+
+    fn uploads(&self) -> bool {
+        true
     }
 
     fn run(&mut self, backend: &mut Timed<B>, _track: usize) -> Result<(), B::Error> {

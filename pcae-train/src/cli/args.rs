@@ -331,7 +331,7 @@ pub(super) struct BenchArgs {
     /// Any setting of the model, such as decoder_depth=8; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Say where the time goes, by kind of operation; on cuda each is timed alone, in runs apart and without graphs
+    /// Say where the time goes, by kind of operation; on cuda each is timed alone, and then each kernel, in runs apart without graphs
     #[arg(long)]
     breakdown: bool,
     /// Draw the figures under the machine's limits, to this PNG file

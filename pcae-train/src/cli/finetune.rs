@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::args::{is_machine_alone, key_values};
-use super::{percent, program, write_out};
+use super::{percent, program, unreadable_train, write_out};
 use crate::backends::count;
 use crate::checkpoint::{Which, locate};
 use crate::data::no_pictures_of;
@@ -165,12 +165,7 @@ fn closing(summary: &finetune::Summary) -> String {
         percent(summary.top5)
     );
     text += &left_out(summary.unreadable);
-    if summary.unreadable_train > 0 {
-        text += &format!(
-            "; {} could not be read",
-            count(summary.unreadable_train, "training picture")
-        );
-    }
+    text += &unreadable_train(summary.unreadable_train);
     if summary.ema_top1.is_some() {
         text += &format!("; average {}", percent(summary.ema_top1));
     }

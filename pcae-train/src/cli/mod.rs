@@ -144,6 +144,7 @@ fn closing(summary: &pretrain::Summary) -> String {
     if let Some(images_per_s) = images_per_s {
         text += &format!(", {}", rate(images_per_s));
     }
+    text += &unreadable_train(summary.unreadable_train);
     text.push('\n');
     if summary.knn_top1.is_some() {
         text += &format!(
@@ -164,6 +165,17 @@ fn closing(summary: &pretrain::Summary) -> String {
         );
     }
     text
+}
+
+/// `; 3 training pictures could not be read`, or nothing.
+fn unreadable_train(unreadable: usize) -> String {
+    match unreadable {
+        0 => String::new(),
+        unreadable => format!(
+            "; {} could not be read",
+            count(unreadable, "training picture")
+        ),
+    }
 }
 
 fn bench_command(args: &BenchArgs) -> Result<ExitCode, Error> {
