@@ -108,13 +108,14 @@ fn values_are_those_of_the_reference_to_the_bit() {
     for precision in [Precision::F32, Precision::Bf16] {
         let mut cuda = Cuda::new(0, precision).unwrap();
         for (batch, channels, height, width) in [
+            // The first, while there is no room but for these: each crop takes a word, though it has four bytes at most.
+            (33, 1, 1, 1),
             (3, 3, 7, 48),
             (2, 1, 9, 32),
             (5, 3, 3, 16),
             (2, 3, 5, 17),
             (3, 1, 28, 28),
             (1, 2, 3, 16),
-            (33, 1, 1, 1),
             // More than one tile of rows, and of columns; what is left over of both.
             (4, 3, 20, 70),
             (3, 1, 16, 64),

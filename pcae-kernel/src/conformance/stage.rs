@@ -277,6 +277,16 @@ impl<B: TrainBackend> Stage<'_, B> {
                 }
             }
         });
+        let short = &values[..values.len() - 1];
+        let taken = [
+            self.backend.params(layout, short).is_ok(),
+            self.backend.teacher_params(layout, short).is_ok(),
+            self.backend.frozen_params(layout, short).is_ok(),
+        ];
+        if taken.contains(&true) {
+            let argument = Some("values");
+            return Err(FailureKind::Accepted { argument });
+        }
         self.backend.params(layout, &values).map_err(buffer_error)
     }
 
