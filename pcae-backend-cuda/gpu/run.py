@@ -24,7 +24,7 @@ failed, whether targets are met or not.
 
 How it times. In every round each contender gives one sample, one after the other, the order turned by one each round. Ours is
 `pcae bench` in a fresh process; PyTorch's variants each keep a process, which waits for its turn. A sample is an untimed call and
-then the median of as many as fit into `--seconds`. Figures are medians over the rounds, with the least and the greatest; a ratio is
+then the median of as many as fit into `--seconds`; of ours each is the mean of several, of a step of those that fit into a second. Figures are medians over the rounds, with the least and the greatest; a ratio is
 that of the medians, with the least and the greatest of any one round. A contender that has no memory for a batch size is left out there,
 and so are teachers in fp8 where the device's compute capability is below 8.9. Between batch sizes no process of PyTorch's stays alive.
 A kernel's bandwidth is judged where a copy of what a launch moves takes 10 us or more. Where nsys is in PATH or where CUDA puts it, it traces

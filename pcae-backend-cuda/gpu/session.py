@@ -100,6 +100,9 @@ class Session:
         if arguments.rehearse:
             # Its images are for one version of the emulator.
             self.env["PCAE_CACHE"] = f"{arguments.rehearse}/images"
+        else:
+            # Kernels are compiled once, whatever this user's home is. What is there is found by its source.
+            self.env.setdefault("PCAE_CACHE", str(arguments.out.resolve() / "kernels"))
 
     # ------------------------------------------------------------ commands
 

@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -146,7 +147,7 @@ class Bundle(Quiet):
         self.assertEqual(checks.test_programs(run, None).keys(), {"fp8"})
         for part in (checks.tests, checks.sanitizer):
             run.args.rehearse, run.scratch = "emulator", pathlib.Path(self.folder.name)
-            run.ours = lambda *words: list(words)
+            run.ours, run.command = lambda *words: list(words), lambda words: ""
             with self.assertRaisesRegex(Failure, "no test programs .*graphs"):
                 part(run, {})
 
@@ -163,6 +164,49 @@ class Bundle(Quiet):
             checks.tests(run, results)
             self.assertEqual(results["fp8"], {"status": "passed", "says": f"{count} tests", "tests": count})
         self.assertEqual(ran, [[], ["--exact", "first"]])
+
+
+class Sanitizer(Quiet):
+    def test_each_check_gets_the_options_that_the_tool_has(self):
+        """Hazards of others' kernels are not looked for, and any of ours is."""
+        none = checks.sanitizer_options("--tool --error-exitcode")
+        self.assertEqual(none, {check: [] for check in checks.SANITIZERS})
+        some = checks.sanitizer_options("  --report-api-errors arg\n  --kernel-name-exclude arg")
+        self.assertEqual(some["memcheck"], ["--report-api-errors", "no"])
+        self.assertEqual(some["racecheck"], some["synccheck"])
+        parts = [part.removeprefix("kns=") for part in some["racecheck"][1].split(",")]
+        kernels = pathlib.Path(checks.__file__).resolve().parents[1] / "kernels"
+        ours = re.findall(r"(?:__launch_bounds__\([^\n]*\)\s+|^[A-Z_]+\()([a-z]\w+)\(?", "\n".join(
+            path.read_text() for path in kernels.glob("*.cu")), re.MULTILINE)
+        self.assertGreater(len(ours), 50)
+        self.assertIn("adamw_ema", ours)
+        self.assertEqual([name for name in ours if any(part in name for part in parts)], [])
+
+    def test_the_stand_in_of_a_rehearsal_takes_any_options(self):
+        run = self.run_of(rehearse="emulator")
+        run.scratch = pathlib.Path(self.folder.name)
+        tool = checks.sanitizer_tool(run)
+        said = subprocess.run([tool, "--tool", "memcheck", "--more", "1", "echo", "done"], capture_output=True, text=True)
+        self.assertEqual(said.stdout.splitlines()[0], "done")
+        self.assertIn(": 0 errors", said.stdout)
+        self.assertEqual(subprocess.run([tool, "--tool", "memcheck", "false"]).returncode, 1)
+
+
+class Ours(Quiet):
+    def test_a_sample_has_as_many_timings_as_fit(self):
+        """Each is of several calls."""
+        run, repeats = self.run_of(), []
+        run.scratch, run.ours = pathlib.Path(self.folder.name), lambda *words: list(words)
+        case = dict(what="infer", model="vit-b16", batch=4, precision="bf16", drop_ratio=0.0)
+        ours = contenders.Ours(run, "ours", case)
+
+        def command(words):
+            repeats.append(words[-1])
+            ours.json.write_text(json.dumps({"results": [{"images_per_s": 400.0, "gflops": 1.0, "calls": 25}]}))
+        run.command = command
+        ours.ready()
+        self.assertEqual([ours.sample(seconds) for seconds in (1.0, 0.0)], [0.01, 0.01])
+        self.assertEqual(repeats, [1, 4, 1])
 
 
 class Race(Quiet):

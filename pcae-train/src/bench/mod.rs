@@ -144,6 +144,9 @@ pub struct Measurement {
     /// Median seconds of a run; none of a peak.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
+    /// Runs in each timing; none of a peak.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calls: Option<u32>,
     /// Slowest less fastest run, over the median.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spread: Option<f64>,
@@ -654,6 +657,7 @@ impl Measurement {
             pass: None,
             shape: None,
             seconds: None,
+            calls: None,
             spread: None,
             images_per_s: None,
             gflops: 0.0,

@@ -209,6 +209,7 @@ impl Timing {
             pass: product.map(|(_, pass, _)| pass),
             shape: product.map(|(_, _, dims)| [dims.rows, dims.in_features, dims.out_features]),
             seconds: Some(median),
+            calls: Some(self.calls),
             spread: Some(range / median),
             images_per_s: product.is_none().then_some(batch as f64 / median),
             gflops: flops / 1e9,
