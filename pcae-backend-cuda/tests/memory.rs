@@ -20,6 +20,13 @@ fn on_the_emulator() {
 
 const BATCH: usize = 3;
 
+const PIXELS: PixelDims = PixelDims {
+    batch: 5,
+    channels: 3,
+    height: 20,
+    width: 36,
+};
+
 fn task() -> PretrainConfig {
     PretrainConfig {
         vit: VitConfig {
@@ -156,12 +163,7 @@ fn values_are_planned() {
     if !emulated::has_device() {
         return;
     }
-    let dims = PixelDims {
-        batch: 5,
-        channels: 3,
-        height: 20,
-        width: 36,
-    };
+    let dims = PIXELS;
     for precision in [Precision::F32, Precision::Bf16] {
         let mut sizing = Sizing::default();
         let mut to = sizing.buf(dims.len()).unwrap();
@@ -187,12 +189,7 @@ fn crops_are_planned() {
     if !emulated::has_device() {
         return;
     }
-    let dims = PixelDims {
-        batch: 5,
-        channels: 3,
-        height: 20,
-        width: 36,
-    };
+    let dims = PIXELS;
     let size = 4 * dims.len() / dims.batch;
     let values = vec![7; dims.batch * size];
     let crops: Vec<Crop> = (0..dims.batch)
