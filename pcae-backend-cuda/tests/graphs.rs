@@ -12,7 +12,7 @@ use pcae_kernel::config::{
 };
 use pcae_kernel::init::init;
 use pcae_kernel::layout::{Kind, Layout};
-use pcae_kernel::model::{MeanSimilarity, Pretrainer, TrainState};
+use pcae_kernel::model::{CriterionScorer, MeanSimilarity, Pretrainer, Scorer, TrainState};
 use pcae_kernel::reference::Reference;
 use pcae_kernel::rng::{Purpose, Stream};
 
@@ -30,10 +30,14 @@ const WARM: u64 = 3;
 const PIXELS: Target = Target::Pixels { norm_pix: true };
 
 fn teacher() -> Target {
+    stages(Criterion::MeanSimilarity, &[0, 1])
+}
+
+fn stages(criterion: Criterion, after: &[usize]) -> Target {
     Target::Teacher(Reduction {
-        criterion: Criterion::MeanSimilarity,
+        criterion,
         place: Place::Progressive,
-        drop_layers: DropLayers::new(&[0, 1], 3).unwrap(),
+        drop_layers: DropLayers::new(after, 3).unwrap(),
         budget: Budget::Keep(0.6),
     })
 }
@@ -131,41 +135,44 @@ impl<B: TrainBackend> Run<B> {
 
     /// Forward and backward of two micro-batches.
     fn accumulate(&mut self, step: u64) {
+        self.state.begin_step(&mut self.backend).unwrap();
+        for micro in 0..2 {
+            self.micro_batch([step, micro], 0.5, &mut MeanSimilarity);
+        }
+    }
+
+    fn micro_batch(&mut self, [step, micro]: [u64; 2], scale: f64, scorer: &mut impl Scorer<B>) {
         let Self {
             backend,
             config,
             task,
             state,
         } = self;
-        state.begin_step(backend).unwrap();
-        for micro in 0..2 {
-            let mut rng = Stream::new(7, step, micro, Purpose::Init);
-            let vit = &config.vit;
-            let values: Vec<u8> = (0..vit.pixels(BATCH).len())
-                .map(|_| rng.below(256) as u8)
-                .collect();
-            let pixels = Pixels {
-                values: &values,
-                crops: None,
-                flips: Some(&[true, false, true]),
-                mean: &[0.5; 3],
-                std: &[0.33; 3],
-            };
-            let (mut keep, mut remove) = (vec![], vec![]);
-            for _ in 0..BATCH {
-                let mut ids: Vec<u32> = (0..vit.num_patches() as u32).collect();
-                rng.shuffle(&mut ids);
-                keep.extend_from_slice(&ids[..config.visible()]);
-                remove.extend_from_slice(&ids[config.visible()..]);
-            }
-            task.load_pixels(backend, pixels, &keep, &remove).unwrap();
-            let scales: Vec<f32> = (0..2 * vit.depth * BATCH)
-                .map(|_| if rng.uniform() < 0.2 { 0.0 } else { 1.25 })
-                .collect();
-            task.set_drop_path(backend, &scales).unwrap();
-            task.accumulate(backend, state, 0.5, &mut MeanSimilarity)
-                .unwrap();
+        let mut rng = Stream::new(7, step, micro, Purpose::Init);
+        let vit = &config.vit;
+        let values: Vec<u8> = (0..vit.pixels(BATCH).len())
+            .map(|_| rng.below(256) as u8)
+            .collect();
+        let pixels = Pixels {
+            values: &values,
+            crops: None,
+            flips: Some(&[true, false, true]),
+            mean: &[0.5; 3],
+            std: &[0.33; 3],
+        };
+        let (mut keep, mut remove) = (vec![], vec![]);
+        for _ in 0..BATCH {
+            let mut ids: Vec<u32> = (0..vit.num_patches() as u32).collect();
+            rng.shuffle(&mut ids);
+            keep.extend_from_slice(&ids[..config.visible()]);
+            remove.extend_from_slice(&ids[config.visible()..]);
         }
+        task.load_pixels(backend, pixels, &keep, &remove).unwrap();
+        let scales: Vec<f32> = (0..2 * vit.depth * BATCH)
+            .map(|_| if rng.uniform() < 0.2 { 0.0 } else { 1.25 })
+            .collect();
+        task.set_drop_path(backend, &scales).unwrap();
+        task.accumulate(backend, state, scale, scorer).unwrap();
     }
 
     fn update(&mut self, step: u64) {
@@ -267,6 +274,58 @@ fn a_graph_is_what_it_was_made_of_in_f32() {
 #[test]
 fn a_graph_is_what_it_was_made_of_in_bf16() {
     a_graph_is_what_it_was_made_of(Precision::Bf16, teacher());
+}
+
+/// Each forward and backward goes through the same buffers as the one before, whatever the number of stages.
+#[test]
+fn a_step_is_one_graph() {
+    if !emulated::has_device() {
+        return;
+    }
+    let by = |criterion| move |after| stages(criterion, after);
+    let (similar, random) = (by(Criterion::MeanSimilarity), by(Criterion::Random));
+    for target in [
+        similar(&[]),
+        similar(&[1]),
+        similar(&[0, 1]),
+        similar(&[0, 1, 2]),
+        random(&[0]),
+        random(&[0, 1, 2]),
+        by(Criterion::PivotedQr)(&[2]),
+        PIXELS,
+    ] {
+        let config = config(target);
+        let layout = Layout::pretrain(&config);
+        let is_teacher = matches!(target, Target::Teacher(_));
+        let values = Values::start(&layout, is_teacher);
+        let mut run = Run::new(Cuda::new(0, Precision::F32).unwrap(), config, &values);
+        let (masked, depth) = (
+            config.vit.num_patches() - config.visible(),
+            config.vit.depth,
+        );
+        let reduction = match target {
+            Target::Teacher(reduction) => reduction,
+            Target::Pixels { .. } => Reduction::NONE,
+        };
+        let scorer = CriterionScorer::new(&mut run.backend, &reduction, BATCH, masked, depth);
+        let mut scorer = scorer.unwrap();
+        for step in 0..STEPS {
+            let mut rng = Stream::new(8, step, 0, Purpose::Init);
+            run.state.begin_step(&mut run.backend).unwrap();
+            if reduction.criterion == Criterion::Random {
+                for stage in 0..reduction.stages(depth) {
+                    let noise: Vec<f32> = (0..BATCH * masked).map(|_| rng.uniform()).collect();
+                    scorer.set_noise(&mut run.backend, stage, &noise).unwrap();
+                }
+            }
+            run.micro_batch([step, 0], 1.0, &mut scorer);
+            run.update(step);
+        }
+        run.backend.wait().unwrap();
+        let runs = run.backend.runs();
+        assert_eq!((runs.made, runs.refused), (1, 0), "{target:?}: {runs:?}");
+        assert!(runs.graphs >= STEPS - WARM, "{target:?}: {runs:?}");
+    }
 }
 
 /// Norm of the difference over norm of the expected, tensor by tensor; the largest.

@@ -1,7 +1,5 @@
 //! Training of a classifier with token reduction.
 
-use core::mem::swap;
-
 use super::state::{Scalars, TrainState, wrong_layout};
 use super::trunk::{Scratch, ScratchSize, Trunk};
 use super::vit::{Scorer, linear_dims, patch_dims};
@@ -271,12 +269,14 @@ impl<B: TrainBackend> ClassifierTrainer<B> {
                 backend.gather_tokens_backward(out_dims, 0, b, a, &self.no_patches)?;
             }
         }
-        swap(a, b);
+        self.scratch.swap();
         self.trunk
             .backward(backend, params, grads, &mut self.scratch)?;
         let Scratch { a, b, .. } = &mut self.scratch;
         backend.embed_tokens_backward(dims, b, grads, a, encoder.embed(true))?;
-        backend.linear_backward_params(project, grads, encoder.patch_embed, b, &self.patches)
+        backend.linear_backward_params(project, grads, encoder.patch_embed, b, &self.patches)?;
+        self.scratch.settle();
+        Ok(())
     }
 
     /// Scores of the classes, `[batch, num_classes]`.

@@ -431,7 +431,7 @@ impl<B: TrainBackend> Pretrainer<B> {
             p.norm,
         )?;
         backend.strip_prefix_backward(sequence, b, a)?;
-        swap(a, b);
+        self.scratch.swap();
         self.decoder
             .backward(backend, params, grads, &mut self.scratch)?;
 
@@ -450,7 +450,7 @@ impl<B: TrainBackend> Pretrainer<B> {
             self.layout.encoder.norm,
         );
         backend.layer_norm_backward(latent, b, Accum::Replace, grads, a, x, stats, params, norm)?;
-        swap(a, b);
+        self.scratch.swap();
         Ok(())
     }
 
@@ -471,7 +471,9 @@ impl<B: TrainBackend> Pretrainer<B> {
         let dims = self.student_dims();
         let Scratch { a, b, .. } = &mut self.scratch;
         backend.embed_tokens_backward(dims, b, grads, a, encoder.embed(true))?;
-        backend.linear_backward_params(project, grads, encoder.patch_embed, b, &self.patches)
+        backend.linear_backward_params(project, grads, encoder.patch_embed, b, &self.patches)?;
+        self.scratch.settle();
+        Ok(())
     }
 
     /// The student's output after its final norm, `[batch, 1 + visible, embed_dim]`.
@@ -574,5 +576,12 @@ impl<B: TrainBackend> Scorer<B> for CriterionScorer<B> {
                 Ok(())
             }
         }
+    }
+
+    fn take_back(&mut self, stage: usize, scores: &mut B::Scores) -> Result<(), B::Error> {
+        if self.criterion == Criterion::Random {
+            swap(scores, self.noise_of(stage)?);
+        }
+        Ok(())
     }
 }

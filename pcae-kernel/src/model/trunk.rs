@@ -54,6 +54,8 @@ pub(super) struct Scratch<B: Backend> {
     wide: B::Buf,
     /// Gradient of a branch under stochastic depth; the full sequence before a stage.
     pub(super) spare: B::Buf,
+    /// Whether `a` and `b` are in each other's place.
+    is_swapped: bool,
 }
 
 /// The largest matrices of several parts.
@@ -90,7 +92,21 @@ impl<B: Backend> Scratch<B> {
             b: backend.buf(size.narrow)?,
             wide: backend.buf(size.wide)?,
             spare: backend.buf(size.narrow)?,
+            is_swapped: false,
         })
+    }
+
+    /// Swaps `a` and `b`.
+    pub(super) fn swap(&mut self) {
+        swap(&mut self.a, &mut self.b);
+        self.is_swapped = !self.is_swapped;
+    }
+
+    /// Ends a backward: whatever the number of swaps, the next one goes through the same buffers.
+    pub(super) fn settle(&mut self) {
+        if self.is_swapped {
+            self.swap();
+        }
     }
 }
 
@@ -302,7 +318,7 @@ impl<B: TrainBackend> Trunk<B> {
                     &scratch.a,
                     &stage.picked,
                 )?;
-                swap(&mut scratch.a, &mut scratch.b);
+                scratch.swap();
             }
         }
         Ok(())
@@ -416,7 +432,9 @@ impl<B: TrainBackend> SavedBlock<B> {
         let (block, rows) = (blocks.block(index), self.rows());
         let linear = |from, to| linear_dims(rows.rows, from, to);
         let (d, hidden) = (blocks.dim, blocks.hidden);
-        let Scratch { a, b, wide, spare } = scratch;
+        let Scratch {
+            a, b, wide, spare, ..
+        } = scratch;
         let [attn_scale, mlp_scale] = scales(&self.drop_path, self.tokens());
 
         // The MLP. The gradient of a branch is the stream's, scaled as the branch was.

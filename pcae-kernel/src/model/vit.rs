@@ -54,6 +54,16 @@ pub trait Scorer<B: Backend> {
         let _ = (backend, selection);
         Ok(())
     }
+
+    /// Takes back what [`Scorer::score`] may have put into the place of `scores`, once the stage is done: all buffers are then where
+    /// they were, and the next forward is the same work for a backend that keeps it.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn take_back(&mut self, stage: usize, scores: &mut B::Scores) -> Result<(), B::Error> {
+        let _ = (stage, scores);
+        Ok(())
+    }
 }
 
 /// The method's criterion: similarity to the mean token.
@@ -79,6 +89,8 @@ pub(super) struct Selector<B: Backend> {
     /// Patch positions of the tokens now, once a stage has run or the caller gave some.
     ids: B::Ids,
     next_ids: B::Ids,
+    /// Whether these two are in each other's place.
+    is_swapped: bool,
 }
 
 impl<B: Backend> Selector<B> {
@@ -88,6 +100,7 @@ impl<B: Backend> Selector<B> {
             scores: backend.scores(count)?,
             ids: backend.ids(count)?,
             next_ids: backend.ids(count)?,
+            is_swapped: false,
         })
     }
 
@@ -104,11 +117,15 @@ impl<B: Backend> Selector<B> {
         ids: Option<&B::Ids>,
     ) -> Result<(), B::Error> {
         let TokenDims { batch, tokens, .. } = dims;
+        // Every forward goes through the same buffers, whatever the number of stages.
+        if stage == 0 && self.is_swapped {
+            self.swap();
+        }
         scorer.score(backend, stage, dims, &mut self.scores, x)?;
         backend.select(batch, tokens, keep, picked, &self.scores)?;
         let before = if stage == 0 { ids } else { Some(&self.ids) };
         backend.gather_ids(batch, tokens, keep, &mut self.next_ids, before, picked)?;
-        core::mem::swap(&mut self.ids, &mut self.next_ids);
+        self.swap();
         scorer.selected(
             backend,
             Selection {
@@ -118,7 +135,13 @@ impl<B: Backend> Selector<B> {
                 scores: &self.scores,
                 ids: &self.ids,
             },
-        )
+        )?;
+        scorer.take_back(stage, &mut self.scores)
+    }
+
+    fn swap(&mut self) {
+        core::mem::swap(&mut self.ids, &mut self.next_ids);
+        self.is_swapped = !self.is_swapped;
     }
 
     pub(super) fn ids(&self) -> &B::Ids {
@@ -287,6 +310,10 @@ impl<B: Backend> Vit<B> {
             batch,
             ..self.largest
         };
+        // As at the first forward: each stage swaps them.
+        if !self.stage.is_multiple_of(2) {
+            core::mem::swap(&mut self.x, &mut self.y);
+        }
         (self.blocks, self.stage) = (0, 0);
         self.embed(backend, params, images, ids)?;
         self.reduce(backend, None, ids, scorer)

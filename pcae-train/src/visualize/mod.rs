@@ -302,6 +302,10 @@ impl<B: Backend, S: Scorer<B>> Scorer<B> for Recorder<S> {
         self.stages.push(stage);
         Ok(())
     }
+
+    fn take_back(&mut self, stage: usize, scores: &mut B::Scores) -> Result<(), B::Error> {
+        self.scorer.take_back(stage, scores)
+    }
 }
 
 /// The sheet of what stays.
