@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::kernels::File;
 use crate::versions::Version;
 
-/// Entries that are kept: those of eight files in two formats, for some devices and versions of this program.
+/// Entries that are kept: those of nine files in two formats, for some devices and versions of this program.
 const ENTRIES: usize = 128;
 
 /// What was used within this time is kept in any case: another process may be about to read it, or be writing it.

@@ -3,6 +3,9 @@
 //! The kernels that make the gradient of a layer's output (the derivative of GELU, a layer norm's) sum it over rows as they go, in the
 //! workspace; if the gradients of that layer's parameters are what is queued next, the sums are there and the gradient is not
 //! read once more. Any other work in between may change either, and then they are forgotten.
+//!
+//! Attention's backward does not: its blocks have a head of a sequence each, and the sums of each would be written for every sequence. The
+//! gradient of queries, keys and values is read once more instead, 1 % of a step of a ViT-B (derived: 35 MB for each block of 256 pictures).
 
 use pcae_kernel::backend::RowDims;
 use pcae_kernel::error::{Error as KernelError, product};

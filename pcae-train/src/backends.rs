@@ -8,6 +8,7 @@ use pcae_kernel::op::Op;
 use pcae_kernel::reference::Reference;
 use pcae_kernel::sizing::{Memory, Sizes, Sizing};
 
+use crate::bench::describe;
 use crate::data::loader;
 use crate::data::regularize::Augmentation;
 use crate::error::Error;
@@ -231,6 +232,29 @@ pub fn available(machine: &Machine) -> Result<Available, Error> {
     })
 }
 
+/// That what is planned fits into a device, before anything of it is taken there.
+///
+/// # Errors
+/// [`Error::Setting`] if it does not.
+pub fn check_room(machine: &Machine, planned: Memory) -> Result<(), Error> {
+    if machine.backend != BackendKind::Cuda {
+        return Ok(());
+    }
+    match available(machine) {
+        Ok(Available { free, .. }) if planned.total() > free => Err(Error::Setting {
+            name: "--batch-size".to_owned(),
+            reason: format!(
+                "expected a batch that fits into the {:.2} GB which are free on the device, found one for which {} are planned; use \
+                 --batch-size auto, or fewer pictures and --accum",
+                free as f64 / 1e9,
+                describe(planned)
+            ),
+        }),
+        // That there is no device is said by whoever opens it.
+        _ => Ok(()),
+    }
+}
+
 /// Bytes that a loader's batches take from the same memory.
 pub(crate) fn of_loader(machine: &Machine, augmentation: &Augmentation, batch: usize) -> usize {
     match machine.backend {
@@ -364,6 +388,9 @@ fn has_fp8_teacher(machine: &Machine) -> Result<bool, Error> {
 /// [`Error::Setting`] for a teacher in fp8 of odd widths.
 pub fn check_teacher(machine: &Machine, task: &PretrainConfig) -> Result<(), Error> {
     let has_teacher = matches!(task.target, Target::Teacher(_));
+    if !has_teacher && machine.teacher_precision.is_some() {
+        log::warn!("--teacher-precision changes nothing without a teacher");
+    }
     if !has_teacher || machine.teacher_precision != Some(Precision::Fp8) {
         return Ok(());
     }

@@ -170,7 +170,7 @@ impl fmt::Display for Report {
             } = row;
             writeln!(
                 f,
-                "{name:<44} {max_abs:>12.3e} {relative:>12.3e} {tolerance:>9.0e}{verdict}"
+                "{name:<44} {max_abs:>12.3e} {relative:>12.3e} {tolerance:>9.1e}{verdict}"
             )?;
         }
         match self.worst() {

@@ -102,6 +102,7 @@ fn launch(mut settings: Settings, resume: Option<(RunDir, RunState)>) -> Result<
     let machine = settings.machine.clone();
     backends::check_teacher(&machine, &recipe.task)?;
     let memory = planned_memory(&settings, &recipe, &splits)?;
+    backends::check_room(&machine, memory)?;
     backends::run(
         &machine,
         Run {

@@ -558,3 +558,34 @@ fn knn_has_the_accuracies_of_the_cpu() {
         }
     }
 }
+
+/// A batch that no device has room for is refused before anything is allocated, and says what was planned.
+#[test]
+fn a_batch_that_does_not_fit_says_what_it_would_take() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run").to_str().unwrap().to_owned();
+    for place in places() {
+        // Its memory is known.
+        if place.name != "the emulator" {
+            continue;
+        }
+        for more in [&["pretrain"][..], &["finetune", "--weights", "none"]] {
+            let mut args = more.to_vec();
+            args.extend(["--backend", "cuda", "--out", &out]);
+            args.extend(["--batch-size", "8000", "--precision", "f32"]);
+            let output = place.command(&args).output().unwrap();
+            let said = stderr(&output);
+            assert_eq!(output.status.code(), Some(2), "{said}");
+            for word in [
+                "--batch-size",
+                "4.29 GB",
+                "are planned",
+                "activations",
+                "--batch-size auto",
+            ] {
+                assert!(said.contains(word), "{more:?}: {said}");
+            }
+            assert!(!Path::new(&out).exists());
+        }
+    }
+}

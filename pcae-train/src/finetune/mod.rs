@@ -126,6 +126,7 @@ fn launch(
     let recipe = settings.resolve(&splits)?;
     let machine = settings.machine.clone();
     let memory = planned_memory(&settings, &recipe)?;
+    backends::check_room(&machine, memory)?;
     backends::run(
         &machine,
         Run {
