@@ -6,8 +6,8 @@
 
 use pcae_backend_cuda::{Cuda, Error, Precision};
 use pcae_kernel::backend::{
-    Accum, AdamW, AttentionDims, Backend, Epilogue, LinearDims, PatchDims, PixelDims, Pixels,
-    RowDims, Segment, Span, TokenDims, TrainBackend,
+    Accum, AdamW, AttentionDims, Backend, BlockDims, DecoderDims, Epilogue, LinearDims, PatchDims,
+    PixelDims, Pixels, RowDims, Segment, Span, TokenDims, TrainBackend,
 };
 use pcae_kernel::config::VitConfig;
 use pcae_kernel::error::Error as KernelError;
@@ -346,6 +346,88 @@ fn a_profile_counts_what_kernels_move() {
         ];
         assert_eq!(found, expected);
 
+        // Losses and targets, each with what finishes a sum.
+        let [mut d, pred, target] = [0; 3].map(|_| cuda.buf(200).unwrap());
+        let mut losses = cuda.vector(4).unwrap();
+        let found = profile(&mut cuda, |cuda| {
+            cuda.cosine_loss(rows, &mut d, &mut losses, 0, &pred, &target, 1.0)
+                .unwrap();
+            cuda.mse_loss(rows, &mut d, &mut losses, 1, &pred, &target, 1.0)
+                .unwrap();
+            cuda.cross_entropy(rows, &mut d, &mut losses, 2, &pred, &target, 1.0)
+                .unwrap();
+            cuda.feature_spread(rows, &mut losses, 3, &pred).unwrap();
+        });
+        let expected = [
+            ("column_moments", 1, Some(size * a + 2 * sums)),
+            ("column_spreads", 1, Some(2 * sums)),
+            ("cosine_loss", 1, Some(3 * size * a)),
+            ("cross_entropy", 1, Some(3 * size * a)),
+            ("finish_sum", 4, None),
+            ("mse_loss", 1, Some(3 * size * a)),
+        ];
+        assert_eq!(found, expected);
+
+        // Stochastic depth, a factor for each row.
+        let scale = cuda.buf(10).unwrap();
+        let square = LinearDims {
+            out_features: 24,
+            ..dims
+        };
+        let found = profile(&mut cuda, |cuda| {
+            cuda.scale_rows(rows, &mut d, &x, &scale, 1).unwrap();
+            let scale = Some((&scale, 1));
+            cuda.linear_residual(square, &mut d, &y, &x, &params, block.proj, scale)
+                .unwrap();
+        });
+        let expected = [
+            ("add_scaled_rows", 1, Some(3 * size * a)),
+            ("products", 1, None),
+            ("scale_rows", 1, Some(2 * size * a)),
+        ];
+        assert_eq!(found, expected);
+
+        // Tokens of an encoder and of a decoder, whose table of positions has as many as the encoder's.
+        let encoder = &layout.encoder;
+        let embed = encoder.embed(true);
+        let (mut whole, ids) = (cuda.buf(1000).unwrap(), cuda.ids(100).unwrap());
+        let decoder = DecoderDims {
+            batch: 2,
+            visible: 3,
+            targets: 4,
+            dim: 24,
+        };
+        let mask_token = Span {
+            len: 24,
+            ..embed.pos_embed
+        };
+        let mut next = cuda.ids(100).unwrap();
+        let found = profile(&mut cuda, |cuda| {
+            cuda.embed_tokens(tokens, &mut whole, &long, Some(&ids), &params, embed)
+                .unwrap();
+            cuda.gather_ids(2, 4, 3, &mut next, None, &picked).unwrap();
+            cuda.gather_ids(2, 4, 3, &mut next, Some(&ids), &picked)
+                .unwrap();
+            let positions = embed.pos_embed;
+            cuda.decoder_tokens(
+                decoder, &mut whole, &long, &ids, &ids, &params, mask_token, positions,
+            )
+            .unwrap();
+            let grads = &mut vectors[0];
+            cuda.decoder_tokens_backward(decoder, &mut long, grads, &whole, mask_token)
+                .unwrap();
+        });
+        let (latent, sequence) = (2 * 4 * 24, 2 * 8 * 24);
+        let expected = [
+            ("add_column_sums", 1, Some(sums + grads)),
+            ("decoder_tokens", 1, Some((latent + sequence) * a)),
+            ("embed_tokens", 1, Some((240 + 192) * a)),
+            ("gather_ids", 2, Some(4 * 6 * (2 + 3))),
+            ("shift_tokens", 1, Some(2 * latent * a)),
+            ("sum_tokens", 1, Some(2 * 4 * 24 * a + sums)),
+        ];
+        assert_eq!(found, expected);
+
         // All parameters, of which a teacher follows.
         let segments = [Segment {
             span: Span { start: 0, len },
@@ -382,6 +464,97 @@ fn a_profile_counts_what_kernels_move() {
         assert_eq!(found, expected);
         assert_eq!((cuda.runs().made, cuda.runs().graphs), (0, 0));
     }
+}
+
+/// What becomes e4m3 is written in one byte, and rows that are put apart are as long as that.
+#[test]
+fn a_profile_counts_conversions() {
+    if !emulated::has_device() {
+        return;
+    }
+    let cuda = Cuda::new(0, Precision::Bf16).unwrap();
+    let mut cuda = match cuda.with_fp8_teacher() {
+        Ok(cuda) => cuda,
+        Err(error) => {
+            println!("skipped: {error}");
+            return;
+        }
+    };
+    let vit = VitConfig {
+        img_size: [8, 16],
+        in_chans: 2,
+        patch_size: 4,
+        embed_dim: 32,
+        depth: 1,
+        num_heads: 1,
+        mlp_ratio: 2.0,
+    };
+    let layout = Layout::encoder(&vit);
+    let len = layout.len();
+    let block = layout.encoder.blocks.block(0);
+    let mut student = cuda.params(&layout, &vec![0.1; len]).unwrap();
+    let mut teacher = cuda.teacher_params(&layout, &vec![0.1; len]).unwrap();
+    let [mut x, mut y] = [0; 2].map(|_| cuda.buf(400).unwrap());
+    let mut wide = cuda.buf(2000).unwrap();
+    let attention = AttentionDims {
+        batch: 2,
+        tokens: 5,
+        num_heads: 1,
+        head_dim: 32,
+    };
+    let dims = BlockDims {
+        attention,
+        hidden: 64,
+    };
+    let found = profile(&mut cuda, |cuda| {
+        cuda.block(dims, &mut x, [&mut y, &mut wide], &teacher, block)
+            .unwrap();
+        let qkv = dims.linear(32, 96);
+        cuda.linear(qkv, &mut wide, &x, &teacher, block.qkv, Epilogue::Bias)
+            .unwrap();
+    });
+    // 10 rows of 32, in two bytes and in one.
+    let expected = [
+        ("attention_32", 1, Some(320 * (3 * 2 + 1))),
+        ("gelu_to_e4m3", 1, Some(640 * 3)),
+        ("layer_norm_256", 2, Some(2 * 320 * 3)),
+        ("products", 5, None),
+        ("to_e4m3", 1, Some(320 * 3)),
+    ];
+    assert_eq!(found, expected);
+
+    let mut vectors = [0; 3].map(|_| cuda.vector(len).unwrap());
+    let segments = [Segment {
+        span: Span { start: 0, len },
+        weight_decay: 0.0,
+        lr_scale: 1.0,
+        ema: true,
+    }];
+    let step = AdamW {
+        lr: 1e-4,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        step: 1,
+        momentum: 0.99,
+    };
+    let found = profile(&mut cuda, |cuda| {
+        let [grads, exp_avg, exp_avg_sq] = &mut vectors;
+        let (student, teacher) = (&mut student, Some(&mut teacher));
+        cuda.adamw_ema(
+            student, teacher, grads, exp_avg, exp_avg_sq, &segments, &step, None,
+        )
+        .unwrap();
+    });
+    // Weights of queries, keys, values, of their projection, and of the MLP.
+    let weights = 32 * 32 * (3 + 1 + 2 + 2);
+    let expected = [
+        ("adamw_ema", 1, Some(44 * len as u64)),
+        ("weight_maxima", 1, Some(2 * weights)),
+        ("weights_to_e4m3", 1, Some(3 * weights)),
+        ("zero", 1, Some(4 * 4)),
+    ];
+    assert_eq!(found, expected);
 }
 
 #[test]
