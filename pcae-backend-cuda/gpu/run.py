@@ -28,8 +28,7 @@ then the median of as many as fit into `--seconds`; of ours each is the mean of 
 that of the medians, with the least and the greatest of any one round. A contender that has no memory for a batch size is left out there,
 and so are teachers in fp8 where the device's compute capability is below 8.9. Between batch sizes no process of PyTorch's stays alive.
 A kernel's bandwidth is judged where a copy of what a launch moves takes 10 us or more. Where nsys is in PATH or where CUDA puts it, it traces
-a few rows of steps, and what runs from a step's kernel to the same one of the last step in its row is the time that the GPU is busy; copies over the
-bus do not count. Without nsys there is an upper bound, which can only miss the target.
+a row of five steps or more, of whose last 80 % the part in which something runs is how busy the GPU is; copies over the bus do not count. Without nsys there is an upper bound, which can only miss the target.
 A graph that was refused, or a product of a ViT-B/16 that our plain kernel did, fails the part.
 """
 import argparse

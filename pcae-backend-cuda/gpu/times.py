@@ -13,6 +13,8 @@ PCAE_MASK, MAE_MASK = 0.85, 0.75
 DROP_RATIOS = [0.0, 0.4]
 # Seconds that a launch takes at least, by its bytes, to be judged: events and the launch itself take microseconds.
 SHORTEST = 10e-6
+# Steps of a row in which how busy the GPU is can be seen.
+LEAST_STEPS = 5
 # Dense bf16 without sparsity, in GFLOP/s, by what a device's name has in it: NVIDIA's data sheets.
 NOMINAL = [("H100 PCIe", 756e3), ("H100 NVL", 835e3), ("H100", 989e3), ("H200 NVL", 835e3), ("H200", 989e3), ("A100", 312e3)]
 
@@ -255,7 +257,7 @@ def busy(run, results, bench):
             return bound | {"status": "not available", "says": f"{bound['says']}; {failure}"}
         low, high = found["ran"] / found["step"], found["ran"] / found["untraced_step"]
         says = (f"{100 * low:.1f} % by nsys, {100 * high:.1f} % less what tracing adds ({1e3 * found['ran']:.2f} ms of"
-                f" {1e3 * found['step']:.2f} or {1e3 * found['untraced_step']:.2f} ms, batch {found['batch']}, {found['steps']} steps)")
+                f" {1e3 * found['step']:.2f} or {1e3 * found['untraced_step']:.2f} ms, batch {found['batch']}, {found['calls']} steps)")
         return found | {"says": says, "met": True if low >= least else False if high < least else None}
     result = run.each(results, "busy", look)
     if is_asked(run) and "met" in result:
@@ -271,20 +273,25 @@ def busy_at_most(bench):
 
 
 def busy_traced(run, tool):
-    """The same steps with and without nsys, which makes the gaps between kernels longer and not the kernels: what it adds to a step by the
+    """A row of steps with and without nsys, which makes the gaps between kernels longer and not the kernels: what it adds to a step by the
     host's clock is taken off a step of the trace, too. That leaves a least and a greatest share."""
     batch = run.args.breakdown_batch
     while batch:
-        ours, seconds = Ours(run, "busy", pcae_step(run.args, batch)), []
-        command = ours.command + ["--repeats", run.args.rounds]
+        ours = Ours(run, "busy", pcae_step(run.args, batch))
+        # One row, behind which nothing runs.
+        command = ours.command + ["--repeats", 1]
+
+        def timed():
+            one = json.loads(ours.json.read_text())["results"][0]
+            return one["seconds"], one["calls"]
         run.command(command)
-        seconds.append(json.loads(ours.json.read_text())["results"][0]["seconds"])
-        database = nsys.traced(run, tool, command, f"busy-{batch}")
-        seconds.append(json.loads(ours.json.read_text())["results"][0]["seconds"])
-        found = nsys.busy(database)
-        if found:
-            added = max(0.0, seconds[1] - seconds[0])
-            return found | {"batch": batch, "untraced_step": max(found["step"] - added, found["ran"])}
-        # Long steps `pcae bench` may time one by one. In those of fewer pictures gaps weigh more.
+        untraced, calls = timed()
+        if calls >= LEAST_STEPS:
+            database = nsys.traced(run, tool, command, f"busy-{batch}")
+            seconds, calls = timed()
+            if calls >= LEAST_STEPS:
+                found = nsys.busy(database, seconds, calls)
+                return found | {"batch": batch, "untraced_step": max(min(untraced, seconds), found["ran"])}
+        # In steps of fewer pictures, more of which make a row, gaps weigh more.
         batch //= 2
-    raise Failure("nsys: no steps that follow each other")
+    raise Failure(f"nsys: no row of {LEAST_STEPS} steps")

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -520,12 +521,12 @@ class Bandwidth(Quiet):
         self.assertEqual(self.report.rows()["bandwidth"]["found"], "no kernels are told of step, batch 256")
 
 
-# What a step leaves in a trace, in nanoseconds from when it begins: a table, start, end, stream, node of a graph, kind of a copy. Kernels
-# of two streams overlap, and what crosses the bus fills the gap. Something runs for 960 of 1000.
-STEP = [("KERNEL", 0, 600, 7, 70, None), ("KERNEL", 600, 900, 7, 71, None), ("KERNEL", 850, 940, 8, None, None),
-        ("MEMCPY", 895, 1000, 8, None, 1), ("MEMCPY", 940, 950, 7, None, 8), ("MEMSET", 990, 1005, 7, None, None)]
+# What a step leaves in a trace, in nanoseconds from when it begins: a table, start, end, node of a graph, kind of a copy. Kernels overlap,
+# the last thing reaches into the next step, and what crosses the bus fills the gap. Something runs for 960 of 1000.
+STEP = [("KERNEL", 0, 600, 70, None), ("KERNEL", 600, 900, 71, None), ("KERNEL", 850, 940, 72, None),
+        ("MEMCPY", 895, 1000, 73, 1), ("MEMCPY", 940, 950, 74, 8), ("MEMSET", 990, 1005, 75, None)]
 # Of a measurement of the peak, which is much longer.
-PRODUCT = [("KERNEL", 0, 6010, 9, None, None)]
+PRODUCT = [("KERNEL", 0, 6000, None, None)]
 
 NSYS = """#!{python}
 import json, os, pathlib, sqlite3, subprocess, sys
@@ -547,18 +548,21 @@ else:
     database = sqlite3.connect(output)
     for table, *row in json.loads(pathlib.Path(*command).read_text()):
         copies = ", copyKind INT" if table == "MEMCPY" else ""
-        database.execute(f"CREATE TABLE IF NOT EXISTS CUPTI_ACTIVITY_KIND_{{table}} (start INT, end INT, streamId INT, graphNodeId INT"
+        database.execute(f"CREATE TABLE IF NOT EXISTS CUPTI_ACTIVITY_KIND_{{table}} (start INT, end INT, graphNodeId INT"
                          f"{{copies}}, deviceId INT)")
-        row = [*row[:4], *(row[4:] if copies else []), 0]
+        row = [*row[:3], *(row[3:] if copies else []), 0]
         database.execute(f"INSERT INTO CUPTI_ACTIVITY_KIND_{{table}} VALUES ({{','.join('?' * len(row))}})", row)
     database.commit()
 """
 
-# Takes 20 ns a step longer under nsys.
+# A row of so many steps by batch size, which take longer under nsys.
 PCAE = """#!{python}
 import json, os, pathlib, sys
-seconds = 1e-6 + {added} * bool(os.environ.get("TRACED"))
-pathlib.Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps({{"results": [{{"seconds": seconds}}]}}))
+told = dict(zip(sys.argv, sys.argv[1:]))
+assert told["--repeats"] == "1" and "--breakdown" not in told, told
+seconds = {seconds} + {added} * bool(os.environ.get("TRACED"))
+calls = {calls}.get(told["--batch-size"], {calls}["usual"])
+pathlib.Path(told["--json"]).write_text(json.dumps({{"results": [{{"seconds": seconds, "calls": calls}}]}}))
 """
 
 
@@ -584,68 +588,88 @@ class Busy(Quiet):
             self.assertTrue(row["found"].startswith(says), row)
             self.assertIn("nsys, which would tell, was not found", row["found"])
 
-    def traced(self, usual, added=0.0, seconds=0.4, **others):
-        """What is found of such traces, others of some batch sizes, of steps that nsys makes longer."""
+    def traced(self, rows, calls=10, added=0.0, seconds=1e-6, alone=0.4, **others):
+        """What is found of such a trace, others of some batch sizes, of so many steps that are so long without nsys."""
         folder = pathlib.Path(self.folder.name)
         self.path(folder)
-        (folder / "rows").write_text(json.dumps({"usual": usual} | others))
+        (folder / "rows").write_text(json.dumps({"usual": rows}))
         for name, text in [("nsys", NSYS), ("pcae", PCAE)]:
-            (folder / name).write_text(text.format(python=sys.executable, rows=str(folder / "rows"), added=added))
+            (folder / name).write_text(text.format(python=sys.executable, rows=str(folder / "rows"), added=added, seconds=seconds - added,
+                                                   calls={"usual": calls} | others))
             (folder / name).chmod(0o755)
         run, results = self.run_of(breakdown_batch=256), {}
         run.scratch, run.ours = folder, lambda *words: [folder / "pcae", *words]
-
         run.command = command
-        times.busy(run, results, {"breakdown": self.PARTS, "seconds": seconds})
+        times.busy(run, results, {"breakdown": self.PARTS, "seconds": alone})
         return results["busy"], self.report.rows()["busy"]
 
     @staticmethod
-    def trace(*rows, step=STEP, product=PRODUCT, warm_up=3):
-        """Steps one by one, each with a gap after it, and then rows of so many, each behind a measurement of the peak."""
+    def trace(row=10, step=STEP, waits=0):
+        """Steps with a gap after each, a measurement of the peak, and a row of steps, the first of which waits. It ends at 5 behind the last."""
         found, now = [], 0
-
-        def add(what, takes):
-            nonlocal now
+        for what, takes in [(step, 3000)] * 3 + [(PRODUCT, 6000 + waits)] + [(step, 1000)] * row:
             found.extend((table, start + now, end + now, *more) for table, start, end, *more in what)
             now += takes
-        for _ in range(warm_up):
-            add(step, 3000)
-        for row in rows:
-            add(product, 6000)
-            for _ in range(row):
-                add(step, 1000)
         return found
 
-    def test_what_ran_while_steps_follow_each_other_is_busy(self):
-        result, row = self.traced(self.trace(4, 3))
-        self.assertEqual((result["steps"], result["rows"], result["batch"]), (5, 2, 256))
-        self.assertAlmostEqual(result["step"], 1000e-9)
-        self.assertAlmostEqual(result["ran"], 960e-9)
+    def test_what_ran_in_the_last_part_of_a_row_of_steps_is_busy(self):
+        result, row = self.traced(self.trace())
+        self.assertEqual((result["calls"], result["batch"]), (10, 256))
+        self.assertAlmostEqual(1e9 * result["step"], 1000, 3)
+        self.assertAlmostEqual(1e9 * result["ran"], 960, 3)
         self.assertEqual(row["met"], False)
         self.assertTrue(row["found"].startswith("96.0 % by nsys, 96.0 % less"), row)
+        self.assertTrue(row["found"].endswith("batch 256, 10 steps)"), row)
+
+    def test_what_crosses_the_ends_of_the_part_counts_up_to_them(self):
+        # Where something runs anyway, or behind the end; uploads at any time.
+        end = max(end for _, _, end, _, kind in self.trace() if kind != 1)
+        more = [("KERNEL", end - 8060, end - 7965, None, None), ("KERNEL", end - 2, end + 700, None, None),
+                ("MEMCPY", end - 400, end + 900, 73, 1), ("MEMCPY", end - 50, end + 300, 76, 2), ("KERNEL", end + 10, end + 99, None, None)]
+        result, _ = self.traced(self.trace() + more)
+        self.assertAlmostEqual(1e9 * result["ran"], 960, 3)
+        inside = ("KERNEL", end - 1050, end - 1030, None, None)  # 950 to 970 of a step, in its gap
+        result, _ = self.traced(self.trace() + more + [inside])
+        self.assertAlmostEqual(1e9 * result["ran"], 960 + 20 / 8, 3)
+
+    def test_that_the_first_steps_wait_counts_for_nothing(self):
+        result, _ = self.traced(self.trace(waits=2000), seconds=1.2e-6)
+        # Of 9.6 steps, the first of which is cut at 405; the last one ends 5 later.
+        self.assertAlmostEqual(1e9 * result["ran"], 1200 * (9 * 960 + 555 + 5) / 9600, 3)
 
     def test_what_tracing_adds_leaves_it_open(self):
-        _, row = self.traced(self.trace(4), added=20e-9)
+        _, row = self.traced(self.trace(), added=20e-9)
         self.assertTrue(row["found"].startswith("96.0 % by nsys, 98.0 % less"), row)
         self.assertIsNone(row["met"])
         # 10 more run.
-        _, row = self.traced(self.trace(4, step=STEP + [("KERNEL", 960, 970, 7, 72, None)]), added=20e-9)
+        _, row = self.traced(self.trace(step=STEP + [("KERNEL", 960, 970, 77, None)]), added=20e-9)
         self.assertTrue(row["found"].startswith("97.0 % by nsys"), row)
         self.assertEqual(row["met"], True)
+        # A step that is faster under nsys says nothing of what that adds.
+        _, row = self.traced(self.trace(), added=-20e-9)
+        self.assertTrue(row["found"].startswith("96.0 % by nsys, 96.0 % less"), row)
 
-    def test_steps_that_are_timed_one_by_one_tell_nothing(self):
-        usual = self.trace(1, 1, 1)
-        result, _ = self.traced(usual, **{"64": self.trace(5)})
-        self.assertEqual((result["steps"], result["batch"]), (4, 64))
-        result, row = self.traced(usual)
+    def test_few_long_steps_tell_nothing(self):
+        result, _ = self.traced(self.trace(), calls=4, **{"64": 10})
+        self.assertEqual((result["calls"], result["batch"]), (10, 64))
+        result, row = self.traced(self.trace(), calls=4)
         self.assertEqual((result["status"], row["met"]), ("not available", None))
-        self.assertTrue(row["found"].endswith("nsys: no steps that follow each other"), row)
+        self.assertTrue(row["found"].endswith("nsys: no row of 5 steps"), row)
 
     def test_without_graphs_the_bound_is_what_there_is(self):
-        plain = [(*one[:4], None, one[5]) for one in self.trace(4)]
-        result, row = self.traced(plain, seconds=1.0)
+        plain = [(*one[:3], None, one[4]) for one in self.trace()]
+        result, row = self.traced(plain, alone=1.0)
         self.assertEqual((result["status"], row["met"]), ("not available", False))
         self.assertIn("expected kernels of graphs on one device, found them on 0", row["found"])
+
+    def test_a_trace_that_does_not_tell_graphs_is_a_failure(self):
+        path = pathlib.Path(self.folder.name) / "old.sqlite"
+        with sqlite3.connect(path) as database:
+            database.execute("CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INT, end INT, deviceId INT, streamId INT)")
+            database.executemany("INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (?, ?, 0, 7)", [(0, 10), (10, 20)])
+        database.close()
+        with self.assertRaisesRegex(Failure, "found them on 0"):
+            nsys.busy(path, 1e-9, 20)
 
 
 if __name__ == "__main__":
