@@ -15,10 +15,25 @@ from report import Report
 HERE = pathlib.Path(__file__).resolve().parent
 # Of what our program says on a device that is too old for a teacher in fp8.
 NO_FP8 = "compute capability 8.9"
+NO_TIME = "no time left"
 
 
 class Failure(Exception):
     """A part failed, or one of its commands."""
+
+
+class NoTime(Failure):
+    """What was not done for lack of time, of which nothing is known."""
+
+
+def attempt(do):
+    """The result of one thing of a part."""
+    try:
+        return {"status": "passed"} | (do() or {})
+    except NoTime as failure:
+        return {"status": "no time", "reason": str(failure)}
+    except Failure as failure:
+        return {"status": "failed", "reason": str(failure)}
 
 
 def children(command, **settings):
@@ -121,7 +136,7 @@ class Session:
         except subprocess.TimeoutExpired:
             end(process)
             output, _ = process.communicate()
-            failed = "no time left"
+            failed = NO_TIME
         except BaseException:  # this script is ended: so is what it started
             end(process)
             raise
@@ -129,7 +144,8 @@ class Session:
         self.report.note(f"$ {words}\n{output.rstrip()}\n[{failed or 'passed'}, {took:.1f} s]\n")
         if failed:
             lines = [line for line in output.splitlines() if line.strip()]
-            raise Failure(f"{words}: {failed}" + (f": {lines[-1].strip()}" if lines else ""))
+            kind = NoTime if failed == NO_TIME else Failure
+            raise kind(f"{words}: {failed}" + (f": {lines[-1].strip()}" if lines else ""))
         return output
 
     def interrupted(self, command, when):
@@ -140,12 +156,12 @@ class Session:
         try:
             while process.poll() is None and not when():
                 if self.left() < 1:
-                    raise Failure(f"{words}: no time left")
+                    raise NoTime(f"{words}: {NO_TIME}")
                 time.sleep(0.002)
             process.send_signal(signal.SIGINT)
             process.wait(timeout=max(1.0, self.left()))
         except subprocess.TimeoutExpired:
-            raise Failure(f"{words}: no time left") from None
+            raise NoTime(f"{words}: {NO_TIME}") from None
         finally:
             end(process)
             self.report.note(f"$ {words}\n{log.read_text().rstrip()}\n[interrupted, exit code {process.returncode}]\n")
@@ -154,13 +170,7 @@ class Session:
     def each(self, results, name, do):
         """Does one thing of a part; what fails is noted and the rest goes on."""
         began = time.monotonic()
-        if self.left() < 1:
-            result = {"status": "no time"}
-        else:
-            try:
-                result = {"status": "passed"} | (do() or {})
-            except Failure as failure:
-                result = {"status": "failed", "reason": str(failure)}
+        result = {"status": "no time"} if self.left() < 1 else attempt(do)
         result["seconds"] = round(time.monotonic() - began, 2)
         results[name] = result
         self.report.say(f"  {name}: {result['status']} {result.get('says') or result.get('reason') or ''}"

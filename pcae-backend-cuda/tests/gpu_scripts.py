@@ -20,7 +20,7 @@ import nsys
 import times
 import training
 from report import TARGETS, Report
-from session import Failure, Session, whole
+from session import Failure, NoTime, Session, whole
 
 
 def report(folder, commit="c", rehearsal=False, add=False):
@@ -41,11 +41,7 @@ class Quiet(unittest.TestCase):
         """What parts see of a session."""
         usual = dict(rehearse=None, model="vit-b16", precision="bf16", seconds=0.0, rounds=3)
         run = types.SimpleNamespace(args=types.SimpleNamespace(**usual | arguments), report=self.report, left=lambda: 1e9)
-
-        def each(results, name, do):
-            results[name] = attempt(do)
-            return results[name]
-        run.each = each
+        run.each = types.MethodType(Session.each, run)
         return run
 
 
@@ -53,13 +49,6 @@ def command(words):
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
     if done.returncode:
         raise Failure(done.stderr)
-
-
-def attempt(do):
-    try:
-        return {"status": "passed"} | do()
-    except Failure as failure:
-        return {"status": "failed", "reason": str(failure)}
 
 
 class Contender:
@@ -163,8 +152,19 @@ class Bundle(Quiet):
         run.command = command
         for run.args.rehearse, count in [(None, 2), ("emulator", 1)]:
             checks.tests(run, results)
-            self.assertEqual(results["fp8"], {"status": "passed", "says": f"{count} tests", "tests": count})
+            self.assertEqual((results["fp8"]["status"], results["fp8"]["tests"]), ("passed", count))
         self.assertEqual(ran, [[], ["--exact", "first"]])
+
+    def test_a_program_that_tests_nothing_fails(self):
+        run, results = self.run_of(test_programs=self.program("tests/fp8").parent, only_tests=None), {}
+        result = "test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 1 filtered out\n"
+        for output, fails in [(result, None), ("skipped: no CUDA device\n" + result, "fp8 found no CUDA device"),
+                              ("", "fp8 ran no test"), (result.replace("7", "0"), "fp8 ran no test"),
+                              (result + result.replace("7", "0"), "fp8 ran no test")]:
+            run.command = lambda words: output
+            checks.tests(run, results)
+            self.assertEqual(results["fp8"].get("reason"), fails, output)
+            self.assertEqual(results["fp8"]["status"], "failed" if fails else "passed")
 
 
 class Sanitizer(Quiet):
@@ -175,13 +175,71 @@ class Sanitizer(Quiet):
         some = checks.sanitizer_options("  --report-api-errors arg\n  --kernel-name-exclude arg")
         self.assertEqual(some["memcheck"], ["--report-api-errors", "no"])
         self.assertEqual(some["racecheck"], some["synccheck"])
-        parts = [part.removeprefix("kns=") for part in some["racecheck"][1].split(",")]
+        words = some["racecheck"]
+        # One option for each name, as all names of one would have to match.
+        self.assertEqual(set(words[::2]), {"--kernel-name-exclude"})
+        self.assertEqual([word for word in words[1::2] if not re.fullmatch(r"kns=\w+", word)], [])
+        parts = [word.removeprefix("kns=") for word in words[1::2]]
+        theirs = ["nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "void cublasLt::splitKreduce_kernel<32, 16, int>(...)",
+                  "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas", "void cutlass::Kernel2<...>(...)"]
+        self.assertEqual([name for name in theirs if not any(part in name for part in parts)], [])
         kernels = pathlib.Path(checks.__file__).resolve().parents[1] / "kernels"
         ours = re.findall(r"(?:__launch_bounds__\([^\n]*\)\s+|^[A-Z_]+\()([a-z]\w+)\(?", "\n".join(
             path.read_text() for path in kernels.glob("*.cu")), re.MULTILINE)
         self.assertGreater(len(ours), 50)
         self.assertIn("adamw_ema", ours)
         self.assertEqual([name for name in ours if any(part in name for part in parts)], [])
+
+    def sanitized(self, said, **more):
+        """Results of checks of one test program that say so, or fail so, and the target's row."""
+        folder, asked = pathlib.Path(self.folder.name), []
+        (folder / "tests").mkdir(exist_ok=True)
+        for name in ("compute-sanitizer", *(f"tests/{name}" for name, *_ in checks.SANITIZED)):
+            (folder / name).write_text("")
+            (folder / name).chmod(0o755)
+        before = os.environ["PATH"]
+        self.addCleanup(os.environ.__setitem__, "PATH", before)
+        os.environ["PATH"] = str(folder)
+        run, results = self.run_of(test_programs=folder / "tests"), {}
+        run.ours = lambda *words: [*words]
+        for name, value in more.items():
+            setattr(run, name, value)
+
+        def command(words):
+            if words[1:] == ["--help"]:
+                return "--kernel-name-exclude"
+            asked.append(words[2])
+            if isinstance(said, Failure):
+                raise said
+            return said
+        run.command = command
+        checks.sanitizer(run, results)
+        self.asked = asked
+        return {one["status"] for one in results.values()}, self.report.rows()["sanitizer"]
+
+    def test_only_a_summary_without_errors_and_hazards_passes(self):
+        for said, status in [
+                ("========= ERROR SUMMARY: 0 errors", "passed"),
+                ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed"),
+                ("========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", "failed"),
+                ("========= ERROR SUMMARY: 1 error", "failed"),
+                ("========= ERROR SUMMARY: 10 errors", "failed"),
+                ("test result: ok. 3 passed", "failed"),
+                ("========= Target application terminated before first instrumented API call\n========= ERROR SUMMARY: 0 errors", "failed"),
+                (Failure("exit code 99"), "failed"), (NoTime("no time left"), "no time")]:
+            found, row = self.sanitized(said)
+            self.assertEqual(found, {status}, said)
+            self.assertEqual(row["met"], {"passed": True, "failed": False, "no time": None}[status])
+            self.assertEqual({check for check in checks.SANITIZERS if check in self.asked}, set(checks.SANITIZERS))
+
+    def test_a_sanitizer_that_is_not_there_is_told_in_the_last_table(self):
+        before = checks.sanitizer_tool
+        self.addCleanup(setattr, checks, "sanitizer_tool", before)
+        checks.sanitizer_tool = lambda run: None
+        self.assertEqual(checks.sanitizer(self.run_of(), {}), "skipped")
+        self.report.end()
+        row = next(line for line in self.text().splitlines() if "racecheck" in line)
+        self.assertTrue(row.endswith(" / not measured: there is no compute-sanitizer here / -"), row)
 
     def test_the_stand_in_of_a_rehearsal_takes_any_options(self):
         run = self.run_of(rehearse="emulator")
@@ -310,6 +368,17 @@ class Race(Quiet):
             self.step(lambda batch: [Contender("pcae", "out of memory", batch=batch), Contender("mae", *[1.0] * 4, batch=batch)])
 
 
+class Commands(Quiet):
+    def test_one_that_is_cut_short_has_not_failed(self):
+        run = self.run_of()
+        run.env, run.left = os.environ, lambda: 1.0
+        for words, status in [(["true"], "passed"), (["false"], "failed"), (["sleep", "60"], "no time")]:
+            result = run.each({}, "one", lambda: {"says": Session.command(run, words)})
+            self.assertEqual(result["status"], status)
+            if status != "passed":
+                self.assertIn({"failed": "exit code 1", "no time": "no time left"}[status], result["reason"])
+
+
 class Again(Quiet):
     def test_a_process_that_starts_again_does_not_hear_the_one_before(self):
         run = self.run_of(python=sys.executable)
@@ -367,9 +436,32 @@ class Parity(Quiet):
         for says, status in [("parity: 3 tensors\n", "passed"), (old, "not available"), (wrong, "failed")]:
             found = self.parity(lambda name: narrow if name == "pcae_small" else says)
             self.assertEqual(found, {"pcae_gray_rect": status, "pcae_small": "not available"})
-        count = len(checks.fixture_paths())
+            count = len(checks.fixture_paths())
+            for precision in ("f32", "bf16"):
+                row = self.report.rows()[f"parity {precision}"]
+                self.assertEqual((row["found"], row["met"]), (f"{count} of {count} pass", True))
+
+    def test_what_was_not_replayed_is_not_known_and_what_fails_is_missed(self):
+        count, first = len(checks.fixture_paths()), checks.fixture_paths()[0].stem
+        for failure, met, says in [(Failure("off by 1"), False, f"{count - 1} of {count} pass, not {first} f32"),
+                                   (NoTime("no time left"), None, f"{count - 1} of {count} pass, not {first} f32 (no time)")]:
+            run, fails = self.run_of(), [failure]
+            run.ours = lambda *words: list(map(str, words))
+
+            def command(words):
+                if fails:
+                    raise fails.pop()
+                return "parity: 3 tensors\n"
+            run.command = command
+            checks.fixtures(run, {})
+            rows = self.report.rows()
+            self.assertEqual((rows["parity f32"]["found"], rows["parity f32"]["met"]), (says, met))
+            self.assertEqual(rows["parity bf16"]["met"], True)
+        run.left = lambda: 0.0
+        checks.fixtures(run, {})
         row = self.report.rows()["parity bf16"]
-        self.assertEqual((row["found"], row["met"]), (f"{count} of {count} pass", True))
+        self.assertEqual(row["met"], None)
+        self.assertTrue(row["found"].startswith(f"0 of {count} pass, not "), row)
 
 
 # Trains as `pcae pretrain` does, with a checkpoint after each step, until it is interrupted. `ends` says whether CUDA heeds that, and
@@ -427,6 +519,21 @@ class Resumed(Quiet):
         self.assertEqual(found["from cuda to cpu"], "failed")
         self.assertIn("an exit code of 130 after an interrupt, found 0", row["found"])
         self.assertEqual(row["met"], False)
+
+    def test_a_run_without_time_is_not_known(self):
+        run = self.run_of(pictures=1)
+        run.scratch, run.ours, run.left = pathlib.Path(self.folder.name), lambda *words: [*words], lambda: 0.0
+        training.resumed(run, {})
+        row = self.report.rows()["parity resume"]
+        self.assertEqual((row["found"], row["met"]), ("a run on cpu: no time", None))
+        run.left = lambda: 9.0
+
+        def command(words):
+            raise NoTime("pcae: no time left") if late else Failure("pcae: exit code 1")
+        run.command = command
+        for late, met in [(True, None), (False, False)]:
+            training.resumed(run, {})
+            self.assertEqual(self.report.rows()["parity resume"]["met"], met)
 
     def test_a_run_that_is_interrupted_at_its_end_proves_nothing(self):
         found, row = self.resumed(late=True)
@@ -624,8 +731,8 @@ class Busy(Quiet):
     def test_what_crosses_the_ends_of_the_part_counts_up_to_them(self):
         # Where something runs anyway, or behind the end; uploads at any time.
         end = max(end for _, _, end, _, kind in self.trace() if kind != 1)
-        more = [("KERNEL", end - 8060, end - 7965, None, None), ("KERNEL", end - 2, end + 700, None, None),
-                ("MEMCPY", end - 400, end + 900, 73, 1), ("MEMCPY", end - 50, end + 300, 76, 2), ("KERNEL", end + 10, end + 99, None, None)]
+        more = [("KERNEL", end - 8060, end - 7965, None, None), ("KERNEL", end - 2, end + 2, None, None),
+                ("MEMCPY", end - 400, end + 900, 73, 1), ("MEMCPY", end - 50, end + 300, 76, 2), ("KERNEL", end + 500, end + 600, None, None)]
         result, _ = self.traced(self.trace() + more)
         self.assertAlmostEqual(1e9 * result["ran"], 960, 3)
         inside = ("KERNEL", end - 1050, end - 1030, None, None)  # 950 to 970 of a step, in its gap
