@@ -20,7 +20,7 @@ class Ours:
         self.json = run.scratch / f"{name.replace(' ', '-')}-{case['batch']}.json"
         self.command = run.ours("bench", "--backend", "cuda", "--what", case["what"], "--model", case["model"],
                                 "--batch-size", case["batch"], "--precision", case["precision"], "--json", self.json)
-        if case["what"] == "infer":
+        if case["what"] in ("infer", "finetune"):
             self.command += ["--drop-ratio", case["drop_ratio"]]
         else:
             width, depth, heads = case["decoder"]

@@ -16,7 +16,7 @@ failed, whether targets are met or not.
 | parity | every golden fixture in f32 and bf16, those of PCAE in bf16 with a teacher in fp8 too; a run that goes on with the other backend |
 | tests | the backend's test programs |
 | sanitizer | compute-sanitizer over the small fixtures, uploads, graphs, a teacher in fp8, the queue, what kernels are made of; memcheck over products |
-| breakdown | where the time of a step and of a forward goes: `pcae bench --breakdown`, each kernel's bandwidth, how busy the GPU is by nsys |
+| breakdown | where the time goes of steps (PCAE, with an fp8 teacher too, MAE, fine-tuning) and of a forward, dense or with drop ratio 0.4: `pcae bench --breakdown`, each kernel's bandwidth, how busy the GPU is by nsys |
 | infer | a forward dense and with drop ratio 0.4, tuned or not, and PyTorch's variants, taking turns |
 | step | PCAE and MAE steps, tuned or not, PCAE with an fp8 teacher, and PyTorch's variants (`peer.py`): at every batch size, then at the best |
 | curve | mean loss of 500 steps in bf16 beside f32 |
@@ -51,7 +51,7 @@ PARTS = {
     "parity": (2, checks.parity),
     "tests": (3, checks.tests),
     "sanitizer": (6, checks.sanitizer),
-    "breakdown": (4, times.breakdown),
+    "breakdown": (6, times.breakdown),
     "infer": (9, times.infer),
     "step": (18, times.step),
     "curve": (2, training.curve),

@@ -27,6 +27,10 @@ def report(folder, commit="c", rehearsal=False, add=False):
     return Report(pathlib.Path(folder), {"commit": commit, "rehearsal": rehearsal}, add)
 
 
+class Run(types.SimpleNamespace):
+    __hash__ = object.__hash__
+
+
 class Quiet(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.TemporaryDirectory()
@@ -37,10 +41,19 @@ class Quiet(unittest.TestCase):
     def text(self):
         return self.report.text.read_text()
 
+    def path(self, path):
+        """The only places for programs."""
+        before = os.environ["PATH"], nsys.PLACES
+        os.environ["PATH"], nsys.PLACES = str(path), []
+
+        def back():
+            os.environ["PATH"], nsys.PLACES = before
+        self.addCleanup(back)
+
     def run_of(self, **arguments):
         """What parts see of a session."""
         usual = dict(rehearse=None, model="vit-b16", precision="bf16", seconds=0.0, rounds=3)
-        run = types.SimpleNamespace(args=types.SimpleNamespace(**usual | arguments), report=self.report, left=lambda: 1e9)
+        run = Run(args=types.SimpleNamespace(**usual | arguments), report=self.report, left=lambda: 1e9)
         run.each = types.MethodType(Session.each, run)
         return run
 
@@ -197,9 +210,7 @@ class Sanitizer(Quiet):
         for name in ("compute-sanitizer", *(f"tests/{name}" for name, *_ in checks.SANITIZED)):
             (folder / name).write_text("")
             (folder / name).chmod(0o755)
-        before = os.environ["PATH"]
-        self.addCleanup(os.environ.__setitem__, "PATH", before)
-        os.environ["PATH"] = str(folder)
+        self.path(folder)
         run, results = self.run_of(test_programs=folder / "tests"), {}
         run.ours = lambda *words: [*words]
         for name, value in more.items():
@@ -585,6 +596,73 @@ class Launches(Quiet):
         self.assertTrue(found("infer", "batch 1, "))
 
 
+class Breakdown(Quiet):
+    HELP = """      --what <WHAT>
+          Possible values:
+          - infer:    A classifier's forward, fine-tuned or not
+          - finetune: A step of finetune
+      --precision <PRECISION>
+          - fp8:  8 bits
+"""
+
+    def breakdown(self, help, fails=lambda told: None, slow=lambda told: False):
+        """What is found of a program with such a help, what is asked of it, and the target's row. A copy makes 1e12 bytes a second."""
+        self.path(self.folder.name)
+        run, results, asked = self.run_of(breakdown_batch=256, infer_batch=[1, 128]), {}, []
+        run.scratch, run.ours = pathlib.Path(self.folder.name), lambda *words: list(map(str, words))
+
+        def command(words):
+            if words[1:] == ["--help"]:
+                return help
+            words = list(map(str, words))
+            told = dict(zip(words, words[1:]))
+            self.assertIn("--breakdown", words)
+            settings = ("--what", "--batch-size", "--method", "--mask-ratio", "--drop-ratio", "--teacher-precision")
+            asked.append(" ".join(told[name] for name in settings if name in told))
+            if failure := fails(told):
+                raise failure
+            kernel = {"kernel": "add", "launches": 1.0, "seconds": 60e-6 if slow(told) else 40e-6, "bytes": 40e6}
+            result = {"breakdown": [], "seconds": 1.0, "kernels": [kernel]}
+            pathlib.Path(told["--json"]).write_text(json.dumps({"machine": {"copy_gbytes_per_s": {"cuda": 1000.0}}, "results": [result]}))
+        run.command = command
+        times.breakdown(run, results)
+        self.asked = asked
+        return {name: one["status"] for name, one in results.items()}, self.report.rows()["bandwidth"]
+
+    def test_all_that_launches_kernels_is_taken_apart(self):
+        found, row = self.breakdown(self.HELP)
+        self.assertEqual(self.asked, ["step 256 pcae 0.85", "infer 128 0.0", "infer 128 0.4", "step 256 mae 0.75", "step 256 pcae 0.85 fp8",
+                                      "finetune 256 0.4"])
+        self.assertEqual(set(found.values()), {"passed"})
+        self.assertEqual(list(found).count("busy"), 1)
+        self.assertEqual((row["found"], row["met"]), ("100 % add (step, batch 256), of 6, 0 too short to judge", True))
+        # One that knows neither.
+        self.breakdown(self.HELP.replace("- finetune:", "").replace("fp8", ""))
+        self.assertEqual(self.asked, ["step 256 pcae 0.85", "infer 128 0.0", "infer 128 0.4", "step 256 mae 0.75"])
+
+    def test_a_slow_kernel_of_any_of_them_is_told(self):
+        for name, slow in [("forward, drop 0.4, batch 128", lambda told: told.get("--drop-ratio") == "0.4" and told["--what"] == "infer"),
+                           ("fine-tuning step, batch 256", lambda told: told["--what"] == "finetune"),
+                           ("MAE step, batch 256", lambda told: told.get("--method") == "mae"),
+                           ("step, fp8 teacher, batch 256", lambda told: "--teacher-precision" in told)]:
+            _, row = self.breakdown(self.HELP, slow=slow)
+            self.assertEqual(row["met"], False)
+            self.assertTrue(row["found"].endswith(f"below: add ({name}) 67 %"), row)
+
+    def test_a_device_without_fp8_leaves_nothing_open(self):
+        old = Failure("error: expected compute capability 8.9 (Ada, Hopper) or newer, found 8.0")
+        found, row = self.breakdown(self.HELP, fails=lambda told: old if "--teacher-precision" in told else None)
+        self.assertEqual(found["step, fp8 teacher, batch 256"], "not available")
+        self.assertEqual((row["found"], row["met"]), ("100 % add (step, batch 256), of 5, 0 too short to judge", True))
+
+    def test_one_that_fails_or_has_no_time_leaves_it_open(self):
+        for failure, status in [(Failure("no memory on the device"), "failed"), (NoTime("no time left"), "no time")]:
+            found, row = self.breakdown(self.HELP, fails=lambda told: failure if told.get("--method") == "mae" else None)
+            self.assertEqual(found["MAE step, batch 256"], status)
+            self.assertTrue(row["found"].endswith("no kernels are told of MAE step, batch 256"), row)
+            self.assertIsNone(row["met"])
+
+
 class Bandwidth(Quiet):
     def found(self, **kernels):
         """The target's row, of reports of `pcae bench`: kernels as launches, seconds of all and bytes of all. A copy makes 1e12 bytes a second."""
@@ -676,15 +754,6 @@ pathlib.Path(told["--json"]).write_text(json.dumps({{"results": [{{"seconds": se
 class Busy(Quiet):
     PARTS = [{"operation": "linear forward", "seconds": 0.3}, {"operation": "selection", "seconds": 0.2},
              {"operation": "transfer", "seconds": 9.0}]
-
-    def path(self, path):
-        """The only places for programs."""
-        before = os.environ["PATH"], nsys.PLACES
-        os.environ["PATH"], nsys.PLACES = str(path), []
-
-        def back():
-            os.environ["PATH"], nsys.PLACES = before
-        self.addCleanup(back)
 
     def test_operations_alone_bound_how_busy_it_is(self):
         self.path(self.folder.name)
