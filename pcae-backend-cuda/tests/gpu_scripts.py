@@ -272,17 +272,18 @@ class Ours(Quiet):
 
         def command(words):
             repeats.append(words[-1])
-            ours.json.write_text(json.dumps({"results": [{"images_per_s": 400.0, "gflops": 1.0, "calls": 25}]}))
+            ours.json.write_text(json.dumps({"results": [{"images_per_s": 400.0, "gflops": 14000.0, "calls": 25}]}))
         run.command = command
         ours.ready()
         self.assertEqual([ours.sample(seconds) for seconds in (1.0, 0.0)], [0.01, 0.01])
         self.assertEqual(repeats, [1, 4, 1])
+        self.assertEqual(ours.facts["gflop_per_image"], 35.0)
 
 
 class Race(Quiet):
     def test_contenders_take_turns_and_those_that_fail_are_left_out(self):
         run, results = self.run_of(), {}
-        a, b = Contender("a", 1.0, 2.0, 4.0), Contender("b", 2.0, 2.0, 2.0)
+        a, b = Contender("a", 1.0, 2.0, 8.0), Contender("b", 2.0, 2.0, 2.0)
         large = Contender("large", "CUDA out of memory", batch=512)
         broken = Contender("broken", "illegal instruction")
         ready = contenders.prepare(run, [a, large, b, broken], results)
@@ -290,9 +291,9 @@ class Race(Quiet):
         self.assertTrue(large.closed and broken.closed)
         self.assertEqual((results["large"]["status"], results["broken"]["status"]), ("no memory", "failed"))
         contenders.take_turns(run, ready, results, 3)
-        self.assertEqual(results["a"]["samples"], [8.0, 4.0, 2.0])
+        self.assertEqual(results["a"]["samples"], [8.0, 4.0, 1.0])
         ratio = contenders.ratio(results, "a", "b")
-        self.assertEqual((ratio["least"], ratio["median"], ratio["greatest"]), (0.5, 1.0, 2.0))
+        self.assertEqual((ratio["least"], ratio["median"], ratio["greatest"]), (0.25, 1.0, 2.0))
         results["a tuned"] = results["a"] | {"images_per_s": {"median": 5.0}}
         self.assertEqual(contenders.fastest(results, "a"), "a tuned")
         self.assertIsNone(contenders.fastest(results, "torch"))
@@ -388,6 +389,134 @@ class Commands(Quiet):
             self.assertEqual(result["status"], status)
             if status != "passed":
                 self.assertIn({"failed": "exit code 1", "no time": "no time left"}[status], result["reason"])
+
+
+class Bounds(Quiet):
+    """Each target just below, and just above what is expected."""
+
+    def row(self, target):
+        row = self.report.rows()[target]
+        self.report.data["targets"].clear()
+        return row
+
+    def met(self, target):
+        return self.row(target)["met"]
+
+    @staticmethod
+    def ran(rate, batch=256):
+        return {"status": "passed", "images_per_s": {"median": rate}, "samples": [rate] * 3, "case": {"batch": batch}}
+
+    def test_ratios_of_steps(self):
+        before = times.has_fp8
+        self.addCleanup(setattr, times, "has_fp8", before)
+        times.has_fp8 = lambda run: True
+        usual = {"pcae": 1.0, "pcae --tune": 1000.0, "pcae, fp8 teacher": 1000.0, "mae": 1.0, "mae --tune": 1.0, "torch eager": 1.0,
+                 "torch graphs": 1.0}
+        for target, others, least in [("step over PyTorch", "torch graphs", 1.5), ("step over MAE", "mae --tune", 2.0),
+                                      ("step with fp8 teacher over MAE", "mae --tune", 2.25)]:
+            for value, met in [(least - 0.01, False), (least + 0.01, True)]:
+                found = {name: self.ran(rate) for name, rate in (usual | {others: 1000.0 / value}).items()}
+                times.step_targets(self.run_of(), {}, found)
+                self.assertEqual(self.met(target), met, (target, value))
+            # Of another model nothing is known.
+            times.step_targets(self.run_of(model="vit-l16"), {}, found)
+            self.assertIsNone(self.met(target))
+
+    def test_a_teacher_in_fp8_alone_reaches_its_own_bound(self):
+        before = times.has_fp8
+        self.addCleanup(setattr, times, "has_fp8", before)
+        times.has_fp8 = lambda run: True
+        for fp8, met in [(2.24, False), (2.26, True)]:
+            found = {"pcae": self.ran(2.1), "pcae, fp8 teacher": self.ran(fp8), "mae": self.ran(1.0), "torch eager": self.ran(1.0)}
+            times.step_targets(self.run_of(), {}, found)
+            self.assertEqual(self.met("step with fp8 teacher over MAE"), met, fp8)
+
+    def test_share_of_the_peak(self):
+        # Of 989e3 by the data sheet, and of what was measured where there is none.
+        for device, peak in [("NVIDIA H100 80GB HBM3", 989e3), ("another", 500e3)]:
+            for share, met in [(0.449, False), (0.451, True)]:
+                run = self.run_of(variants=["eager"])
+                run.limits, run.has_torch = lambda: {"bf16_gflops": 500e3}, lambda: {"device": device}
+                pcae = self.ran(share * peak / 35.0) | {"gflop_per_image": 35.0}
+                times.share_of_peak(run, {}, {"pcae": pcae, "pcae, fp8 teacher": self.ran(1e9) | {"gflop_per_image": 35.0}})
+                self.assertEqual(self.met("step of peak"), met, (device, share))
+
+    def infer(self, **seconds):
+        """The rows of forwards of both sizes, each contender by seconds of a picture."""
+        before = times.Ours, times.peers
+
+        def back():
+            times.Ours, times.peers = before
+
+        def make(run, name, case):
+            one = Contender(name, *[case["batch"] * seconds["tuned" if case.get("tune") else "less" if case["drop_ratio"] else "dense"]] * 3,
+                            batch=case["batch"])
+            one.facts = {"launches": {"graphs": 1}}
+            return one
+        try:
+            times.Ours = make
+            times.peers = lambda run, cases: [
+                Contender(f"torch eager{label}", *[case["batch"] * seconds["torch_less" if case["drop_ratio"] else "torch"]] * 3,
+                          batch=case["batch"]) for label, case in cases]
+            times.infer(self.run_of(infer_batch=[1, 256]), {})
+        finally:
+            back()
+        rows = self.report.rows()
+        self.report.data["targets"].clear()
+        return {target: row["met"] for target, row in rows.items() if target.startswith("infer")}
+
+    def test_ratios_of_forwards(self):
+        usual = dict(less=1.0, dense=2.0, tuned=9.0, torch=1.0, torch_less=2.0)
+        every = {"infer 1", "infer 256", "infer 1 over PyTorch", "infer 256 over PyTorch"}
+        for change, missed in [
+                ({}, set()), ({"dense": 1.76}, set()), ({"dense": 1.74}, {"infer 1", "infer 256"}),
+                ({"torch_less": 1.01}, set()), ({"torch_less": 0.99}, {"infer 1 over PyTorch", "infer 256 over PyTorch"}),
+                # What is dense is held against nothing of PyTorch's, and the fastest counts, tuned or not.
+                ({"torch": 0.1}, set()), ({"less": 9.0, "tuned": 1.0}, every - {"infer 1 over PyTorch", "infer 256 over PyTorch"})]:
+            found = self.infer(**usual | change)
+            self.assertEqual(found, {target: target not in missed for target in every}, change)
+
+    def trained(self, part, losses, **arguments):
+        """The results of a part by such losses, and what of its targets is met."""
+        before = training.pretrain, training.pictures
+        try:
+            training.pretrain, training.pictures = lambda run, name, *words: losses(name), lambda run: "pictures"
+            results = {}
+            part(self.run_of(**arguments), results)
+        finally:
+            training.pretrain, training.pictures = before
+        return {name: one["status"] for name, one in results.items()}
+
+    def test_losses_in_bf16_beside_f32(self):
+        def curve(off, steps=500):
+            # Half of them by twice as much.
+            losses = lambda name: {step: 2.0 * (1 + 2 * off * (name == "curve-bf16" and step % 2)) for step in range(1, steps + 1)}
+            found = self.trained(training.curve, losses, curve_steps=steps, curve_batch=64)
+            return found["bf16 beside f32"], self.met("curve")
+        self.assertEqual([curve(off) for off in (0.0, 0.0099, -0.0099)], [("passed", True)] * 3)
+        self.assertEqual([curve(off) for off in (0.0101, -0.0101, float("nan"))], [("failed", False)] * 3)
+        # Fewer steps are not what is asked for.
+        self.assertEqual(curve(0.0, steps=498), ("passed", None))
+
+    def test_losses_of_large_models(self):
+        nan, inf = float("nan"), float("inf")
+        for losses, asked, status, met in [
+                ({}, 200, "passed", True), ({200: nan}, 200, "failed", False), ({7: inf}, 200, "failed", False), ({1: None}, 200, "failed", False),
+                ({}, 199, "passed", None), ({7: nan}, 199, "failed", False), ({201: 1.0}, 200, "failed", False)]:
+            made = {step: 0.5 for step in range(1, asked + 1)} | losses
+            found = self.trained(training.large, lambda name: made, large=["vit-l16"], large_steps=asked, large_batch=64)
+            self.assertEqual((found, self.met("large vit-l16")), ({"vit-l16": status}, met), losses)
+
+        def none(_):
+            raise NoTime("no time left")
+        found = self.trained(training.large, none, large=["vit-h14"], large_steps=200, large_batch=64)
+        self.assertEqual((found, self.met("large vit-h14")), ({"vit-h14": "no time"}, None))
+
+    def test_operations_alone_over_a_step(self):
+        self.path(self.folder.name)
+        for share, met in [(0.969, False), (0.971, None), (1.5, None)]:
+            times.busy(self.run_of(), {}, {"breakdown": [{"operation": "norm", "seconds": share}], "seconds": 1.0})
+            self.assertEqual(self.met("busy"), met, share)
 
 
 class Again(Quiet):
@@ -689,6 +818,9 @@ class Bandwidth(Quiet):
                          ("50 % gelu_of (infer), of 3, 1 too short to judge; below: gelu_of (infer) 50 %, add (infer) 50 %", False))
         lines = [line.split() for line in self.text().splitlines()]
         self.assertEqual(sum("norm" in line for line in lines), 2)
+        self.assertEqual([self.found(step={"add": (1.0, 40e-6, 40e6 * share)})[1] for share in (0.79, 0.81)], [False, True])
+        # A launch of 9.9 us by a copy, and one of 10.1.
+        self.assertEqual([self.found(step={"add": (1.0, 1.0, size)})[1] for size in (9.9e6, 10.1e6)], [None, False])
         for name in ("gelu_of (step)", "gelu_of (infer)", "norm (step)", "add (infer)"):
             self.assertIn(name, self.text())
         self.assertIn("10.0 % of a copy's bandwidth: norm (step), a launch of which a copy makes in 9.0 us; not judged", self.text())
@@ -796,6 +928,9 @@ class Busy(Quiet):
         self.assertEqual(row["met"], False)
         self.assertTrue(row["found"].startswith("96.0 % by nsys, 96.0 % less"), row)
         self.assertTrue(row["found"].endswith("batch 256, 10 steps)"), row)
+        for more, met in [(9, False), (11, True)]:
+            _, row = self.traced(self.trace(step=STEP + [("KERNEL", 960, 960 + more, 77, None)]))
+            self.assertEqual(row["met"], met, row)
 
     def test_what_crosses_the_ends_of_the_part_counts_up_to_them(self):
         # Where something runs anyway, or behind the end; uploads at any time.
