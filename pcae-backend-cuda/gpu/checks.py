@@ -13,6 +13,7 @@ SMALL_FIXTURES = ["pcae_small", "mae_small", "classify_ptr"]
 # A teacher in fp8 is for some devices, and for some widths, which not all fixtures have.
 REFUSALS = [NO_FP8, "widths of multiples of 16, for a teacher in fp8"]
 FAILED_MARK = 99
+SANITIZER_PLACES = ["/usr/local/cuda*/bin/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer"]
 SANITIZERS = ["memcheck", "racecheck", "synccheck"]
 # Test programs, of which tests, and under what: what no small fixture goes through, which are uploads beside the step, steps as graphs, a
 # teacher in fp8, the queue by itself, and what kernels are written with. Of products only which memory they touch is ours.
@@ -117,9 +118,10 @@ def sanitizer_tool(run):
                             "\"$@\" || exit\necho '========= ERROR SUMMARY: 0 errors'\n")
         stand_in.chmod(0o755)
         return stand_in
-    places = ["/usr/local/cuda*/bin/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer"]
-    found = [path for place in places for path in sorted(glob.glob(place))]
-    return shutil.which("compute-sanitizer") or (found[-1] if found else None)
+    # The newest of a toolkit, or NVIDIA's package for Python: that for CUDA 13, as the one for 12 lacks programs that it starts.
+    places = [*SANITIZER_PLACES, *(f"{glob.escape(folder)}/nvidia/*/compute-sanitizer/compute-sanitizer" for folder in run.packages)]
+    found = [path for place in places for path in sorted(glob.glob(place), reverse=True) if os.access(path, os.X_OK)]
+    return shutil.which("compute-sanitizer") or (found[0] if found else None)
 
 
 def sanitizer_options(tool_help):

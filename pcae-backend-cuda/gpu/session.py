@@ -7,7 +7,7 @@ import pathlib
 import platform
 import signal
 import subprocess
-import sysconfig
+import sys
 import time
 
 from report import Report
@@ -80,15 +80,26 @@ def driver_major():
     return number.value // 1000 or 13
 
 
-def library_folders(driver):
+def package_folders(python):
+    """Where the Python that has torch looks for packages, those of its user among them, and then where this one does."""
+    try:
+        # Whatever its own start may print comes before.
+        said = subprocess.run([python, "-c", "import json, sys; print(json.dumps(sys.path))"], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60, check=True).stdout
+        theirs = json.loads(said.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        theirs = []  # what needs it says so
+    return list(dict.fromkeys(path for path in [*theirs, *sys.path] if os.path.isdir(path)))
+
+
+def library_folders(driver, packages):
     """Folders of NVRTC and cuBLASLt, of a toolkit or of PyTorch's wheels, and of the driver where ldconfig lacks it.
 
     Of CUDA 13 where the driver is for that, else of CUDA 12: cuBLASLt needs a driver of its own version.
     """
-    site = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    patterns = [f"{folder}/nvidia/*/lib" for folder in site if folder]
+    patterns = [f"{glob.escape(folder)}/nvidia/*/lib" for folder in packages]
     patterns += ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib", "/usr/local/nvidia/lib64"]
-    folders = sorted(path for pattern in patterns for path in glob.glob(pattern))
+    folders = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
     having = lambda name: [folder for folder in folders if os.path.exists(f"{folder}/{name}")]
     found = []
     for major in (13, 12):
@@ -111,7 +122,8 @@ class Session:
         self.peaks, self.torch = None, None
         before = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
         found = [arguments.rehearse] if arguments.rehearse else []
-        self.env = os.environ | {"LD_LIBRARY_PATH": ":".join(found + before + library_folders(driver_major()))}
+        self.packages = package_folders(arguments.python)
+        self.env = os.environ | {"LD_LIBRARY_PATH": ":".join(found + before + library_folders(driver_major(), self.packages))}
         if arguments.rehearse:
             # Its images are for one version of the emulator.
             self.env["PCAE_CACHE"] = f"{arguments.rehearse}/images"

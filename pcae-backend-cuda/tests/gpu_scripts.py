@@ -20,7 +20,7 @@ import nsys
 import times
 import training
 from report import TARGETS, Report
-from session import Failure, NoTime, Session, whole
+from session import Failure, NoTime, Session, library_folders, package_folders, whole
 
 
 def report(folder, commit="c", rehearsal=False, add=False):
@@ -43,17 +43,17 @@ class Quiet(unittest.TestCase):
 
     def path(self, path):
         """The only places for programs."""
-        before = os.environ["PATH"], nsys.PLACES
-        os.environ["PATH"], nsys.PLACES = str(path), []
+        before = os.environ["PATH"], nsys.PLACES, checks.SANITIZER_PLACES
+        os.environ["PATH"], nsys.PLACES, checks.SANITIZER_PLACES = str(path), [], []
 
         def back():
-            os.environ["PATH"], nsys.PLACES = before
+            os.environ["PATH"], nsys.PLACES, checks.SANITIZER_PLACES = before
         self.addCleanup(back)
 
     def run_of(self, **arguments):
         """What parts see of a session."""
         usual = dict(rehearse=None, model="vit-b16", precision="bf16", seconds=0.0, rounds=3)
-        run = Run(args=types.SimpleNamespace(**usual | arguments), report=self.report, left=lambda: 1e9)
+        run = Run(args=types.SimpleNamespace(**usual | arguments), report=self.report, left=lambda: 1e9, packages=[])
         run.each = types.MethodType(Session.each, run)
         return run
 
@@ -244,9 +244,7 @@ class Sanitizer(Quiet):
             self.assertEqual({check for check in checks.SANITIZERS if check in self.asked}, set(checks.SANITIZERS))
 
     def test_a_sanitizer_that_is_not_there_is_told_in_the_last_table(self):
-        before = checks.sanitizer_tool
-        self.addCleanup(setattr, checks, "sanitizer_tool", before)
-        checks.sanitizer_tool = lambda run: None
+        self.path(self.folder.name)
         self.assertEqual(checks.sanitizer(self.run_of(), {}), "skipped")
         self.report.end()
         row = next(line for line in self.text().splitlines() if "racecheck" in line)
@@ -260,6 +258,63 @@ class Sanitizer(Quiet):
         self.assertEqual(said.stdout.splitlines()[0], "done")
         self.assertIn(": 0 errors", said.stdout)
         self.assertEqual(subprocess.run([tool, "--tool", "memcheck", "false"]).returncode, 1)
+
+
+class Packages(Quiet):
+    def setUp(self):
+        super().setUp()
+        self.root = pathlib.Path(self.folder.name)
+
+    def file(self, name, text=""):
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def test_those_of_the_python_that_has_torch_are_looked_at(self):
+        (self.root / "site").mkdir()
+        there, gone = str(self.root / "site"), str(self.root / "gone")
+        python = self.file("python", f"#!/bin/sh\necho a notice\ncase $1 in -c) echo '{json.dumps(['', there, gone])}';; *) exit 1; esac\n")
+        found = package_folders(str(python))
+        self.assertEqual(found[0], there)
+        # This one's too, and alone if the other tells nothing.
+        own = [path for path in dict.fromkeys(sys.path) if os.path.isdir(path)]
+        self.assertEqual(found[1:], own)
+        for python in (self.file("broken", "#!/bin/sh\nexit 1\n"), self.file("silent", "#!/bin/sh\n"), self.root / "gone"):
+            self.assertEqual(package_folders(str(python)), own)
+
+    def test_those_of_a_user_are_among_them(self):
+        major, minor = sys.version_info[:2]
+        user = self.root / f"lib/python{major}.{minor}/site-packages"
+        user.mkdir(parents=True)
+        # Packages of a virtual environment shut those out.
+        python = self.file("python", f'#!/bin/sh\nPYTHONUSERBASE={self.root} exec {os.path.realpath(sys.executable)} "$@"\n')
+        before = os.environ.pop("PYTHONNOUSERSITE", None)
+        try:
+            self.assertIn(str(user), package_folders(str(python)))
+        finally:
+            if before is not None:
+                os.environ["PYTHONNOUSERSITE"] = before
+
+    def test_libraries_and_the_sanitizer_are_found_in_them(self):
+        for major in (12, 13):
+            for name in ("nvrtc", "cublasLt"):
+                self.file(f"[a] {major}/nvidia/{name}/lib/lib{name}.so.{major}")
+        packages = [str(self.root / f"[a] {major}") for major in (12, 13)]
+        for driver, major in [(13, 13), (12, 12)]:
+            found = library_folders(driver, packages)
+            self.assertEqual(found[:2], [f"{self.root}/[a] {major}/nvidia/{name}/lib" for name in ("nvrtc", "cublasLt")])
+        self.path(self.root / "nowhere")
+        run = self.run_of()
+        run.packages = packages
+        self.assertIsNone(checks.sanitizer_tool(run))
+        self.file("[a] 12/nvidia/cuda_sanitizer_api/bin/compute-sanitizer")
+        self.assertIsNone(checks.sanitizer_tool(run))
+        tool = self.file("[a] 13/nvidia/cu13/compute-sanitizer/compute-sanitizer")
+        self.assertEqual(checks.sanitizer_tool(run), str(tool))
+        tool.chmod(0o644)
+        self.assertIsNone(checks.sanitizer_tool(run))
 
 
 class Ours(Quiet):
