@@ -13,6 +13,7 @@ SMALL_FIXTURES = ["pcae_small", "mae_small", "classify_ptr"]
 # A teacher in fp8 is for some devices, and for some widths, which not all fixtures have.
 REFUSALS = [NO_FP8, "widths of multiples of 16, for a teacher in fp8"]
 FAILED_MARK = 99
+SANITIZER_PLACES = ["/usr/local/cuda*/bin/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer"]
 SANITIZERS = ["memcheck", "racecheck", "synccheck"]
 # Test programs, of which tests, and under what: what no small fixture goes through, which are uploads beside the step, steps as graphs, a
 # teacher in fp8, the queue by itself, and what kernels are written with. Of products only which memory they touch is ours.
@@ -77,10 +78,7 @@ def fixtures(run, results):
                 return {"says": lines[-1] if lines else "", "output": output}
             run.each(results, f"{path.stem} {case}", replay)
     for precision in ("f32", "bf16"):
-        each = {name: one["status"] for name, one in results.items() if name.endswith(f" {precision}")}
-        wrong = [name for name, status in each.items() if status != "passed"]
-        says = f"{len(each) - len(wrong)} of {len(each)} pass" + (f", not {', '.join(wrong)}" if wrong else "")
-        run.report.found(f"parity {precision}", says, not wrong)
+        run.report.all_of(f"parity {precision}", {name: one for name, one in results.items() if name.endswith(f" {precision}")})
 
 
 def test_programs(run, names):
@@ -120,17 +118,18 @@ def sanitizer_tool(run):
                             "\"$@\" || exit\necho '========= ERROR SUMMARY: 0 errors'\n")
         stand_in.chmod(0o755)
         return stand_in
-    places = ["/usr/local/cuda*/bin/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer"]
-    found = [path for place in places for path in sorted(glob.glob(place))]
-    return shutil.which("compute-sanitizer") or (found[-1] if found else None)
+    # The newest of a toolkit, or NVIDIA's package for Python: that for CUDA 13, as the one for 12 lacks programs that it starts.
+    places = [*SANITIZER_PLACES, *(f"{glob.escape(folder)}/nvidia/*/compute-sanitizer/compute-sanitizer" for folder in run.packages)]
+    found = [path for place in places for path in sorted(glob.glob(place), reverse=True) if os.access(path, os.X_OK)]
+    return shutil.which("compute-sanitizer") or (found[0] if found else None)
 
 
 def sanitizer_options(tool_help):
     """By tool. Libraries ask older drivers for functions that those lack, which is no error of ours. And what cuBLASLt's kernels do between
     threads the tools do not understand on every device: hazards are looked for in ours, none of which has such a name."""
-    vendor = ",".join(f"kns={part}" for part in ("gemm", "nvjet", "cublas", "cutlass", "xmma", "splitK"))
-    options = {"memcheck": ["--report-api-errors", "no"], "racecheck": ["--kernel-name-exclude", vendor],
-               "synccheck": ["--kernel-name-exclude", vendor]}
+    # Of the parts of one option all would have to match.
+    vendor = [word for part in ("gemm", "nvjet", "cublas", "cutlass", "xmma", "splitK") for word in ("--kernel-name-exclude", f"kns={part}")]
+    options = {"memcheck": ["--report-api-errors", "no"], "racecheck": vendor, "synccheck": vendor}
     # Older ones know less.
     return {check: words if words[0] in tool_help else [] for check, words in options.items()}
 
@@ -139,6 +138,7 @@ def sanitizer(run, results):
     tool = sanitizer_tool(run)
     if not tool:
         run.report.say("  skipped: there is no compute-sanitizer here")
+        run.report.found("sanitizer", "not measured: there is no compute-sanitizer here", None)
         return "skipped"
     options = sanitizer_options(run.command([tool, "--help"]))
     paths = {path.stem: path for path in fixture_paths()}
@@ -166,4 +166,5 @@ def sanitizer(run, results):
                     raise Failure(f"{check} saw no use of the device")
                 return {"says": lines[-1].strip("= ")}
             run.each(results, f"{check} {name}", sanitize)
+    run.report.all_of("sanitizer", results)
     return None

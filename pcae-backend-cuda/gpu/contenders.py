@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 
-from session import HERE, NO_FP8, Failure, children, end
+from session import HERE, NO_FP8, NO_TIME, Failure, NoTime, children, end
 
 VARIANTS = ["eager", "compile", "graphs", "autotune"]
 
@@ -20,7 +20,7 @@ class Ours:
         self.json = run.scratch / f"{name.replace(' ', '-')}-{case['batch']}.json"
         self.command = run.ours("bench", "--backend", "cuda", "--what", case["what"], "--model", case["model"],
                                 "--batch-size", case["batch"], "--precision", case["precision"], "--json", self.json)
-        if case["what"] == "infer":
+        if case["what"] in ("infer", "finetune"):
             self.command += ["--drop-ratio", case["drop_ratio"]]
         else:
             width, depth, heads = case["decoder"]
@@ -78,7 +78,7 @@ class Peer:
         try:
             line = self.lines.get(timeout=max(1.0, self.run.left()))
         except queue.Empty:
-            raise Failure("no time left") from None
+            raise NoTime(NO_TIME) from None
         if line is None:
             said = [line for line in self.errors.read_text().splitlines() if line.strip()]
             self.run.report.note("\n".join(said))
@@ -137,6 +137,8 @@ def failed(run, one, failure):
         status = "no memory"
     elif NO_FP8 in text:
         status = "not available"
+    elif isinstance(failure, NoTime):
+        status = "no time"
     return {"status": status, "reason": text, "case": one.case}
 
 

@@ -9,6 +9,8 @@ from session import Failure
 PLACES = ["/usr/local/cuda*/bin/nsys", "/opt/nvidia/nsight-systems*/*/bin/nsys", "/opt/nvidia/nsight-systems*/bin/nsys"]
 # Of `copyKind`: to the device, and from it. Those go over the bus on a stream of their own, and hide no gap between kernels.
 OVER_THE_BUS = (1, 2)
+# Of a row of steps, what is looked at.
+LAST_PART = 0.8
 
 
 def tool(run):
@@ -28,7 +30,7 @@ def traced(run, tool, command, name):
 
 
 def activities(path):
-    """(start, end, stream, node of a graph or None, counts) by start, in nanoseconds, of the device that ran graphs."""
+    """(start, end, node of a graph or None, counts), in nanoseconds, of the device that ran graphs."""
     found = []
     with contextlib.closing(sqlite3.connect(path)) as database:
         for table in ("KERNEL", "MEMCPY", "MEMSET"):
@@ -39,13 +41,13 @@ def activities(path):
             # An older one does not tell nodes.
             node = "graphNodeId" if "graphNodeId" in columns else "NULL"
             kind = "copyKind" if "copyKind" in columns else "NULL"
-            for start, end, device, stream, node, kind in database.execute(
-                    f"SELECT start, end, deviceId, streamId, {node}, {kind} FROM {table}"):
-                found.append((start, end, device, stream, node or None, kind not in OVER_THE_BUS, table.endswith("KERNEL")))
-    devices = {one[2] for one in found if one[4] and one[6]}
+            for start, end, device, node, kind in database.execute(
+                    f"SELECT start, end, deviceId, {node}, {kind} FROM {table}"):
+                found.append((start, end, device, node or None, kind not in OVER_THE_BUS, table.endswith("KERNEL")))
+    devices = {device for _, _, device, node, _, is_kernel in found if node and is_kernel}
     if len(devices) != 1:
         raise Failure(f"nsys: expected kernels of graphs on one device, found them on {len(devices)}")
-    return sorted((start, end, stream, node, counts) for start, end, device, stream, node, counts, _ in found if device in devices)
+    return [(start, end, node, counts) for start, end, device, node, counts, _ in found if device in devices]
 
 
 def union(intervals):
@@ -58,39 +60,15 @@ def union(intervals):
     return length
 
 
-def rows_of_steps(found):
-    """Rows of steps that follow each other, as the times at which the same kernel of each began.
+def busy(path, seconds, calls):
+    """Seconds of a step, and how much of it something ran, the bus left out, of a trace whose last graphs are those of a row of so many steps
+    of so many seconds each by the host's clock.
 
-    That is the kernel of a graph that takes longest in all. `pcae bench` warms up first, and waits in between. From then on it measures the
-    peak before each row, on a stream that was not there while it warmed up, which tells the rows apart; a row waits for nothing.
+    Of that row the last part: the first steps wait for their pictures, as none does in training.
     """
-    spent = {}
-    for start, end, _, node, _ in found:
-        if node:
-            spent[node] = spent.get(node, 0) + end - start
-    longest = max(spent, key=spent.get)
-    begins = [start for start, _, _, node, _ in found if node == longest]
-    if len(begins) < 2:
-        return []
-    own = {stream for start, _, stream, _, _ in found if start < begins[1]}
-    others = [start for start, _, stream, node, _ in found if not node and stream not in own]
-    rows = {}
-    for begin in begins:
-        measured = sum(other < begin for other in others)
-        if measured:
-            rows.setdefault(measured, []).append(begin)
-    return [row for row in rows.values() if len(row) > 1]
-
-
-def busy(path):
-    """Seconds of a step, and how much of it something ran, the bus left out, from the first to the last of each row of steps; `None` if
-    there is no row."""
     found = activities(path)
-    rows = rows_of_steps(found)
-    steps = sum(len(row) - 1 for row in rows)
-    if not steps:
-        return None
-    length = sum(row[-1] - row[0] for row in rows)
-    ran = sum(union((max(start, row[0]), min(end, row[-1])) for start, end, _, _, counts in found
-                    if counts and start < row[-1] and end > row[0]) for row in rows)
-    return {"steps": steps, "rows": len(rows), "step": 1e-9 * length / steps, "ran": 1e-9 * ran / steps}
+    until = max(end for _, end, node, counts in found if node and counts)
+    length = LAST_PART * 1e9 * seconds * calls
+    since = until - length
+    ran = union((max(start, since), min(end, until)) for start, end, _, counts in found if counts and start < until and end > since)
+    return {"calls": calls, "step": seconds, "ran": seconds * ran / length}

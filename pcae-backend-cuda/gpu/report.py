@@ -6,6 +6,7 @@ TARGETS = {
     "parity f32": ("every golden fixture in f32", "ids exact, within 1e-4"),
     "parity bf16": ("every golden fixture in bf16", "within the derived tolerance"),
     "parity resume": ("a run in f32 from the CPU to CUDA, and back", "losses of one on the CPU, within 1e-4"),
+    "sanitizer": ("memcheck, racecheck and synccheck of small fixtures and test programs", "0 errors, 0 hazards"),
     "curve": ("mean loss of 500 steps in bf16 beside f32", "within 1 %"),
     "step over PyTorch": ("PCAE step, ViT-B/16, mask 0.85, decoder 2 x 768, over PyTorch's fastest, each at its best batch", ">= 1.5"),
     "step of peak": ("the same step, best batch, share of the peak", ">= 45 %"),
@@ -21,6 +22,12 @@ TARGETS = {
     "infer 1 over PyTorch": ("forward, batch 1, drop ratio 0.4, over PyTorch's fastest", ">= 1.0"),
     "infer 256 over PyTorch": ("forward, batch 256, drop ratio 0.4, over PyTorch's fastest", ">= 1.0"),
 }
+
+
+def verdict(results):
+    """Of a target that all of these have to pass: `False` if one failed, else `None` if one is not known, or if there are none."""
+    statuses = [one["status"] for one in results]
+    return False if "failed" in statuses else True if statuses and set(statuses) == {"passed"} else None
 
 
 class Report:
@@ -58,6 +65,13 @@ class Report:
     def found(self, target, text, met):
         """Fills in a target; `met` is `None` if what was found does not tell. Of a rehearsal nothing does."""
         self.data["targets"][target] = {"found": text, "met": None if self.rehearsal or met is None else bool(met)}
+
+    def all_of(self, target, results):
+        """Fills in a target that all of these have to pass."""
+        others = [name + ("" if one["status"] == "failed" else f" ({one['status']})") for name, one in results.items()
+                  if one["status"] != "passed"]
+        says = f"{len(results) - len(others)} of {len(results)} pass" + (f", not {', '.join(others)}" if others else "")
+        self.found(target, says, verdict(results.values()))
 
     def at_least(self, target, least, value, text=None):
         self.found(target, text or f"{value:.2f}", value >= least)

@@ -7,7 +7,7 @@ import pathlib
 import platform
 import signal
 import subprocess
-import sysconfig
+import sys
 import time
 
 from report import Report
@@ -15,10 +15,25 @@ from report import Report
 HERE = pathlib.Path(__file__).resolve().parent
 # Of what our program says on a device that is too old for a teacher in fp8.
 NO_FP8 = "compute capability 8.9"
+NO_TIME = "no time left"
 
 
 class Failure(Exception):
     """A part failed, or one of its commands."""
+
+
+class NoTime(Failure):
+    """What was not done for lack of time, of which nothing is known."""
+
+
+def attempt(do):
+    """The result of one thing of a part."""
+    try:
+        return {"status": "passed"} | (do() or {})
+    except NoTime as failure:
+        return {"status": "no time", "reason": str(failure)}
+    except Failure as failure:
+        return {"status": "failed", "reason": str(failure)}
 
 
 def children(command, **settings):
@@ -65,15 +80,26 @@ def driver_major():
     return number.value // 1000 or 13
 
 
-def library_folders(driver):
+def package_folders(python):
+    """Where the Python that has torch looks for packages, those of its user among them, and then where this one does."""
+    try:
+        # Whatever its own start may print comes before.
+        said = subprocess.run([python, "-c", "import json, sys; print(json.dumps(sys.path))"], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60, check=True).stdout
+        theirs = json.loads(said.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        theirs = []  # what needs it says so
+    return list(dict.fromkeys(path for path in [*theirs, *sys.path] if os.path.isdir(path)))
+
+
+def library_folders(driver, packages):
     """Folders of NVRTC and cuBLASLt, of a toolkit or of PyTorch's wheels, and of the driver where ldconfig lacks it.
 
     Of CUDA 13 where the driver is for that, else of CUDA 12: cuBLASLt needs a driver of its own version.
     """
-    site = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    patterns = [f"{folder}/nvidia/*/lib" for folder in site if folder]
+    patterns = [f"{glob.escape(folder)}/nvidia/*/lib" for folder in packages]
     patterns += ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib", "/usr/local/nvidia/lib64"]
-    folders = sorted(path for pattern in patterns for path in glob.glob(pattern))
+    folders = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
     having = lambda name: [folder for folder in folders if os.path.exists(f"{folder}/{name}")]
     found = []
     for major in (13, 12):
@@ -96,7 +122,8 @@ class Session:
         self.peaks, self.torch = None, None
         before = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
         found = [arguments.rehearse] if arguments.rehearse else []
-        self.env = os.environ | {"LD_LIBRARY_PATH": ":".join(found + before + library_folders(driver_major()))}
+        self.packages = package_folders(arguments.python)
+        self.env = os.environ | {"LD_LIBRARY_PATH": ":".join(found + before + library_folders(driver_major(), self.packages))}
         if arguments.rehearse:
             # Its images are for one version of the emulator.
             self.env["PCAE_CACHE"] = f"{arguments.rehearse}/images"
@@ -121,7 +148,7 @@ class Session:
         except subprocess.TimeoutExpired:
             end(process)
             output, _ = process.communicate()
-            failed = "no time left"
+            failed = NO_TIME
         except BaseException:  # this script is ended: so is what it started
             end(process)
             raise
@@ -129,7 +156,8 @@ class Session:
         self.report.note(f"$ {words}\n{output.rstrip()}\n[{failed or 'passed'}, {took:.1f} s]\n")
         if failed:
             lines = [line for line in output.splitlines() if line.strip()]
-            raise Failure(f"{words}: {failed}" + (f": {lines[-1].strip()}" if lines else ""))
+            kind = NoTime if failed == NO_TIME else Failure
+            raise kind(f"{words}: {failed}" + (f": {lines[-1].strip()}" if lines else ""))
         return output
 
     def interrupted(self, command, when):
@@ -140,12 +168,12 @@ class Session:
         try:
             while process.poll() is None and not when():
                 if self.left() < 1:
-                    raise Failure(f"{words}: no time left")
+                    raise NoTime(f"{words}: {NO_TIME}")
                 time.sleep(0.002)
             process.send_signal(signal.SIGINT)
             process.wait(timeout=max(1.0, self.left()))
         except subprocess.TimeoutExpired:
-            raise Failure(f"{words}: no time left") from None
+            raise NoTime(f"{words}: {NO_TIME}") from None
         finally:
             end(process)
             self.report.note(f"$ {words}\n{log.read_text().rstrip()}\n[interrupted, exit code {process.returncode}]\n")
@@ -154,13 +182,7 @@ class Session:
     def each(self, results, name, do):
         """Does one thing of a part; what fails is noted and the rest goes on."""
         began = time.monotonic()
-        if self.left() < 1:
-            result = {"status": "no time"}
-        else:
-            try:
-                result = {"status": "passed"} | (do() or {})
-            except Failure as failure:
-                result = {"status": "failed", "reason": str(failure)}
+        result = {"status": "no time"} if self.left() < 1 else attempt(do)
         result["seconds"] = round(time.monotonic() - began, 2)
         results[name] = result
         self.report.say(f"  {name}: {result['status']} {result.get('says') or result.get('reason') or ''}"

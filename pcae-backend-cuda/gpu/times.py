@@ -1,10 +1,11 @@
 """How fast is it: steps and forwards beside PyTorch, taking turns, and where the time goes."""
 import functools
 import json
+import re
 
 import nsys
 from contenders import Ours, fastest, launch_faults, peers, race, ratio
-from session import Failure
+from session import NO_FP8, Failure
 
 # Width, blocks and heads of the decoders: the method's, as wide as the encoder, and MAE's.
 DECODERS = {"vit-micro": [96, 2, 3], "vit-b16": [768, 2, 12], "vit-l16": [1024, 2, 16], "vit-h14": [1280, 2, 16]}
@@ -13,6 +14,8 @@ PCAE_MASK, MAE_MASK = 0.85, 0.75
 DROP_RATIOS = [0.0, 0.4]
 # Seconds that a launch takes at least, by its bytes, to be judged: events and the launch itself take microseconds.
 SHORTEST = 10e-6
+# Steps of a row in which how busy the GPU is can be seen.
+LEAST_STEPS = 5
 # Dense bf16 without sparsity, in GFLOP/s, by what a device's name has in it: NVIDIA's data sheets.
 NOMINAL = [("H100 PCIe", 756e3), ("H100 NVL", 835e3), ("H100", 989e3), ("H200 NVL", 835e3), ("H200", 989e3), ("A100", 312e3)]
 
@@ -24,13 +27,20 @@ def pcae_step(args, batch):
                 decoder=DECODERS[args.model])
 
 
+def mae_step(args, batch):
+    # Its own decoder, or for small pictures the method's.
+    decoder = DECODERS["vit-micro"] if args.model == "vit-micro" else MAE_DECODER
+    return pcae_step(args, batch) | dict(method="mae", mask_ratio=MAE_MASK, decoder=decoder)
+
+
+def forward(args, batch, drop_ratio):
+    return dict(what="infer", model=args.model, batch=batch, precision=args.precision, drop_ratio=drop_ratio)
+
+
 def step_contenders(run, batch):
     """Ours, and PyTorch's variants, of a step of so many pictures."""
     args = run.args
-    pcae = pcae_step(args, batch)
-    # MAE's own decoder, or for small pictures the method's.
-    decoder = DECODERS["vit-micro"] if args.model == "vit-micro" else MAE_DECODER
-    mae = pcae | dict(method="mae", mask_ratio=MAE_MASK, decoder=decoder)
+    pcae, mae = pcae_step(args, batch), mae_step(args, batch)
     ours = [Ours(run, name + label, one | more) for name, one in (("pcae", pcae), ("mae", mae))
             for label, more in (("", {}), (" --tune", {"tune": True}))]
     if has_fp8(run):
@@ -42,6 +52,11 @@ def step_contenders(run, batch):
 def has_fp8(run):
     """Whether this program knows such teachers, which go beside bf16."""
     return run.args.precision == "bf16" and "fp8" in run.command(run.ours("bench", "--help"))
+
+
+def has_finetune(run):
+    """Whether this program times steps of fine-tuning."""
+    return re.search(r"^\s*- finetune\b", run.command(run.ours("bench", "--help")), re.MULTILINE) is not None
 
 
 def step(run, results):
@@ -161,8 +176,7 @@ def share_of_peak(run, results, found):
 def infer(run, results):
     args = run.args
     for batch in args.infer_batch:
-        cases = [(f" drop {drop_ratio}", dict(what="infer", model=args.model, batch=batch, precision=args.precision,
-                                              drop_ratio=drop_ratio)) for drop_ratio in DROP_RATIOS]
+        cases = [(f" drop {drop_ratio}", forward(args, batch, drop_ratio)) for drop_ratio in DROP_RATIOS]
         ours = [Ours(run, f"pcae{label}{tuned}", case | {"tune": bool(tuned)}) for label, case in cases
                 for tuned in ("", " --tune")]
         run.report.say(f"  infer, {args.model}, batch {batch}, {args.precision}")
@@ -183,18 +197,37 @@ def infer(run, results):
 
 # ---------------------------------------------------------------- where the time goes
 
-def breakdown(run, results):
-    args, found = run.args, {}
-    infer = dict(what="infer", model=args.model, batch=args.infer_batch[-1], precision=args.precision, drop_ratio=0.0)
-    for case in (pcae_step(args, args.breakdown_batch), infer):
-        name = f"{case['what']}, batch {case['batch']}"
+def taken_apart(run):
+    """What together launches all kernels there are, by name."""
+    args = run.args
+    batch, infer_batch = args.breakdown_batch, args.infer_batch[-1]
+    pcae = pcae_step(args, batch)
+    cases = {"step": pcae, "forward": forward(args, infer_batch, DROP_RATIOS[0]),
+             f"forward, drop {DROP_RATIOS[1]}": forward(args, infer_batch, DROP_RATIOS[1]), "MAE step": mae_step(args, batch)}
+    if has_fp8(run):
+        cases["step, fp8 teacher"] = pcae | {"teacher": "fp8"}
+    if has_finetune(run):
+        cases["fine-tuning step"] = forward(args, batch, DROP_RATIOS[1]) | {"what": "finetune"}
+    return {f"{name}, batch {case['batch']}": case for name, case in cases.items()}
 
+
+def breakdown(run, results):
+    found = {}
+    for number, (name, case) in enumerate(taken_apart(run).items()):
         def bench():
-            ours = Ours(run, f"breakdown {case['what']}", case)
-            run.command(ours.command + ["--repeats", args.rounds, "--breakdown"])
+            ours = Ours(run, f"breakdown {number}", case)
+            try:
+                run.command(ours.command + ["--repeats", run.args.rounds, "--breakdown"])
+            except Failure as failure:
+                if NO_FP8 in str(failure):
+                    return {"status": "not available", "says": str(failure)}
+                raise
             return {"bench": json.loads(ours.json.read_text())}
-        found[name] = run.each(results, name, bench).get("bench")
-        if case["what"] == "step" and found[name]:
+        result = run.each(results, name, bench)
+        # What this device does not do has no kernels here.
+        if result["status"] != "not available":
+            found[name] = result.get("bench")
+        if case == pcae_step(run.args, case["batch"]) and found[name]:
             busy(run, results, found[name]["results"][0])
     bandwidth(run, results, found)
 
@@ -255,7 +288,7 @@ def busy(run, results, bench):
             return bound | {"status": "not available", "says": f"{bound['says']}; {failure}"}
         low, high = found["ran"] / found["step"], found["ran"] / found["untraced_step"]
         says = (f"{100 * low:.1f} % by nsys, {100 * high:.1f} % less what tracing adds ({1e3 * found['ran']:.2f} ms of"
-                f" {1e3 * found['step']:.2f} or {1e3 * found['untraced_step']:.2f} ms, batch {found['batch']}, {found['steps']} steps)")
+                f" {1e3 * found['step']:.2f} or {1e3 * found['untraced_step']:.2f} ms, batch {found['batch']}, {found['calls']} steps)")
         return found | {"says": says, "met": True if low >= least else False if high < least else None}
     result = run.each(results, "busy", look)
     if is_asked(run) and "met" in result:
@@ -271,20 +304,25 @@ def busy_at_most(bench):
 
 
 def busy_traced(run, tool):
-    """The same steps with and without nsys, which makes the gaps between kernels longer and not the kernels: what it adds to a step by the
+    """A row of steps with and without nsys, which makes the gaps between kernels longer and not the kernels: what it adds to a step by the
     host's clock is taken off a step of the trace, too. That leaves a least and a greatest share."""
     batch = run.args.breakdown_batch
     while batch:
-        ours, seconds = Ours(run, "busy", pcae_step(run.args, batch)), []
-        command = ours.command + ["--repeats", run.args.rounds]
+        ours = Ours(run, "busy", pcae_step(run.args, batch))
+        # One row, behind which nothing runs.
+        command = ours.command + ["--repeats", 1]
+
+        def timed():
+            one = json.loads(ours.json.read_text())["results"][0]
+            return one["seconds"], one["calls"]
         run.command(command)
-        seconds.append(json.loads(ours.json.read_text())["results"][0]["seconds"])
-        database = nsys.traced(run, tool, command, f"busy-{batch}")
-        seconds.append(json.loads(ours.json.read_text())["results"][0]["seconds"])
-        found = nsys.busy(database)
-        if found:
-            added = max(0.0, seconds[1] - seconds[0])
-            return found | {"batch": batch, "untraced_step": max(found["step"] - added, found["ran"])}
-        # Long steps `pcae bench` may time one by one. In those of fewer pictures gaps weigh more.
+        untraced, calls = timed()
+        if calls >= LEAST_STEPS:
+            database = nsys.traced(run, tool, command, f"busy-{batch}")
+            seconds, calls = timed()
+            if calls >= LEAST_STEPS:
+                found = nsys.busy(database, seconds, calls)
+                return found | {"batch": batch, "untraced_step": max(min(untraced, seconds), found["ran"])}
+        # In steps of fewer pictures, more of which make a row, gaps weigh more.
         batch //= 2
-    raise Failure("nsys: no steps that follow each other")
+    raise Failure(f"nsys: no row of {LEAST_STEPS} steps")

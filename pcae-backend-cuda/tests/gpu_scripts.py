@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,15 @@ import nsys
 import times
 import training
 from report import TARGETS, Report
-from session import Failure, Session, whole
+from session import Failure, NoTime, Session, library_folders, package_folders, whole
 
 
 def report(folder, commit="c", rehearsal=False, add=False):
     return Report(pathlib.Path(folder), {"commit": commit, "rehearsal": rehearsal}, add)
+
+
+class Run(types.SimpleNamespace):
+    __hash__ = object.__hash__
 
 
 class Quiet(unittest.TestCase):
@@ -36,15 +41,20 @@ class Quiet(unittest.TestCase):
     def text(self):
         return self.report.text.read_text()
 
+    def path(self, path):
+        """The only places for programs."""
+        before = os.environ["PATH"], nsys.PLACES, checks.SANITIZER_PLACES
+        os.environ["PATH"], nsys.PLACES, checks.SANITIZER_PLACES = str(path), [], []
+
+        def back():
+            os.environ["PATH"], nsys.PLACES, checks.SANITIZER_PLACES = before
+        self.addCleanup(back)
+
     def run_of(self, **arguments):
         """What parts see of a session."""
         usual = dict(rehearse=None, model="vit-b16", precision="bf16", seconds=0.0, rounds=3)
-        run = types.SimpleNamespace(args=types.SimpleNamespace(**usual | arguments), report=self.report, left=lambda: 1e9)
-
-        def each(results, name, do):
-            results[name] = attempt(do)
-            return results[name]
-        run.each = each
+        run = Run(args=types.SimpleNamespace(**usual | arguments), report=self.report, left=lambda: 1e9, packages=[])
+        run.each = types.MethodType(Session.each, run)
         return run
 
 
@@ -52,13 +62,6 @@ def command(words):
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
     if done.returncode:
         raise Failure(done.stderr)
-
-
-def attempt(do):
-    try:
-        return {"status": "passed"} | do()
-    except Failure as failure:
-        return {"status": "failed", "reason": str(failure)}
 
 
 class Contender:
@@ -162,8 +165,19 @@ class Bundle(Quiet):
         run.command = command
         for run.args.rehearse, count in [(None, 2), ("emulator", 1)]:
             checks.tests(run, results)
-            self.assertEqual(results["fp8"], {"status": "passed", "says": f"{count} tests", "tests": count})
+            self.assertEqual((results["fp8"]["status"], results["fp8"]["tests"]), ("passed", count))
         self.assertEqual(ran, [[], ["--exact", "first"]])
+
+    def test_a_program_that_tests_nothing_fails(self):
+        run, results = self.run_of(test_programs=self.program("tests/fp8").parent, only_tests=None), {}
+        result = "test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 1 filtered out\n"
+        for output, fails in [(result, None), ("skipped: no CUDA device\n" + result, "fp8 found no CUDA device"),
+                              ("", "fp8 ran no test"), (result.replace("7", "0"), "fp8 ran no test"),
+                              (result + result.replace("7", "0"), "fp8 ran no test")]:
+            run.command = lambda words: output
+            checks.tests(run, results)
+            self.assertEqual(results["fp8"].get("reason"), fails, output)
+            self.assertEqual(results["fp8"]["status"], "failed" if fails else "passed")
 
 
 class Sanitizer(Quiet):
@@ -174,13 +188,67 @@ class Sanitizer(Quiet):
         some = checks.sanitizer_options("  --report-api-errors arg\n  --kernel-name-exclude arg")
         self.assertEqual(some["memcheck"], ["--report-api-errors", "no"])
         self.assertEqual(some["racecheck"], some["synccheck"])
-        parts = [part.removeprefix("kns=") for part in some["racecheck"][1].split(",")]
+        words = some["racecheck"]
+        # One option for each name, as all names of one would have to match.
+        self.assertEqual(set(words[::2]), {"--kernel-name-exclude"})
+        self.assertEqual([word for word in words[1::2] if not re.fullmatch(r"kns=\w+", word)], [])
+        parts = [word.removeprefix("kns=") for word in words[1::2]]
+        theirs = ["nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "void cublasLt::splitKreduce_kernel<32, 16, int>(...)",
+                  "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas", "void cutlass::Kernel2<...>(...)"]
+        self.assertEqual([name for name in theirs if not any(part in name for part in parts)], [])
         kernels = pathlib.Path(checks.__file__).resolve().parents[1] / "kernels"
         ours = re.findall(r"(?:__launch_bounds__\([^\n]*\)\s+|^[A-Z_]+\()([a-z]\w+)\(?", "\n".join(
             path.read_text() for path in kernels.glob("*.cu")), re.MULTILINE)
         self.assertGreater(len(ours), 50)
         self.assertIn("adamw_ema", ours)
         self.assertEqual([name for name in ours if any(part in name for part in parts)], [])
+
+    def sanitized(self, said, **more):
+        """Results of checks of one test program that say so, or fail so, and the target's row."""
+        folder, asked = pathlib.Path(self.folder.name), []
+        (folder / "tests").mkdir(exist_ok=True)
+        for name in ("compute-sanitizer", *(f"tests/{name}" for name, *_ in checks.SANITIZED)):
+            (folder / name).write_text("")
+            (folder / name).chmod(0o755)
+        self.path(folder)
+        run, results = self.run_of(test_programs=folder / "tests"), {}
+        run.ours = lambda *words: [*words]
+        for name, value in more.items():
+            setattr(run, name, value)
+
+        def command(words):
+            if words[1:] == ["--help"]:
+                return "--kernel-name-exclude"
+            asked.append(words[2])
+            if isinstance(said, Failure):
+                raise said
+            return said
+        run.command = command
+        checks.sanitizer(run, results)
+        self.asked = asked
+        return {one["status"] for one in results.values()}, self.report.rows()["sanitizer"]
+
+    def test_only_a_summary_without_errors_and_hazards_passes(self):
+        for said, status in [
+                ("========= ERROR SUMMARY: 0 errors", "passed"),
+                ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed"),
+                ("========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", "failed"),
+                ("========= ERROR SUMMARY: 1 error", "failed"),
+                ("========= ERROR SUMMARY: 10 errors", "failed"),
+                ("test result: ok. 3 passed", "failed"),
+                ("========= Target application terminated before first instrumented API call\n========= ERROR SUMMARY: 0 errors", "failed"),
+                (Failure("exit code 99"), "failed"), (NoTime("no time left"), "no time")]:
+            found, row = self.sanitized(said)
+            self.assertEqual(found, {status}, said)
+            self.assertEqual(row["met"], {"passed": True, "failed": False, "no time": None}[status])
+            self.assertEqual({check for check in checks.SANITIZERS if check in self.asked}, set(checks.SANITIZERS))
+
+    def test_a_sanitizer_that_is_not_there_is_told_in_the_last_table(self):
+        self.path(self.folder.name)
+        self.assertEqual(checks.sanitizer(self.run_of(), {}), "skipped")
+        self.report.end()
+        row = next(line for line in self.text().splitlines() if "racecheck" in line)
+        self.assertTrue(row.endswith(" / not measured: there is no compute-sanitizer here / -"), row)
 
     def test_the_stand_in_of_a_rehearsal_takes_any_options(self):
         run = self.run_of(rehearse="emulator")
@@ -190,6 +258,63 @@ class Sanitizer(Quiet):
         self.assertEqual(said.stdout.splitlines()[0], "done")
         self.assertIn(": 0 errors", said.stdout)
         self.assertEqual(subprocess.run([tool, "--tool", "memcheck", "false"]).returncode, 1)
+
+
+class Packages(Quiet):
+    def setUp(self):
+        super().setUp()
+        self.root = pathlib.Path(self.folder.name)
+
+    def file(self, name, text=""):
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def test_those_of_the_python_that_has_torch_are_looked_at(self):
+        (self.root / "site").mkdir()
+        there, gone = str(self.root / "site"), str(self.root / "gone")
+        python = self.file("python", f"#!/bin/sh\necho a notice\ncase $1 in -c) echo '{json.dumps(['', there, gone])}';; *) exit 1; esac\n")
+        found = package_folders(str(python))
+        self.assertEqual(found[0], there)
+        # This one's too, and alone if the other tells nothing.
+        own = [path for path in dict.fromkeys(sys.path) if os.path.isdir(path)]
+        self.assertEqual(found[1:], own)
+        for python in (self.file("broken", "#!/bin/sh\nexit 1\n"), self.file("silent", "#!/bin/sh\n"), self.root / "gone"):
+            self.assertEqual(package_folders(str(python)), own)
+
+    def test_those_of_a_user_are_among_them(self):
+        major, minor = sys.version_info[:2]
+        user = self.root / f"lib/python{major}.{minor}/site-packages"
+        user.mkdir(parents=True)
+        # Packages of a virtual environment shut those out.
+        python = self.file("python", f'#!/bin/sh\nPYTHONUSERBASE={self.root} exec {os.path.realpath(sys.executable)} "$@"\n')
+        before = os.environ.pop("PYTHONNOUSERSITE", None)
+        try:
+            self.assertIn(str(user), package_folders(str(python)))
+        finally:
+            if before is not None:
+                os.environ["PYTHONNOUSERSITE"] = before
+
+    def test_libraries_and_the_sanitizer_are_found_in_them(self):
+        for major in (12, 13):
+            for name in ("nvrtc", "cublasLt"):
+                self.file(f"[a] {major}/nvidia/{name}/lib/lib{name}.so.{major}")
+        packages = [str(self.root / f"[a] {major}") for major in (12, 13)]
+        for driver, major in [(13, 13), (12, 12)]:
+            found = library_folders(driver, packages)
+            self.assertEqual(found[:2], [f"{self.root}/[a] {major}/nvidia/{name}/lib" for name in ("nvrtc", "cublasLt")])
+        self.path(self.root / "nowhere")
+        run = self.run_of()
+        run.packages = packages
+        self.assertIsNone(checks.sanitizer_tool(run))
+        self.file("[a] 12/nvidia/cuda_sanitizer_api/bin/compute-sanitizer")
+        self.assertIsNone(checks.sanitizer_tool(run))
+        tool = self.file("[a] 13/nvidia/cu13/compute-sanitizer/compute-sanitizer")
+        self.assertEqual(checks.sanitizer_tool(run), str(tool))
+        tool.chmod(0o644)
+        self.assertIsNone(checks.sanitizer_tool(run))
 
 
 class Ours(Quiet):
@@ -202,17 +327,18 @@ class Ours(Quiet):
 
         def command(words):
             repeats.append(words[-1])
-            ours.json.write_text(json.dumps({"results": [{"images_per_s": 400.0, "gflops": 1.0, "calls": 25}]}))
+            ours.json.write_text(json.dumps({"results": [{"images_per_s": 400.0, "gflops": 14000.0, "calls": 25}]}))
         run.command = command
         ours.ready()
         self.assertEqual([ours.sample(seconds) for seconds in (1.0, 0.0)], [0.01, 0.01])
         self.assertEqual(repeats, [1, 4, 1])
+        self.assertEqual(ours.facts["gflop_per_image"], 35.0)
 
 
 class Race(Quiet):
     def test_contenders_take_turns_and_those_that_fail_are_left_out(self):
         run, results = self.run_of(), {}
-        a, b = Contender("a", 1.0, 2.0, 4.0), Contender("b", 2.0, 2.0, 2.0)
+        a, b = Contender("a", 1.0, 2.0, 8.0), Contender("b", 2.0, 2.0, 2.0)
         large = Contender("large", "CUDA out of memory", batch=512)
         broken = Contender("broken", "illegal instruction")
         ready = contenders.prepare(run, [a, large, b, broken], results)
@@ -220,9 +346,9 @@ class Race(Quiet):
         self.assertTrue(large.closed and broken.closed)
         self.assertEqual((results["large"]["status"], results["broken"]["status"]), ("no memory", "failed"))
         contenders.take_turns(run, ready, results, 3)
-        self.assertEqual(results["a"]["samples"], [8.0, 4.0, 2.0])
+        self.assertEqual(results["a"]["samples"], [8.0, 4.0, 1.0])
         ratio = contenders.ratio(results, "a", "b")
-        self.assertEqual((ratio["least"], ratio["median"], ratio["greatest"]), (0.5, 1.0, 2.0))
+        self.assertEqual((ratio["least"], ratio["median"], ratio["greatest"]), (0.25, 1.0, 2.0))
         results["a tuned"] = results["a"] | {"images_per_s": {"median": 5.0}}
         self.assertEqual(contenders.fastest(results, "a"), "a tuned")
         self.assertIsNone(contenders.fastest(results, "torch"))
@@ -309,6 +435,145 @@ class Race(Quiet):
             self.step(lambda batch: [Contender("pcae", "out of memory", batch=batch), Contender("mae", *[1.0] * 4, batch=batch)])
 
 
+class Commands(Quiet):
+    def test_one_that_is_cut_short_has_not_failed(self):
+        run = self.run_of()
+        run.env, run.left = os.environ, lambda: 1.0
+        for words, status in [(["true"], "passed"), (["false"], "failed"), (["sleep", "60"], "no time")]:
+            result = run.each({}, "one", lambda: {"says": Session.command(run, words)})
+            self.assertEqual(result["status"], status)
+            if status != "passed":
+                self.assertIn({"failed": "exit code 1", "no time": "no time left"}[status], result["reason"])
+
+
+class Bounds(Quiet):
+    """Each target just below, and just above what is expected."""
+
+    def row(self, target):
+        row = self.report.rows()[target]
+        self.report.data["targets"].clear()
+        return row
+
+    def met(self, target):
+        return self.row(target)["met"]
+
+    @staticmethod
+    def ran(rate, batch=256):
+        return {"status": "passed", "images_per_s": {"median": rate}, "samples": [rate] * 3, "case": {"batch": batch}}
+
+    def test_ratios_of_steps(self):
+        before = times.has_fp8
+        self.addCleanup(setattr, times, "has_fp8", before)
+        times.has_fp8 = lambda run: True
+        usual = {"pcae": 1.0, "pcae --tune": 1000.0, "pcae, fp8 teacher": 1000.0, "mae": 1.0, "mae --tune": 1.0, "torch eager": 1.0,
+                 "torch graphs": 1.0}
+        for target, others, least in [("step over PyTorch", "torch graphs", 1.5), ("step over MAE", "mae --tune", 2.0),
+                                      ("step with fp8 teacher over MAE", "mae --tune", 2.25)]:
+            for value, met in [(least - 0.01, False), (least + 0.01, True)]:
+                found = {name: self.ran(rate) for name, rate in (usual | {others: 1000.0 / value}).items()}
+                times.step_targets(self.run_of(), {}, found)
+                self.assertEqual(self.met(target), met, (target, value))
+            # Of another model nothing is known.
+            times.step_targets(self.run_of(model="vit-l16"), {}, found)
+            self.assertIsNone(self.met(target))
+
+    def test_a_teacher_in_fp8_alone_reaches_its_own_bound(self):
+        before = times.has_fp8
+        self.addCleanup(setattr, times, "has_fp8", before)
+        times.has_fp8 = lambda run: True
+        for fp8, met in [(2.24, False), (2.26, True)]:
+            found = {"pcae": self.ran(2.1), "pcae, fp8 teacher": self.ran(fp8), "mae": self.ran(1.0), "torch eager": self.ran(1.0)}
+            times.step_targets(self.run_of(), {}, found)
+            self.assertEqual(self.met("step with fp8 teacher over MAE"), met, fp8)
+
+    def test_share_of_the_peak(self):
+        # Of 989e3 by the data sheet, and of what was measured where there is none.
+        for device, peak in [("NVIDIA H100 80GB HBM3", 989e3), ("another", 500e3)]:
+            for share, met in [(0.449, False), (0.451, True)]:
+                run = self.run_of(variants=["eager"])
+                run.limits, run.has_torch = lambda: {"bf16_gflops": 500e3}, lambda: {"device": device}
+                pcae = self.ran(share * peak / 35.0) | {"gflop_per_image": 35.0}
+                times.share_of_peak(run, {}, {"pcae": pcae, "pcae, fp8 teacher": self.ran(1e9) | {"gflop_per_image": 35.0}})
+                self.assertEqual(self.met("step of peak"), met, (device, share))
+
+    def infer(self, **seconds):
+        """The rows of forwards of both sizes, each contender by seconds of a picture."""
+        before = times.Ours, times.peers
+
+        def back():
+            times.Ours, times.peers = before
+
+        def make(run, name, case):
+            one = Contender(name, *[case["batch"] * seconds["tuned" if case.get("tune") else "less" if case["drop_ratio"] else "dense"]] * 3,
+                            batch=case["batch"])
+            one.facts = {"launches": {"graphs": 1}}
+            return one
+        try:
+            times.Ours = make
+            times.peers = lambda run, cases: [
+                Contender(f"torch eager{label}", *[case["batch"] * seconds["torch_less" if case["drop_ratio"] else "torch"]] * 3,
+                          batch=case["batch"]) for label, case in cases]
+            times.infer(self.run_of(infer_batch=[1, 256]), {})
+        finally:
+            back()
+        rows = self.report.rows()
+        self.report.data["targets"].clear()
+        return {target: row["met"] for target, row in rows.items() if target.startswith("infer")}
+
+    def test_ratios_of_forwards(self):
+        usual = dict(less=1.0, dense=2.0, tuned=9.0, torch=1.0, torch_less=2.0)
+        every = {"infer 1", "infer 256", "infer 1 over PyTorch", "infer 256 over PyTorch"}
+        for change, missed in [
+                ({}, set()), ({"dense": 1.76}, set()), ({"dense": 1.74}, {"infer 1", "infer 256"}),
+                ({"torch_less": 1.01}, set()), ({"torch_less": 0.99}, {"infer 1 over PyTorch", "infer 256 over PyTorch"}),
+                # What is dense is held against nothing of PyTorch's, and the fastest counts, tuned or not.
+                ({"torch": 0.1}, set()), ({"less": 9.0, "tuned": 1.0}, every - {"infer 1 over PyTorch", "infer 256 over PyTorch"})]:
+            found = self.infer(**usual | change)
+            self.assertEqual(found, {target: target not in missed for target in every}, change)
+
+    def trained(self, part, losses, **arguments):
+        """The results of a part by such losses, and what of its targets is met."""
+        before = training.pretrain, training.pictures
+        try:
+            training.pretrain, training.pictures = lambda run, name, *words: losses(name), lambda run: "pictures"
+            results = {}
+            part(self.run_of(**arguments), results)
+        finally:
+            training.pretrain, training.pictures = before
+        return {name: one["status"] for name, one in results.items()}
+
+    def test_losses_in_bf16_beside_f32(self):
+        def curve(off, steps=500):
+            # Half of them by twice as much.
+            losses = lambda name: {step: 2.0 * (1 + 2 * off * (name == "curve-bf16" and step % 2)) for step in range(1, steps + 1)}
+            found = self.trained(training.curve, losses, curve_steps=steps, curve_batch=64)
+            return found["bf16 beside f32"], self.met("curve")
+        self.assertEqual([curve(off) for off in (0.0, 0.0099, -0.0099)], [("passed", True)] * 3)
+        self.assertEqual([curve(off) for off in (0.0101, -0.0101, float("nan"))], [("failed", False)] * 3)
+        # Fewer steps are not what is asked for.
+        self.assertEqual(curve(0.0, steps=498), ("passed", None))
+
+    def test_losses_of_large_models(self):
+        nan, inf = float("nan"), float("inf")
+        for losses, asked, status, met in [
+                ({}, 200, "passed", True), ({200: nan}, 200, "failed", False), ({7: inf}, 200, "failed", False), ({1: None}, 200, "failed", False),
+                ({}, 199, "passed", None), ({7: nan}, 199, "failed", False), ({201: 1.0}, 200, "failed", False)]:
+            made = {step: 0.5 for step in range(1, asked + 1)} | losses
+            found = self.trained(training.large, lambda name: made, large=["vit-l16"], large_steps=asked, large_batch=64)
+            self.assertEqual((found, self.met("large vit-l16")), ({"vit-l16": status}, met), losses)
+
+        def none(_):
+            raise NoTime("no time left")
+        found = self.trained(training.large, none, large=["vit-h14"], large_steps=200, large_batch=64)
+        self.assertEqual((found, self.met("large vit-h14")), ({"vit-h14": "no time"}, None))
+
+    def test_operations_alone_over_a_step(self):
+        self.path(self.folder.name)
+        for share, met in [(0.969, False), (0.971, None), (1.5, None)]:
+            times.busy(self.run_of(), {}, {"breakdown": [{"operation": "norm", "seconds": share}], "seconds": 1.0})
+            self.assertEqual(self.met("busy"), met, share)
+
+
 class Again(Quiet):
     def test_a_process_that_starts_again_does_not_hear_the_one_before(self):
         run = self.run_of(python=sys.executable)
@@ -366,9 +631,32 @@ class Parity(Quiet):
         for says, status in [("parity: 3 tensors\n", "passed"), (old, "not available"), (wrong, "failed")]:
             found = self.parity(lambda name: narrow if name == "pcae_small" else says)
             self.assertEqual(found, {"pcae_gray_rect": status, "pcae_small": "not available"})
-        count = len(checks.fixture_paths())
+            count = len(checks.fixture_paths())
+            for precision in ("f32", "bf16"):
+                row = self.report.rows()[f"parity {precision}"]
+                self.assertEqual((row["found"], row["met"]), (f"{count} of {count} pass", True))
+
+    def test_what_was_not_replayed_is_not_known_and_what_fails_is_missed(self):
+        count, first = len(checks.fixture_paths()), checks.fixture_paths()[0].stem
+        for failure, met, says in [(Failure("off by 1"), False, f"{count - 1} of {count} pass, not {first} f32"),
+                                   (NoTime("no time left"), None, f"{count - 1} of {count} pass, not {first} f32 (no time)")]:
+            run, fails = self.run_of(), [failure]
+            run.ours = lambda *words: list(map(str, words))
+
+            def command(words):
+                if fails:
+                    raise fails.pop()
+                return "parity: 3 tensors\n"
+            run.command = command
+            checks.fixtures(run, {})
+            rows = self.report.rows()
+            self.assertEqual((rows["parity f32"]["found"], rows["parity f32"]["met"]), (says, met))
+            self.assertEqual(rows["parity bf16"]["met"], True)
+        run.left = lambda: 0.0
+        checks.fixtures(run, {})
         row = self.report.rows()["parity bf16"]
-        self.assertEqual((row["found"], row["met"]), (f"{count} of {count} pass", True))
+        self.assertEqual(row["met"], None)
+        self.assertTrue(row["found"].startswith(f"0 of {count} pass, not "), row)
 
 
 # Trains as `pcae pretrain` does, with a checkpoint after each step, until it is interrupted. `ends` says whether CUDA heeds that, and
@@ -427,6 +715,21 @@ class Resumed(Quiet):
         self.assertIn("an exit code of 130 after an interrupt, found 0", row["found"])
         self.assertEqual(row["met"], False)
 
+    def test_a_run_without_time_is_not_known(self):
+        run = self.run_of(pictures=1)
+        run.scratch, run.ours, run.left = pathlib.Path(self.folder.name), lambda *words: [*words], lambda: 0.0
+        training.resumed(run, {})
+        row = self.report.rows()["parity resume"]
+        self.assertEqual((row["found"], row["met"]), ("a run on cpu: no time", None))
+        run.left = lambda: 9.0
+
+        def command(words):
+            raise NoTime("pcae: no time left") if late else Failure("pcae: exit code 1")
+        run.command = command
+        for late, met in [(True, None), (False, False)]:
+            training.resumed(run, {})
+            self.assertEqual(self.report.rows()["parity resume"]["met"], met)
+
     def test_a_run_that_is_interrupted_at_its_end_proves_nothing(self):
         found, row = self.resumed(late=True)
         self.assertEqual(found["from cpu to cuda"], "failed")
@@ -477,6 +780,73 @@ class Launches(Quiet):
         self.assertTrue(found("infer", "batch 1, "))
 
 
+class Breakdown(Quiet):
+    HELP = """      --what <WHAT>
+          Possible values:
+          - infer:    A classifier's forward, fine-tuned or not
+          - finetune: A step of finetune
+      --precision <PRECISION>
+          - fp8:  8 bits
+"""
+
+    def breakdown(self, help, fails=lambda told: None, slow=lambda told: False):
+        """What is found of a program with such a help, what is asked of it, and the target's row. A copy makes 1e12 bytes a second."""
+        self.path(self.folder.name)
+        run, results, asked = self.run_of(breakdown_batch=256, infer_batch=[1, 128]), {}, []
+        run.scratch, run.ours = pathlib.Path(self.folder.name), lambda *words: list(map(str, words))
+
+        def command(words):
+            if words[1:] == ["--help"]:
+                return help
+            words = list(map(str, words))
+            told = dict(zip(words, words[1:]))
+            self.assertIn("--breakdown", words)
+            settings = ("--what", "--batch-size", "--method", "--mask-ratio", "--drop-ratio", "--teacher-precision")
+            asked.append(" ".join(told[name] for name in settings if name in told))
+            if failure := fails(told):
+                raise failure
+            kernel = {"kernel": "add", "launches": 1.0, "seconds": 60e-6 if slow(told) else 40e-6, "bytes": 40e6}
+            result = {"breakdown": [], "seconds": 1.0, "kernels": [kernel]}
+            pathlib.Path(told["--json"]).write_text(json.dumps({"machine": {"copy_gbytes_per_s": {"cuda": 1000.0}}, "results": [result]}))
+        run.command = command
+        times.breakdown(run, results)
+        self.asked = asked
+        return {name: one["status"] for name, one in results.items()}, self.report.rows()["bandwidth"]
+
+    def test_all_that_launches_kernels_is_taken_apart(self):
+        found, row = self.breakdown(self.HELP)
+        self.assertEqual(self.asked, ["step 256 pcae 0.85", "infer 128 0.0", "infer 128 0.4", "step 256 mae 0.75", "step 256 pcae 0.85 fp8",
+                                      "finetune 256 0.4"])
+        self.assertEqual(set(found.values()), {"passed"})
+        self.assertEqual(list(found).count("busy"), 1)
+        self.assertEqual((row["found"], row["met"]), ("100 % add (step, batch 256), of 6, 0 too short to judge", True))
+        # One that knows neither.
+        self.breakdown(self.HELP.replace("- finetune:", "").replace("fp8", ""))
+        self.assertEqual(self.asked, ["step 256 pcae 0.85", "infer 128 0.0", "infer 128 0.4", "step 256 mae 0.75"])
+
+    def test_a_slow_kernel_of_any_of_them_is_told(self):
+        for name, slow in [("forward, drop 0.4, batch 128", lambda told: told.get("--drop-ratio") == "0.4" and told["--what"] == "infer"),
+                           ("fine-tuning step, batch 256", lambda told: told["--what"] == "finetune"),
+                           ("MAE step, batch 256", lambda told: told.get("--method") == "mae"),
+                           ("step, fp8 teacher, batch 256", lambda told: "--teacher-precision" in told)]:
+            _, row = self.breakdown(self.HELP, slow=slow)
+            self.assertEqual(row["met"], False)
+            self.assertTrue(row["found"].endswith(f"below: add ({name}) 67 %"), row)
+
+    def test_a_device_without_fp8_leaves_nothing_open(self):
+        old = Failure("error: expected compute capability 8.9 (Ada, Hopper) or newer, found 8.0")
+        found, row = self.breakdown(self.HELP, fails=lambda told: old if "--teacher-precision" in told else None)
+        self.assertEqual(found["step, fp8 teacher, batch 256"], "not available")
+        self.assertEqual((row["found"], row["met"]), ("100 % add (step, batch 256), of 5, 0 too short to judge", True))
+
+    def test_one_that_fails_or_has_no_time_leaves_it_open(self):
+        for failure, status in [(Failure("no memory on the device"), "failed"), (NoTime("no time left"), "no time")]:
+            found, row = self.breakdown(self.HELP, fails=lambda told: failure if told.get("--method") == "mae" else None)
+            self.assertEqual(found["MAE step, batch 256"], status)
+            self.assertTrue(row["found"].endswith("no kernels are told of MAE step, batch 256"), row)
+            self.assertIsNone(row["met"])
+
+
 class Bandwidth(Quiet):
     def found(self, **kernels):
         """The target's row, of reports of `pcae bench`: kernels as launches, seconds of all and bytes of all. A copy makes 1e12 bytes a second."""
@@ -503,6 +873,9 @@ class Bandwidth(Quiet):
                          ("50 % gelu_of (infer), of 3, 1 too short to judge; below: gelu_of (infer) 50 %, add (infer) 50 %", False))
         lines = [line.split() for line in self.text().splitlines()]
         self.assertEqual(sum("norm" in line for line in lines), 2)
+        self.assertEqual([self.found(step={"add": (1.0, 40e-6, 40e6 * share)})[1] for share in (0.79, 0.81)], [False, True])
+        # A launch of 9.9 us by a copy, and one of 10.1.
+        self.assertEqual([self.found(step={"add": (1.0, 1.0, size)})[1] for size in (9.9e6, 10.1e6)], [None, False])
         for name in ("gelu_of (step)", "gelu_of (infer)", "norm (step)", "add (infer)"):
             self.assertIn(name, self.text())
         self.assertIn("10.0 % of a copy's bandwidth: norm (step), a launch of which a copy makes in 9.0 us; not judged", self.text())
@@ -520,12 +893,12 @@ class Bandwidth(Quiet):
         self.assertEqual(self.report.rows()["bandwidth"]["found"], "no kernels are told of step, batch 256")
 
 
-# What a step leaves in a trace, in nanoseconds from when it begins: a table, start, end, stream, node of a graph, kind of a copy. Kernels
-# of two streams overlap, and what crosses the bus fills the gap. Something runs for 960 of 1000.
-STEP = [("KERNEL", 0, 600, 7, 70, None), ("KERNEL", 600, 900, 7, 71, None), ("KERNEL", 850, 940, 8, None, None),
-        ("MEMCPY", 895, 1000, 8, None, 1), ("MEMCPY", 940, 950, 7, None, 8), ("MEMSET", 990, 1005, 7, None, None)]
+# What a step leaves in a trace, in nanoseconds from when it begins: a table, start, end, node of a graph, kind of a copy. Kernels overlap,
+# the last thing reaches into the next step, and what crosses the bus fills the gap. Something runs for 960 of 1000.
+STEP = [("KERNEL", 0, 600, 70, None), ("KERNEL", 600, 900, 71, None), ("KERNEL", 850, 940, 72, None),
+        ("MEMCPY", 895, 1000, 73, 1), ("MEMCPY", 940, 950, 74, 8), ("MEMSET", 990, 1005, 75, None)]
 # Of a measurement of the peak, which is much longer.
-PRODUCT = [("KERNEL", 0, 6010, 9, None, None)]
+PRODUCT = [("KERNEL", 0, 6000, None, None)]
 
 NSYS = """#!{python}
 import json, os, pathlib, sqlite3, subprocess, sys
@@ -547,33 +920,27 @@ else:
     database = sqlite3.connect(output)
     for table, *row in json.loads(pathlib.Path(*command).read_text()):
         copies = ", copyKind INT" if table == "MEMCPY" else ""
-        database.execute(f"CREATE TABLE IF NOT EXISTS CUPTI_ACTIVITY_KIND_{{table}} (start INT, end INT, streamId INT, graphNodeId INT"
+        database.execute(f"CREATE TABLE IF NOT EXISTS CUPTI_ACTIVITY_KIND_{{table}} (start INT, end INT, graphNodeId INT"
                          f"{{copies}}, deviceId INT)")
-        row = [*row[:4], *(row[4:] if copies else []), 0]
+        row = [*row[:3], *(row[3:] if copies else []), 0]
         database.execute(f"INSERT INTO CUPTI_ACTIVITY_KIND_{{table}} VALUES ({{','.join('?' * len(row))}})", row)
     database.commit()
 """
 
-# Takes 20 ns a step longer under nsys.
+# A row of so many steps by batch size, which take longer under nsys.
 PCAE = """#!{python}
 import json, os, pathlib, sys
-seconds = 1e-6 + {added} * bool(os.environ.get("TRACED"))
-pathlib.Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps({{"results": [{{"seconds": seconds}}]}}))
+told = dict(zip(sys.argv, sys.argv[1:]))
+assert told["--repeats"] == "1" and "--breakdown" not in told, told
+seconds = {seconds} + {added} * bool(os.environ.get("TRACED"))
+calls = {calls}.get(told["--batch-size"], {calls}["usual"])
+pathlib.Path(told["--json"]).write_text(json.dumps({{"results": [{{"seconds": seconds, "calls": calls}}]}}))
 """
 
 
 class Busy(Quiet):
     PARTS = [{"operation": "linear forward", "seconds": 0.3}, {"operation": "selection", "seconds": 0.2},
              {"operation": "transfer", "seconds": 9.0}]
-
-    def path(self, path):
-        """The only places for programs."""
-        before = os.environ["PATH"], nsys.PLACES
-        os.environ["PATH"], nsys.PLACES = str(path), []
-
-        def back():
-            os.environ["PATH"], nsys.PLACES = before
-        self.addCleanup(back)
 
     def test_operations_alone_bound_how_busy_it_is(self):
         self.path(self.folder.name)
@@ -584,68 +951,91 @@ class Busy(Quiet):
             self.assertTrue(row["found"].startswith(says), row)
             self.assertIn("nsys, which would tell, was not found", row["found"])
 
-    def traced(self, usual, added=0.0, seconds=0.4, **others):
-        """What is found of such traces, others of some batch sizes, of steps that nsys makes longer."""
+    def traced(self, rows, calls=10, added=0.0, seconds=1e-6, alone=0.4, **others):
+        """What is found of such a trace, others of some batch sizes, of so many steps that are so long without nsys."""
         folder = pathlib.Path(self.folder.name)
         self.path(folder)
-        (folder / "rows").write_text(json.dumps({"usual": usual} | others))
+        (folder / "rows").write_text(json.dumps({"usual": rows}))
         for name, text in [("nsys", NSYS), ("pcae", PCAE)]:
-            (folder / name).write_text(text.format(python=sys.executable, rows=str(folder / "rows"), added=added))
+            (folder / name).write_text(text.format(python=sys.executable, rows=str(folder / "rows"), added=added, seconds=seconds - added,
+                                                   calls={"usual": calls} | others))
             (folder / name).chmod(0o755)
         run, results = self.run_of(breakdown_batch=256), {}
         run.scratch, run.ours = folder, lambda *words: [folder / "pcae", *words]
-
         run.command = command
-        times.busy(run, results, {"breakdown": self.PARTS, "seconds": seconds})
+        times.busy(run, results, {"breakdown": self.PARTS, "seconds": alone})
         return results["busy"], self.report.rows()["busy"]
 
     @staticmethod
-    def trace(*rows, step=STEP, product=PRODUCT, warm_up=3):
-        """Steps one by one, each with a gap after it, and then rows of so many, each behind a measurement of the peak."""
+    def trace(row=10, step=STEP, waits=0):
+        """Steps with a gap after each, a measurement of the peak, and a row of steps, the first of which waits. It ends at 5 behind the last."""
         found, now = [], 0
-
-        def add(what, takes):
-            nonlocal now
+        for what, takes in [(step, 3000)] * 3 + [(PRODUCT, 6000 + waits)] + [(step, 1000)] * row:
             found.extend((table, start + now, end + now, *more) for table, start, end, *more in what)
             now += takes
-        for _ in range(warm_up):
-            add(step, 3000)
-        for row in rows:
-            add(product, 6000)
-            for _ in range(row):
-                add(step, 1000)
         return found
 
-    def test_what_ran_while_steps_follow_each_other_is_busy(self):
-        result, row = self.traced(self.trace(4, 3))
-        self.assertEqual((result["steps"], result["rows"], result["batch"]), (5, 2, 256))
-        self.assertAlmostEqual(result["step"], 1000e-9)
-        self.assertAlmostEqual(result["ran"], 960e-9)
+    def test_what_ran_in_the_last_part_of_a_row_of_steps_is_busy(self):
+        result, row = self.traced(self.trace())
+        self.assertEqual((result["calls"], result["batch"]), (10, 256))
+        self.assertAlmostEqual(1e9 * result["step"], 1000, 3)
+        self.assertAlmostEqual(1e9 * result["ran"], 960, 3)
         self.assertEqual(row["met"], False)
         self.assertTrue(row["found"].startswith("96.0 % by nsys, 96.0 % less"), row)
+        self.assertTrue(row["found"].endswith("batch 256, 10 steps)"), row)
+        for more, met in [(9, False), (11, True)]:
+            _, row = self.traced(self.trace(step=STEP + [("KERNEL", 960, 960 + more, 77, None)]))
+            self.assertEqual(row["met"], met, row)
+
+    def test_what_crosses_the_ends_of_the_part_counts_up_to_them(self):
+        # Where something runs anyway, or behind the end; uploads at any time.
+        end = max(end for _, _, end, _, kind in self.trace() if kind != 1)
+        more = [("KERNEL", end - 8060, end - 7965, None, None), ("KERNEL", end - 2, end + 2, None, None),
+                ("MEMCPY", end - 400, end + 900, 73, 1), ("MEMCPY", end - 50, end + 300, 76, 2), ("KERNEL", end + 500, end + 600, None, None)]
+        result, _ = self.traced(self.trace() + more)
+        self.assertAlmostEqual(1e9 * result["ran"], 960, 3)
+        inside = ("KERNEL", end - 1050, end - 1030, None, None)  # 950 to 970 of a step, in its gap
+        result, _ = self.traced(self.trace() + more + [inside])
+        self.assertAlmostEqual(1e9 * result["ran"], 960 + 20 / 8, 3)
+
+    def test_that_the_first_steps_wait_counts_for_nothing(self):
+        result, _ = self.traced(self.trace(waits=2000), seconds=1.2e-6)
+        # Of 9.6 steps, the first of which is cut at 405; the last one ends 5 later.
+        self.assertAlmostEqual(1e9 * result["ran"], 1200 * (9 * 960 + 555 + 5) / 9600, 3)
 
     def test_what_tracing_adds_leaves_it_open(self):
-        _, row = self.traced(self.trace(4), added=20e-9)
+        _, row = self.traced(self.trace(), added=20e-9)
         self.assertTrue(row["found"].startswith("96.0 % by nsys, 98.0 % less"), row)
         self.assertIsNone(row["met"])
         # 10 more run.
-        _, row = self.traced(self.trace(4, step=STEP + [("KERNEL", 960, 970, 7, 72, None)]), added=20e-9)
+        _, row = self.traced(self.trace(step=STEP + [("KERNEL", 960, 970, 77, None)]), added=20e-9)
         self.assertTrue(row["found"].startswith("97.0 % by nsys"), row)
         self.assertEqual(row["met"], True)
+        # A step that is faster under nsys says nothing of what that adds.
+        _, row = self.traced(self.trace(), added=-20e-9)
+        self.assertTrue(row["found"].startswith("96.0 % by nsys, 96.0 % less"), row)
 
-    def test_steps_that_are_timed_one_by_one_tell_nothing(self):
-        usual = self.trace(1, 1, 1)
-        result, _ = self.traced(usual, **{"64": self.trace(5)})
-        self.assertEqual((result["steps"], result["batch"]), (4, 64))
-        result, row = self.traced(usual)
+    def test_few_long_steps_tell_nothing(self):
+        result, _ = self.traced(self.trace(), calls=4, **{"64": 10})
+        self.assertEqual((result["calls"], result["batch"]), (10, 64))
+        result, row = self.traced(self.trace(), calls=4)
         self.assertEqual((result["status"], row["met"]), ("not available", None))
-        self.assertTrue(row["found"].endswith("nsys: no steps that follow each other"), row)
+        self.assertTrue(row["found"].endswith("nsys: no row of 5 steps"), row)
 
     def test_without_graphs_the_bound_is_what_there_is(self):
-        plain = [(*one[:4], None, one[5]) for one in self.trace(4)]
-        result, row = self.traced(plain, seconds=1.0)
+        plain = [(*one[:3], None, one[4]) for one in self.trace()]
+        result, row = self.traced(plain, alone=1.0)
         self.assertEqual((result["status"], row["met"]), ("not available", False))
         self.assertIn("expected kernels of graphs on one device, found them on 0", row["found"])
+
+    def test_a_trace_that_does_not_tell_graphs_is_a_failure(self):
+        path = pathlib.Path(self.folder.name) / "old.sqlite"
+        with sqlite3.connect(path) as database:
+            database.execute("CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INT, end INT, deviceId INT, streamId INT)")
+            database.executemany("INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (?, ?, 0, 7)", [(0, 10), (10, 20)])
+        database.close()
+        with self.assertRaisesRegex(Failure, "found them on 0"):
+            nsys.busy(path, 1e-9, 20)
 
 
 if __name__ == "__main__":
