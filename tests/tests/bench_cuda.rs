@@ -141,7 +141,7 @@ fn kernels_are_told(step: &serde_json::Value) {
     for pair in kernels.windows(2) {
         assert!(pair[0]["seconds"].as_f64() >= pair[1]["seconds"].as_f64());
     }
-    for (name, launches) in [
+    let bound_by_memory = [
         ("adamw_ema", 1.0),
         ("attention_32", 7.0),
         ("attention_backward_32", 4.0),
@@ -154,20 +154,65 @@ fn kernels_are_told(step: &serde_json::Value) {
         ("gelu_of", 4.0),
         ("normalise_pixels", 1.0),
         ("sum_squares", 1.0),
-    ] {
+    ];
+    kernels_have_bandwidths(step, &bound_by_memory);
+    for name in ["products", "resize_crops", "select_by_rank"] {
         let part = kernels.iter().find(|part| part["kernel"] == name);
         let part = part.unwrap_or_else(|| panic!("no {name} in {step}"));
+        assert!(part["bytes"].is_null() && part["seconds"].as_f64() > Some(0.0));
+    }
+}
+
+/// Kernels that memory bounds, with so many launches each.
+fn kernels_have_bandwidths(result: &serde_json::Value, expected: &[(&str, f64)]) {
+    let kernels = result["kernels"].as_array().expect("kernels");
+    for &(name, launches) in expected {
+        let part = kernels.iter().find(|part| part["kernel"] == name);
+        let part = part.unwrap_or_else(|| panic!("no {name} in {result}"));
         assert_eq!(part["launches"], launches, "{part}");
         let [bytes, seconds, rate] =
             ["bytes", "seconds", "gbytes_per_s"].map(|it| part[it].as_f64().expect("a number"));
         assert!(bytes > 0.0 && (rate * 1e9 * seconds / bytes - 1.0).abs() < 1e-9);
         assert!(part["share_of_bandwidth"].as_f64() > Some(0.0), "{part}");
     }
-    for name in ["products", "resize_crops", "select_by_rank"] {
-        let part = kernels.iter().find(|part| part["kernel"] == name);
-        let part = part.unwrap_or_else(|| panic!("no {name} in {step}"));
-        assert!(part["bytes"].is_null() && part["seconds"].as_f64() > Some(0.0));
-    }
+}
+
+/// Kernels that fine-tuning alone uses, with their bandwidth.
+#[test]
+fn kernels_of_fine_tuning_are_told() {
+    let Some(emulator) = emulator() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let json = folder.path().join("b.json");
+    let path = json.to_string_lossy();
+    let args = ["--what", "finetune", "--drop-ratio", "0.4", "--breakdown"];
+    let output = bench(&emulator, &[&args[..], &["--json", &path]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = fs::read(&json).expect("the report is there");
+    let report: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    let results = report["results"].as_array().expect("results");
+    assert_eq!(results.len(), 1, "{report}");
+    let result = &results[0];
+    assert_eq!(result["what"], "finetune", "{result}");
+    assert_eq!(result["drop_ratio"], 0.4, "{result}");
+    assert!(result["launches"]["graphs"].as_u64() > Some(0), "{result}");
+    assert_eq!(result["launches"]["refused"], 0, "{result}");
+    kernels_have_bandwidths(
+        result,
+        &[
+            ("adamw_ema", 1.0),
+            // Two branches of each of three blocks.
+            ("add_scaled_rows", 6.0),
+            ("scale_rows", 6.0),
+            ("cross_entropy", 1.0),
+            ("mean_pool", 1.0),
+            ("mean_pool_backward", 1.0),
+            // Tokens are dropped after each block.
+            ("gather_tokens_backward", 3.0),
+            ("normalise_pixels", 1.0),
+        ],
+    );
+    let kernels = result["kernels"].as_array().expect("kernels");
+    assert!(kernels.iter().any(|it| it["kernel"] == "resize_crops"));
 }
 
 /// Work that cannot become a graph runs all the same, and the figures say how they came to be.

@@ -336,6 +336,81 @@ fn bench_measures() {
     );
 }
 
+/// A fine-tuning step at each drop ratio: its figures, and more memory than a forward's.
+#[test]
+fn bench_measures_fine_tuning() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("bench.json");
+    let mut args = vec!["bench", "--model", "vit-micro", "--what", "infer,finetune"];
+    args.extend(["--batch-size", "3", "--threads", "1", "--repeats", "1"]);
+    args.extend(["--precision", "f32,bf16", "--drop-ratio", "0,0.4"]);
+    args.extend(["--breakdown", "--json", json.to_str().unwrap()]);
+    args.extend_from_slice(TINY);
+    let output = pcae(BINARY, &args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    for line in [
+        "finetune vit-micro drop 0, batch 3",
+        "finetune vit-micro drop 0.4, batch 3",
+    ] {
+        let said = stderr(&output);
+        let planned = said.lines().filter(|it| it.starts_with(line));
+        assert_eq!(
+            planned.filter(|it| it.contains("planned memory")).count(),
+            2,
+            "{said}"
+        );
+    }
+    assert!(stdout(&output).contains("finetune vit-micro drop 0.4 "));
+
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    let results = report["results"].as_array().unwrap();
+    let of = |what: &str, precision: &str, drop_ratio: f64| {
+        let mut found = results.iter().filter(|it| {
+            it["what"] == what && it["precision"] == precision && it["drop_ratio"] == drop_ratio
+        });
+        let (one, more) = (found.next(), found.next());
+        assert!(more.is_none(), "{report}");
+        one.unwrap_or_else(|| panic!("no {what} in {precision} at {drop_ratio}: {report}"))
+    };
+    assert_eq!(results.len(), 8, "{report}");
+    for precision in ["f32", "bf16"] {
+        for drop_ratio in [0.0, 0.4] {
+            let [step, forward] = ["finetune", "infer"].map(|it| of(it, precision, drop_ratio));
+            let [macs, once] = [step, forward].map(|it| it["multiply_adds"].as_u64().unwrap());
+            assert_eq!(macs, 3 * once, "{step}");
+            assert_eq!(step["tokens"], forward["tokens"]);
+            let rate = step["images_per_s"].as_f64().unwrap();
+            let gflops = step["gflops"].as_f64().unwrap();
+            assert!(rate > 0.0, "{step}");
+            assert!(
+                (2.0 * macs as f64 * rate / 1e9 / gflops - 1.0).abs() < 1e-9,
+                "{step}"
+            );
+            let [planned, least] = [step, forward].map(|it| it["planned_bytes"].as_u64().unwrap());
+            assert!(planned > 2 * least, "{planned} and {least}");
+            let parts = step["breakdown"].as_array().unwrap();
+            for (operation, calls) in [
+                ("linear input gradient", 13.0),
+                ("linear parameter gradient", 14.0),
+                ("attention backward", 3.0),
+                ("target and loss", 1.0),
+                ("AdamW and moving average", 1.0),
+                // Pictures, labels, stochastic depth of six branches, and the loss read.
+                ("transfer", 9.0),
+            ] {
+                let part = parts.iter().find(|part| part["operation"] == operation);
+                let part = part.unwrap_or_else(|| panic!("no {operation} in {step}"));
+                assert_eq!(part["calls"], calls, "{part}");
+            }
+        }
+        let [dense, reduced] = [0.0, 0.4].map(|ratio| {
+            let step = of("finetune", precision, ratio);
+            step["planned_bytes"].as_u64().unwrap()
+        });
+        assert!(reduced < dense, "{reduced} and {dense}");
+    }
+}
+
 #[test]
 fn bench_takes_a_step_apart_and_draws() {
     let folder = tempfile::tempdir().unwrap();

@@ -175,6 +175,11 @@ fn bench_tells_speed_and_accuracy_of_budgets() {
     );
     fails(
         2,
+        &["bench", &classifier, "--what", "infer,finetune"],
+        &["--what", "peak or infer", "found finetune"],
+    );
+    fails(
+        2,
         &["bench", &classifier, "--model", "vit-b16"],
         &["--model"],
     );

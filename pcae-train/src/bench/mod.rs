@@ -33,7 +33,7 @@ use crate::settings::{BackendKind, Machine, Precision, Settings};
 use crate::trained::Trained;
 use limits::Limits;
 use timing::measure;
-use work::{Make, Task};
+use work::{Make, Task, finetune_macs};
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
@@ -49,6 +49,8 @@ pub enum What {
     Infer,
     /// A pre-training step: pictures copied (on CUDA crops, resized there), teacher, student, decoder, backward, AdamW, moving average.
     Step,
+    /// A fine-tuning step of the classifier: pictures as a step's and labels copied, stochastic depth, backward, AdamW.
+    Finetune,
 }
 
 /// What to measure: every combination.
@@ -65,11 +67,11 @@ pub struct Plan {
     pub threads: Vec<usize>,
     /// Number formats.
     pub precisions: Vec<Precision>,
-    /// A network from a file, which is timed in place of a classifier of 1000 classes.
+    /// A network from a file, whose forward is timed in place of that of a classifier of 1000 classes.
     pub trained: Option<Trained>,
     /// Pictures that a trained classifier is evaluated on, at each drop ratio.
     pub accuracy: Option<Accuracy>,
-    /// Part of the patch tokens that each stage drops in a forward; if empty as the network in the file does, or none.
+    /// Part of the patch tokens that each stage drops in a forward and in fine-tuning; if empty as the network in the file does, or none.
     pub drop_ratios: Vec<f64>,
     /// Timed runs, of which the median counts.
     pub repeats: usize,
@@ -113,12 +115,12 @@ pub struct Measurement {
     pub teacher_precision: Option<String>,
     /// Whether each matrix product's algorithm was the fastest of some; only on a device.
     pub tuned: Option<bool>,
-    /// Of inference.
+    /// Of inference and fine-tuning.
     pub drop_ratio: Option<f64>,
-    /// Patch tokens before, between and after the stages, of inference.
+    /// Patch tokens before, between and after the stages, of inference and fine-tuning.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens: Option<Vec<usize>>,
-    /// Multiply-adds of a picture, of inference.
+    /// Multiply-adds of a picture, of inference and of a fine-tuning step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub multiply_adds: Option<u64>,
     /// Part of the pictures classified right, of a trained classifier.
@@ -441,7 +443,10 @@ struct Score {
 
 impl Score {
     fn is_of(&self, result: &Measurement) -> bool {
-        result.precision == self.precision && result.drop_ratio == Some(self.drop_ratio)
+        let is_forward = result.what == What::Infer;
+        is_forward
+            && result.precision == self.precision
+            && result.drop_ratio == Some(self.drop_ratio)
     }
 }
 
@@ -491,7 +496,7 @@ struct Case {
     what: What,
     settings: Settings,
     task: PretrainConfig,
-    /// Of inference.
+    /// Of inference and fine-tuning.
     network: Option<Network>,
     /// Of a trained network.
     file: Option<PathBuf>,
@@ -512,7 +517,11 @@ fn cases(plan: &Plan, available: usize) -> Result<Vec<Case>, Error> {
             _ => 1,
         };
         let networks: Vec<Option<Network>> = match what {
-            What::Infer => networks(plan)?.into_iter().map(Some).collect(),
+            What::Infer => {
+                let trained = plan.trained.as_ref().map(|it| it.network);
+                networks(plan, trained)?.into_iter().map(Some).collect()
+            }
+            What::Finetune => networks(plan, None)?.into_iter().map(Some).collect(),
             _ => vec![None],
         };
         for &batch in &plan.batch_sizes {
@@ -549,11 +558,11 @@ fn cases(plan: &Plan, available: usize) -> Result<Vec<Case>, Error> {
     Ok(cases)
 }
 
-/// What is run forward: the plan's network, or the classifier with 1000 classes that the paper counts, tokens dropped after blocks 0,
+/// At every drop ratio the `trained` network, or the classifier with 1000 classes that the paper counts, tokens dropped after blocks 0,
 /// 7 and 10 of 12.
-fn networks(plan: &Plan) -> Result<Vec<Network>, Error> {
-    let base = match (&plan.trained, plan.settings.first()) {
-        (Some(trained), _) => trained.network,
+fn networks(plan: &Plan, trained: Option<Network>) -> Result<Vec<Network>, Error> {
+    let base = match (trained, plan.settings.first()) {
+        (Some(trained), _) => trained,
         (None, Some(settings)) => {
             let vit = settings.task()?.vit;
             Network::Classifier(ClassifierConfig {
@@ -577,10 +586,13 @@ fn networks(plan: &Plan) -> Result<Vec<Network>, Error> {
 impl Case {
     fn make(&self) -> Make {
         let task = match (self.what, self.network) {
+            (What::Finetune, Some(Network::Classifier(config))) => Task::Finetune(config),
             (What::Infer, Some(network)) => Task::Infer(network),
             (What::Step, _) => Task::Step(self.task),
             (What::Block, _) => Task::Block(self.task.vit),
-            (What::Peak | What::Gemm | What::Infer, _) => Task::Products(self.task.vit),
+            (What::Peak | What::Gemm | What::Infer | What::Finetune, _) => {
+                Task::Products(self.task.vit)
+            }
         };
         Make {
             task,
@@ -589,6 +601,14 @@ impl Case {
             crops: backends::resizes(&self.settings.machine),
             bytes: backends::bytes(&self.settings.machine),
         }
+    }
+
+    /// Of a picture.
+    fn multiply_adds(&self) -> Option<u64> {
+        Some(match (self.what, self.network?) {
+            (What::Finetune, Network::Classifier(config)) => finetune_macs(&config),
+            (_, network) => network.multiply_adds(),
+        })
     }
 
     fn is_on_cuda(&self) -> bool {
@@ -624,7 +644,7 @@ impl Case {
             tuned: self.is_on_cuda().then_some(machine.tune),
             drop_ratio: self.network.map(|network| network.drop_ratio()),
             tokens: self.network.map(|network| network.tokens()),
-            multiply_adds: self.network.map(|network| network.multiply_adds()),
+            multiply_adds: self.multiply_adds(),
             isa,
             bf16_unit: unit,
             planned_bytes: Some(self.memory.total()),
@@ -679,9 +699,9 @@ mod tests {
 
     use super::*;
 
-    /// A step is timed with crops where training leaves them to the backend, and has room for them there, and with whole pictures elsewhere.
+    /// Steps are timed with crops where training leaves them to the backend, and have room for them there, and with whole pictures elsewhere.
     #[test]
-    fn a_step_passes_crops_where_training_does() {
+    fn steps_pass_crops_where_training_does() {
         for backend in [BackendKind::Cpu, BackendKind::Reference, BackendKind::Cuda] {
             let mut settings = Settings {
                 model: "vit-micro".to_owned(),
@@ -690,7 +710,7 @@ mod tests {
             settings.machine.backend = backend;
             let plan = Plan {
                 settings: vec![settings],
-                what: vec![What::Step],
+                what: vec![What::Step, What::Finetune],
                 batch_sizes: vec![3],
                 threads: vec![1],
                 precisions: vec![Precision::F32],
@@ -702,18 +722,18 @@ mod tests {
                 bandwidth: false,
             };
             let cases = cases(&plan, 1).unwrap();
-            let [case] = &cases[..] else {
-                panic!("{} cases", cases.len())
-            };
-            let sizing = case.make().sizing().unwrap();
-            let dims = case.task.vit.pixels(3);
-            let expected = match backend {
-                BackendKind::Cuda => Op::Crops(dims),
-                _ => Op::Pixels(dims),
-            };
-            let is_load = |op: &&Op| matches!(op, Op::Pixels(_) | Op::Crops(_));
-            let loads: Vec<&Op> = sizing.ops().iter().filter(is_load).collect();
-            assert_eq!(loads, [&expected], "{backend:?}");
+            assert_eq!(cases.len(), 2);
+            for case in &cases {
+                let sizing = case.make().sizing().unwrap();
+                let dims = case.task.vit.pixels(3);
+                let expected = match backend {
+                    BackendKind::Cuda => Op::Crops(dims),
+                    _ => Op::Pixels(dims),
+                };
+                let is_load = |op: &&Op| matches!(op, Op::Pixels(_) | Op::Crops(_));
+                let loads: Vec<&Op> = sizing.ops().iter().filter(is_load).collect();
+                assert_eq!(loads, [&expected], "{backend:?}, {:?}", case.what);
+            }
         }
     }
 }

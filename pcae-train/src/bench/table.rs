@@ -257,6 +257,6 @@ fn columns(cells: [&str; 11]) -> String {
         spread,
     ] = cells;
     format!(
-        "{what:<6} {of:<56} {batch:>5} {threads:>7} {format:<15} {isa:<8} {images:>9} {gflops:>9} {peak:>8} {clock:>8} {spread:>7}\n"
+        "{what:<8} {of:<56} {batch:>5} {threads:>7} {format:<15} {isa:<8} {images:>9} {gflops:>9} {peak:>8} {clock:>8} {spread:>7}\n"
     )
 }

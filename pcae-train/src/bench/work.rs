@@ -8,11 +8,13 @@ use pcae_kernel::backend::{
     AdamW, AttentionDims, Backend, BlockDims, Epilogue, Linear, LinearDims, PixelDims, Pixels,
     TrainBackend,
 };
-use pcae_kernel::config::{PretrainConfig, Target, VitConfig};
+use pcae_kernel::config::{ClassifierConfig, PretrainConfig, Target, VitConfig};
 use pcae_kernel::flops;
 use pcae_kernel::init::init;
 use pcae_kernel::layout::Layout;
-use pcae_kernel::model::{MeanSimilarity, Pretrainer, TrainState};
+use pcae_kernel::model::{
+    ClassifierTrainer, CriterionScorer, MeanSimilarity, Pretrainer, TrainState,
+};
 use pcae_kernel::op::{Op, OpKind};
 use pcae_kernel::resize::Crop;
 use pcae_kernel::rng::{Purpose, Stream};
@@ -23,9 +25,12 @@ use super::Launches;
 use super::timed::{Tally, Timed};
 use crate::backends::Build;
 use crate::data::augment::random_resized_crop;
+use crate::data::mix::{Mix, Shape};
 use crate::error::Error;
+use crate::finetune::FinetuneSettings;
 use crate::network::{Network, Runner};
 use crate::settings::PAPER_CROP_SCALE;
+use crate::training::draws::{self, Key};
 
 /// What to make, for `batch` pictures.
 #[derive(Clone, Copy)]
@@ -38,6 +43,8 @@ pub(super) enum Task {
     Infer(Network),
     /// A pre-training step.
     Step(PretrainConfig),
+    /// A fine-tuning step.
+    Finetune(ClassifierConfig),
 }
 
 /// Something that is timed by itself.
@@ -127,6 +134,9 @@ impl Make {
                 Box::new(Infer::new(backend, host, network, values, batch)?)
             }
             Task::Step(config) => Box::new(Step::new(backend, host, config, batch, self.crops)?),
+            Task::Finetune(config) => {
+                Box::new(Finetune::new(backend, host, config, batch, self.crops)?)
+            }
         })
     }
 }
@@ -464,11 +474,131 @@ impl<B: TrainBackend> Work<B> for Step<B> {
             .load_pixels(backend, self.pictures.pixels(), &self.keep, &self.remove)?;
         self.model
             .accumulate(backend, &mut self.state, 1.0, &mut MeanSimilarity)?;
-        self.state.update(backend, &self.adamw, None)?;
-        if backend.is_queued() {
-            return self.state.record(backend, 0, 0);
+        update(backend, &mut self.state, &self.adamw)
+    }
+}
+
+/// The end of a step: its loss read, or kept on a device that is not waited for.
+fn update<B: TrainBackend>(
+    backend: &mut Timed<B>,
+    state: &mut TrainState<Timed<B>>,
+    adamw: &AdamW,
+) -> Result<(), B::Error> {
+    state.update(backend, adamw, None)?;
+    if backend.is_queued() {
+        return state.record(backend, 0, 0);
+    }
+    state.scalars(backend).map(|_| ())
+}
+
+/// Multiply-adds of a picture's fine-tuning step: a backward counts twice its forward, as in [`flops::Step::total`].
+pub(super) fn finetune_macs(config: &ClassifierConfig) -> u64 {
+    3 * flops::classifier(config)
+}
+
+/// Of MAE's recipe for ViT-B, on trained weights, for every model: narrow ones have no stochastic depth by default, and a step with it
+/// runs everything that fine-tuning may.
+const DROP_PATH: f64 = 0.1;
+const LAYER_DECAY: f64 = 0.65;
+
+/// A fine-tuning step as the training loop does it, on pictures that are not mixed.
+struct Finetune<B: TrainBackend> {
+    track: Track,
+    state: TrainState<Timed<B>>,
+    model: ClassifierTrainer<Timed<B>>,
+    scorer: CriterionScorer<Timed<B>>,
+    pictures: Pictures,
+    /// A smoothed label of each picture.
+    targets: Vec<f32>,
+    drop_path: Vec<f32>,
+    adamw: AdamW,
+}
+
+impl<B: TrainBackend> Finetune<B> {
+    fn new(
+        backend: &mut Timed<B>,
+        host: Host,
+        config: &ClassifierConfig,
+        batch: usize,
+        crops: bool,
+    ) -> Result<Self, B::Error> {
+        let (usual, vit) = (FinetuneSettings::default(), &config.vit);
+        let (depth, classes, reduction) = (vit.depth, config.num_classes, &config.reduction);
+        let layout = Layout::classifier(config);
+        let values = host.params(&layout)?;
+        let student = backend.params(&layout, &values)?;
+        drop(values);
+        let state = TrainState::with_params(backend, layout, student, None, usual.weight_decay);
+        let mut state = state?;
+        state.set_layer_decay(LAYER_DECAY);
+        let mut targets = Vec::new();
+        if !host.empty {
+            let labels: Vec<u32> = (0..batch).map(|sample| (sample % classes) as u32).collect();
+            let mix = Mix {
+                mixup: 0.0,
+                cutmix: 0.0,
+                smoothing: usual.smoothing,
+            };
+            let shape = Shape {
+                channels: vit.in_chans,
+                height: vit.img_size[0],
+                width: vit.img_size[1],
+            };
+            let mut stream = Stream::new(0, 0, 0, Purpose::Mix);
+            mix.apply(&mut stream, &mut [], shape, &labels, classes, &mut targets);
         }
-        self.state.scalars(backend).map(|_| ())
+        let samples: Vec<u64> = (0..batch as u64).collect();
+        let key = Key {
+            seed: 0,
+            epoch: 0,
+            samples: &samples,
+        };
+        let mut drop_path = Vec::new();
+        draws::drop_path(key, depth, DROP_PATH, &mut drop_path);
+        let patches = vit.num_patches();
+        let mut scorer = CriterionScorer::new(backend, reduction, batch, patches, depth)?;
+        draws::selection(backend, key, reduction, patches, depth, &mut scorer)?;
+        Ok(Self {
+            track: Track {
+                product: None,
+                macs: batch as u64 * finetune_macs(config),
+            },
+            model: ClassifierTrainer::new(backend, config, batch, true)?,
+            state,
+            scorer,
+            pictures: Pictures::new(host, vit.pixels(batch), crops),
+            targets,
+            drop_path,
+            adamw: AdamW {
+                lr: 1e-4,
+                beta1: usual.beta1,
+                beta2: usual.beta2,
+                eps: 1e-8,
+                step: 0,
+                momentum: usual.ema,
+            },
+        })
+    }
+}
+
+impl<B: TrainBackend> Work<B> for Finetune<B> {
+    fn tracks(&self) -> &[Track] {
+        std::slice::from_ref(&self.track)
+    }
+
+    fn uploads(&self) -> bool {
+        true
+    }
+
+    fn run(&mut self, backend: &mut Timed<B>, _track: usize) -> Result<(), B::Error> {
+        self.adamw.step += 1;
+        self.state.begin_step(backend)?;
+        self.model
+            .load_pixels(backend, self.pictures.pixels(), &self.targets)?;
+        self.model.set_drop_path(backend, &self.drop_path)?;
+        self.model
+            .accumulate(backend, &mut self.state, 1.0, &mut self.scorer)?;
+        update(backend, &mut self.state, &self.adamw)
     }
 }
 

@@ -76,6 +76,7 @@ The same command goes on after an interruption. What cannot be read is listed in
   pcae bench                                                     vit-b16, batch 1 and 8, all threads
   pcae bench --what step --mask-ratio 0.85 --batch-size 8 --threads 1,2
   pcae bench --what infer --drop-ratio 0,0.1,0.2,0.3,0.4 --json bench.json
+  pcae bench --what finetune --drop-ratio 0,0.4 --batch-size 16               memory and images/s of fine-tuning
   pcae bench runs/classifier --drop-ratio 0,0.1,0.2,0.3,0.4 --accuracy        one trained model, many budgets
   pcae bench --what peak,gemm,block --threads 1,2 --precision f32,bf16 --roofline roofline.png
   pcae bench --what step --breakdown --mask-ratio 0.85 --batch-size 16 \\
@@ -307,7 +308,7 @@ pub(super) struct BenchArgs {
     /// Threads that compute, 0 for all; none on cuda
     #[arg(long, value_delimiter = ',', default_value = "0")]
     threads: Vec<usize>,
-    /// Parts of the patch tokens that each stage drops in a forward [default: 0, or as the checkpoint was deployed or trained]
+    /// Parts of the patch tokens that each stage drops in a forward and in fine-tuning [default: 0, or as the checkpoint was deployed or trained]
     #[arg(long, value_delimiter = ',')]
     drop_ratio: Vec<f64>,
     /// Timed runs, of which the median counts; all combinations take turns
