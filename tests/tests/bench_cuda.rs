@@ -184,18 +184,22 @@ fn kernels_of_fine_tuning_are_told() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let json = folder.path().join("b.json");
     let path = json.to_string_lossy();
-    let args = ["--what", "finetune", "--drop-ratio", "0.4", "--breakdown"];
+    let args = ["--what", "finetune", "--drop-ratio", "0,0.4", "--breakdown"];
     let output = bench(&emulator, &[&args[..], &["--json", &path]].concat());
     assert!(output.status.success(), "{}", stderr(&output));
     let text = fs::read(&json).expect("the report is there");
     let report: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
     let results = report["results"].as_array().expect("results");
-    assert_eq!(results.len(), 1, "{report}");
-    let result = &results[0];
-    assert_eq!(result["what"], "finetune", "{result}");
-    assert_eq!(result["drop_ratio"], 0.4, "{result}");
-    assert!(result["launches"]["graphs"].as_u64() > Some(0), "{result}");
-    assert_eq!(result["launches"]["refused"], 0, "{result}");
+    assert_eq!(results.len(), 2, "{report}");
+    for (result, drop_ratio) in results.iter().zip([0.0, 0.4]) {
+        assert_eq!(result["what"], "finetune", "{result}");
+        assert_eq!(result["drop_ratio"], drop_ratio, "{result}");
+        assert!(result["launches"]["graphs"].as_u64() > Some(0), "{result}");
+        assert_eq!(result["launches"]["refused"], 0, "{result}");
+        // Whatever the number of stages: each step goes through the same buffers.
+        assert_eq!(result["launches"]["made"], 1, "{result}");
+    }
+    let result = &results[1];
     kernels_have_bandwidths(
         result,
         &[
