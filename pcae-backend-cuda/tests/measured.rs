@@ -105,6 +105,25 @@ fn limits_are_measured_and_their_memory_given_back() {
     }
 }
 
+const STEP: AdamW = AdamW {
+    lr: 1e-4,
+    beta1: 0.9,
+    beta2: 0.95,
+    eps: 1e-8,
+    step: 1,
+    momentum: 0.99,
+};
+
+/// All of so many parameters, which a teacher follows.
+fn followed(len: usize) -> [Segment; 1] {
+    [Segment {
+        span: Span { start: 0, len },
+        weight_decay: 0.05,
+        lr_scale: 1.0,
+        ema: true,
+    }]
+}
+
 /// What a profile of `work` finds: names, launches and bytes, by name.
 fn profile(cuda: &mut Cuda, work: impl FnOnce(&mut Cuda)) -> Vec<(&'static str, u64, Option<u64>)> {
     cuda.start_profile().unwrap();
@@ -429,27 +448,14 @@ fn a_profile_counts_what_kernels_move() {
         assert_eq!(found, expected);
 
         // All parameters, of which a teacher follows.
-        let segments = [Segment {
-            span: Span { start: 0, len },
-            weight_decay: 0.05,
-            lr_scale: 1.0,
-            ema: true,
-        }];
-        let step = AdamW {
-            lr: 1e-4,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            step: 1,
-            momentum: 0.99,
-        };
+        let segments = followed(len);
         let mut scalar = cuda.vector(1).unwrap();
         let found = profile(&mut cuda, |cuda| {
             let [grads, exp_avg, exp_avg_sq] = &mut vectors;
             cuda.norm(&mut scalar, 0, grads).unwrap();
             let (student, teacher) = (&mut params, Some(&mut teacher));
             cuda.adamw_ema(
-                student, teacher, grads, exp_avg, exp_avg_sq, &segments, &step, None,
+                student, teacher, grads, exp_avg, exp_avg_sq, &segments, &STEP, None,
             )
             .unwrap();
             cuda.zero(grads, Span { start: 0, len }).unwrap();
@@ -524,25 +530,12 @@ fn a_profile_counts_conversions() {
     assert_eq!(found, expected);
 
     let mut vectors = [0; 3].map(|_| cuda.vector(len).unwrap());
-    let segments = [Segment {
-        span: Span { start: 0, len },
-        weight_decay: 0.0,
-        lr_scale: 1.0,
-        ema: true,
-    }];
-    let step = AdamW {
-        lr: 1e-4,
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        step: 1,
-        momentum: 0.99,
-    };
+    let segments = followed(len);
     let found = profile(&mut cuda, |cuda| {
         let [grads, exp_avg, exp_avg_sq] = &mut vectors;
         let (student, teacher) = (&mut student, Some(&mut teacher));
         cuda.adamw_ema(
-            student, teacher, grads, exp_avg, exp_avg_sq, &segments, &step, None,
+            student, teacher, grads, exp_avg, exp_avg_sq, &segments, &STEP, None,
         )
         .unwrap();
     });

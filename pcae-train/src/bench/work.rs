@@ -446,14 +446,7 @@ impl<B: TrainBackend> Step<B> {
             pictures: Pictures::new(host, config.vit.pixels(batch), crops),
             keep,
             remove,
-            adamw: AdamW {
-                lr: 1e-4,
-                beta1: 0.9,
-                beta2: 0.95,
-                eps: 1e-8,
-                step: 0,
-                momentum: 0.9999,
-            },
+            adamw: adamw([0.9, 0.95], 0.9999),
         })
     }
 }
@@ -475,6 +468,18 @@ impl<B: TrainBackend> Work<B> for Step<B> {
         self.model
             .accumulate(backend, &mut self.state, 1.0, &mut MeanSimilarity)?;
         update(backend, &mut self.state, &self.adamw)
+    }
+}
+
+/// Before the first step of a run.
+const fn adamw([beta1, beta2]: [f64; 2], momentum: f64) -> AdamW {
+    AdamW {
+        lr: 1e-4,
+        beta1,
+        beta2,
+        eps: 1e-8,
+        step: 0,
+        momentum,
     }
 }
 
@@ -569,14 +574,7 @@ impl<B: TrainBackend> Finetune<B> {
             pictures: Pictures::new(host, vit.pixels(batch), crops),
             targets,
             drop_path,
-            adamw: AdamW {
-                lr: 1e-4,
-                beta1: usual.beta1,
-                beta2: usual.beta2,
-                eps: 1e-8,
-                step: 0,
-                momentum: usual.ema,
-            },
+            adamw: adamw([usual.beta1, usual.beta2], usual.ema),
         })
     }
 }
